@@ -1,0 +1,339 @@
+"""Figures of a result: accuracy over width, training curves, update cosines and step times, drawn from its JSON object.
+
+One drawing serves every reader: it asks a palette for its colours, and the palette is either real (a print) or made of
+sentinel colours that become CSS variables, so that one inline SVG follows a page's light or dark theme.
+
+Stands alone because it is the only file that draws. Matplotlib takes most of a second to import, so only the functions
+that draw import it.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignscale import results
+from alignscale.results import Result, Run, Series, Spread, finite, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+Palette = dict[str, str]
+Dash = str | tuple[int, tuple[float, ...]]
+
+# Okabe and Ito's hues, each darkened for white paper or lightened for a dark screen until it stands out 3:1 from it.
+LIGHT: Palette = {
+    "ink": "#1b1f24", "muted": "#59616b", "grid": "#dde1e6", "paper": "#ffffff", "panel": "#f5f6f8", "link": "#00589b",
+    "blue": "#0068a8", "vermillion": "#d55e00", "green": "#00936b", "purple": "#b8568f",
+    "orange": "#b57900", "sky": "#2f95d0", "olive": "#857a00",
+}  # fmt: skip
+DARK: Palette = {
+    "ink": "#e8eaed", "muted": "#a3abb5", "grid": "#363c45", "paper": "#14171b", "panel": "#1c2025", "link": "#7cc0f5",
+    "blue": "#3d9be0", "vermillion": "#f5803e", "green": "#1fbf93", "purple": "#df92bd",
+    "orange": "#eab024", "sky": "#8fd0f7", "olive": "#e3d95c",
+}  # fmt: skip
+SENTINELS: Palette = {role: f"#fd{index:02x}fe" for index, role in enumerate(LIGHT)}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn everywhere; colour, marker and dashes each suffice to tell it from the others."""
+
+    color: str
+    marker: str
+    dash: Dash
+
+
+LOOKS = {
+    "backprop": Look("ink", "o", (0, (5.0, 1.8))),
+    "align_ada": Look("blue", "s", "-"),
+    "align_zero": Look("vermillion", "^", (0, (7.0, 1.5, 1.5, 1.5))),
+    "feedback_alignment": Look("green", "v", (0, (3.0, 1.2))),
+    "direct_feedback_alignment": Look("purple", "D", (0, (1.2, 1.2))),
+    "readout_only": Look("orange", "P", (0, (5.0, 1.2, 1.2, 1.2, 1.2, 1.2))),
+    "align_prop": Look("sky", "X", (0, (9.0, 2.0))),
+    "sign_symmetric": Look("olive", "p", (0, (2.0, 2.0))),
+}
+
+
+def looks(lines: Sequence[Series]) -> dict[Series, Look]:
+    """The look of each series: its rule's own, or for a rule unknown here (or met on a second net) one that is free."""
+    used = {line.rule for line in lines}
+    spare = itertools.cycle([look for rule, look in LOOKS.items() if rule not in used] or list(LOOKS.values())[1:])
+    chosen: dict[Series, Look] = {}
+    for line in lines:
+        first = line.rule not in {other.rule for other in chosen}
+        chosen[line] = LOOKS[line.rule] if first and line.rule in LOOKS else next(spare)
+    return chosen
+
+
+def _new_figure(title: str, palette: Palette, width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, x=0.006, ha="left", color=palette["ink"])
+    return figure
+
+
+def _panels(runs: Sequence[Run], title: str, palette: Palette, row: float, left: float) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each width, at most three abreast; a row's height and the left margin are in inches."""
+    found = results.widths(runs)
+    columns = {1: 1, 2: 2, 4: 2}.get(len(found), 3)
+    rows = math.ceil(len(found) / columns)
+    panel = {1: 4.4 - left, 2: 3.2, 3: 2.3}[columns]
+    figure = _new_figure(title, palette, columns * panel + left, rows * row + 0.75)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in axes[len(found) :]:
+        empty.remove()
+    for axis, width in zip(axes, found, strict=False):
+        axis.set_title(f"width {width}")
+    return figure, axes[: len(found)]
+
+
+def _outer_labels(axes: Sequence[Axes], x: str, y: str) -> None:
+    """Label the axes at the figure's left and lower edges alone."""
+    rows, columns = axes[0].get_gridspec().nrows, axes[0].get_gridspec().ncols
+    for index, axis in enumerate(axes):
+        axis.set(xlabel=x if index + columns >= len(axes) else "", ylabel="" if index % columns else y)
+    axes[0].figure.get_layout_engine().set(hspace=0.06 if rows > 1 else 0.02)
+
+
+def _legend(figure: Figure, handles: dict[str, Line2D], columns: int) -> None:
+    if len(handles) > 1:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
+
+
+def _drawing(look: Look, palette: Palette) -> dict[str, Any]:
+    edge = {"markeredgecolor": palette["paper"], "markeredgewidth": 0.6}
+    return {"color": palette[look.color], "marker": look.marker, "linestyle": look.dash, **edge}
+
+
+def _numbers(spreads: Sequence[Spread]) -> tuple[list[float], list[float]]:
+    """Means and standard deviations; NaN, which is not drawn, for a mean that does not exist."""
+    return [math.nan if one.mean is None else one.mean for one in spreads], [one.std or 0.0 for one in spreads]
+
+
+def _over_width(data: Result, palette: Palette, title: str, *, gaps: bool) -> Figure:
+    """Final accuracy, or its gap to backprop, over the width."""
+    runs, found = data["runs"], results.widths(data["runs"])
+    figure = _new_figure(title, palette, 4.4, 3.7)
+    axis, handles, crosses = figure.subplots(), {}, dict.fromkeys(found, 0)
+    for line, look in looks(results.series(runs)).items():
+        if gaps and line.rule == "backprop":
+            mean, std = [0.0] * len(found), [0.0] * len(found)
+        else:
+            mean, std = _numbers([(results.gap if gaps else results.accuracies)(runs, line, width) for width in found])
+        bars = {"yerr": std, "capsize": 2.5, "elinewidth": 1} if any(std) else {}
+        handles[line.label] = axis.errorbar(found, mean, **bars, **_drawing(look, palette))[0]
+        # A run that diverged has no height: crosses at the foot of the figure see to it that it is not overlooked.
+        for width in found:
+            if any(results.diverged(run) for run in results.cell(runs, line, width)):
+                foot = 0.03 + 0.06 * crosses[width]
+                axis.plot(width, foot, "x", color=palette[look.color], mew=1.6, transform=axis.get_xaxis_transform())
+                crosses[width] += 1
+    if any(crosses.values()):
+        handles["a seed diverged"] = axis.plot([], [], "x", color=palette["ink"], mew=1.6)[0]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(found, [str(width) for width in found])
+    axis.minorticks_off()
+    axis.set(xlabel="width (log scale)", ylabel="gap to backprop (% points)" if gaps else "test accuracy (%)")
+    _legend(figure, handles, 2)
+    return figure
+
+
+def _history(own: Sequence[Run], key: str, scale: float) -> tuple[list[float], list[Spread]]:
+    """A quantity over epochs, over the seeds that did not diverge; where all did, over all, as far as it is finite."""
+    points: dict[float, list[float | None]] = {}
+    for run in [run for run in own if not results.diverged(run)] or own:
+        for point in run["curve"]:
+            value = finite(point.get(key))
+            points.setdefault(point["epoch"], []).append(None if value is None else scale * value)
+    history = {epoch: spread(points[epoch]) for epoch in sorted(points)}
+    history = {epoch: one for epoch, one in history.items() if one.mean is not None}
+    return list(history), list(history.values())
+
+
+def _curves(data: Result, palette: Palette, title: str, *, key: str, label: str, scale: float = 1.0) -> Figure:
+    """One quantity of the runs' curves over epochs: a panel a width, the mean and standard deviation over seeds."""
+    from matplotlib.ticker import MaxNLocator
+
+    runs, handles = data["runs"], {}
+    figure, axes = _panels(runs, title, palette, row=2.3, left=0.5)
+    for axis, width in zip(axes, results.widths(runs), strict=True):
+        for line, look in looks(results.series(runs)).items():
+            epochs, spreads = _history(results.cell(runs, line, width), key, scale)
+            if not epochs:
+                continue
+            mean, std = _numbers(spreads)
+            if any(std):
+                low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+                axis.fill_between(epochs, low, high, color=palette[look.color], alpha=0.14, linewidth=0)
+            every = max(1, math.ceil(len(epochs) / 12))
+            handles[line.label] = axis.plot(epochs, mean, markevery=every, **_drawing(look, palette))[0]
+        if key == "update_cosine":
+            handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    _share_range(axes, runs, key, scale)
+    _outer_labels(axes, "epoch", label)
+    _legend(figure, handles, 2 if len(axes) == 1 else 3)
+    return figure
+
+
+def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str, scale: float) -> None:
+    """Give all panels one y range: that of the runs that finished, without their first point.
+
+    A run on its way to infinity, or the untrained network's accuracy, would press all that matters into a thin stripe.
+    """
+    curves = [_history([run], key, scale)[1] for run in [run for run in runs if not results.diverged(run)] or runs]
+    values = [one.mean for curve in curves for one in (curve[1:] or curve) if one.mean is not None]
+    low, high = min(values), max(values)
+    if key == "update_cosine":
+        high = max(high, 1.0)
+    logarithmic = key.endswith("loss") and 0 < 8 * low < high
+    margin = 0.06 * ((math.log10(high / low) if logarithmic else high - low) or 1.0)
+    for axis in axes:
+        axis.set_yscale("log" if logarithmic else "linear")
+        axis.set_ylim(*((low * 10**-margin, high * 10**margin) if logarithmic else (low - margin, high + margin)))
+
+
+def _step_time(data: Result, palette: Palette, title: str) -> Figure:
+    """Time per step as bars: a panel a width, its milliseconds and its ratio to backprop written beside each bar."""
+    runs, times = data["runs"], results.step_milliseconds
+    chosen = looks(results.series(runs))
+    figure, axes = _panels(runs, title, palette, row=0.5 + 0.23 * len(chosen), left=1.6)
+    for axis, width in zip(axes, results.widths(runs), strict=True):
+        longest = max(times(runs, line, width).mean or 0.0 for line in chosen) or 1.0
+        for place, (line, look) in enumerate(chosen.items()):
+            time, base = times(runs, line, width), results.reference(runs, line)
+            if time.mean is None:
+                continue
+            axis.barh(place, time.mean, height=0.62, color=palette[look.color], xerr=time.std, ecolor=palette["muted"])
+            compared = times(runs, base, width).mean if base else None
+            words = results.significant(time.mean) + (f" ({time.mean / compared:.2f}×)" if compared else "")
+            end = time.mean + (time.std or 0.0) + 0.03 * longest
+            axis.text(end, place, words, va="center", fontsize=8, color=palette["ink"])
+        axis.set_yticks(range(len(chosen)), [line.label for line in chosen])
+        axis.set(xlim=(0, 1.75 * longest), ylim=(len(chosen) - 0.5, -0.5))
+        axis.tick_params(axis="y", length=0, labelleft=axis.get_subplotspec().is_first_col())
+        axis.grid(visible=False, axis="y")
+    _outer_labels(axes, "ms per step", "")
+    return figure
+
+
+def _has(data: Result, key: str) -> bool:
+    return any(finite(point.get(key)) is not None for run in data["runs"] for point in run["curve"])
+
+
+def _has_widths(data: Result, measure: Callable[[Sequence[Run], Series, int], Spread]) -> bool:
+    """Whether a quantity is known at two widths or more: fewer make no figure over the width."""
+    runs = data["runs"]
+    lines = results.series(runs)
+    return sum(any(measure(runs, line, w).mean is not None for line in lines) for w in results.widths(runs)) > 1
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure's title, what it shows in a sentence (its alternative text too), when it exists and how it is drawn."""
+
+    title: str
+    caption: str
+    exists: Callable[[Result], bool]
+    draw: Callable[[Result, Palette, str], Figure]
+
+
+def _curve_plot(title: str, caption: str, key: str, label: str, scale: float = 1.0) -> Plot:
+    return Plot(title, caption, partial(_has, key=key), partial(_curves, key=key, label=label, scale=scale))
+
+
+PLOTS = {
+    "accuracy_width": Plot(
+        "Test accuracy over width", "Test accuracy at the end of training, for each rule and width.",
+        partial(_has_widths, measure=results.accuracies), partial(_over_width, gaps=False),
+    ),
+    "gap_width": Plot(
+        "Gap to backprop over width", "Test accuracy minus that of backprop at the same width; 0 is backprop.",
+        partial(_has_widths, measure=results.gap), partial(_over_width, gaps=True),
+    ),
+    "test_accuracy": _curve_plot(
+        "Test accuracy in training", "Test accuracy after each epoch; the untrained network may lie below the panel.", "test_accuracy", "test accuracy (%)", 100.0
+    ),
+    "train_loss": _curve_plot(
+        "Training loss", "Mean loss over the training examples of each epoch.", "train_loss", "training loss"
+    ),
+    "test_loss": _curve_plot("Test loss", "Loss on the test set after each epoch.", "test_loss", "test loss"),
+    "update_cosine": _curve_plot(
+        "Cosine of the update with backprop's",
+        "Cosine between a rule's update and the one backprop would make at the same weights; 1 is backprop.",
+        "update_cosine", "cosine",
+    ),
+    "step_time": Plot(
+        "Time per step", "Median time of a training step and, beside it, its ratio to backprop at the same width.",
+        lambda data: any(finite(run.get("seconds_per_step")) is not None for run in data["runs"]), _step_time,
+    ),
+}  # fmt: skip
+
+
+def figure_names(data: Result) -> list[str]:
+    """The figures that a result has the numbers for."""
+    return [name for name, plot in PLOTS.items() if plot.exists(data)]
+
+
+def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
+    """One figure as a file's bytes; the same for the same data, whatever the reader's own matplotlib settings are."""
+    import matplotlib
+    import matplotlib.style
+
+    muted = {key: palette["muted"] for key in ("axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")}
+    style: dict[str, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9, "axes.titlesize": 9,
+        "figure.titlesize": 10.5, "figure.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": palette["muted"], "axes.grid": True, "axes.axisbelow": True, "grid.color": palette["grid"],
+        "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 6.0, "lines.scale_dashes": False,
+        "legend.frameon": False, "legend.handlelength": 3.4, "legend.fontsize": 8.5,
+        "legend.labelcolor": palette["ink"], "xtick.labelcolor": palette["ink"], "ytick.labelcolor": palette["ink"],
+        "figure.facecolor": palette["paper"], "axes.facecolor": "none", "savefig.dpi": 200,
+    }  # fmt: skip
+    stamps = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer")}
+    buffer = io.BytesIO()
+    with matplotlib.style.context(["default", style | muted]):
+        figure = PLOTS[name].draw(data, palette, PLOTS[name].title)
+        figure.savefig(buffer, format=kind, metadata=dict.fromkeys(stamps.get(kind, ("Software",))))
+    return buffer.getvalue()
+
+
+def figures(data: Result, *, themed: bool = False) -> dict[str, str]:
+    """Every figure of a result as SVG: name -> svg.
+
+    Args:
+        data: a result of format 1.
+        themed: False for a file of its own, in colours for white paper; True for a page that defines the palette's roles
+            as CSS variables (`--ink`, `--blue`, ...): ids are then such that no other figure has them.
+    """
+    drawn = {}
+    for name in figure_names(data):
+        svg = _render(data, name, SENTINELS if themed else LIGHT, "svg").decode()
+        drawn[name] = _themed(svg, name) if themed else svg
+    return drawn
+
+
+def _themed(svg: str, name: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    for role, sentinel in SENTINELS.items():
+        svg = svg.replace(sentinel, f"var(--{role})")
+    # Matplotlib numbers its ids from 1 in every file, and a page's ids must be unique or clips and markers go astray.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+
+
+def save_figure(data: Result, name: str, path: Path) -> None:
+    """Draw one figure in print colours into a file of the kind its suffix says: .svg, .png or .pdf."""
+    results.write_atomic(path, _render(data, name, LIGHT, path.suffix.removeprefix(".")))

@@ -1,0 +1,171 @@
+"""The initial network: its weights from the seed, its trace and its pullback.
+
+It stands alone because a wrong initial network is the worst silent error here: it is always made from the seed and
+the architecture, never copied from a network that may have been trained or restored.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+import torch
+from torch import Tensor
+
+from alignscale.initial import VERSION, Stream, normal
+from alignscale.nets.network import Deltas, Network
+from alignscale.nets.norms import CalibratedNorm
+from alignscale.types import Parameters, Trace, Weight
+
+CALIBRATION_CHUNK = 250
+
+
+def initialise(net: Network, seed: int) -> None:
+    """Set every weight of ``net`` to its initial value and every bias to 0."""
+    with torch.no_grad():
+        for index, layer in enumerate(net.layers):
+            layer.weight.copy_(initial_weight(net, seed, index))
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+
+def initial_weight(net: Network, seed: int, index: int, stream: Stream = Stream.WEIGHT, draw: int = 0) -> Tensor:
+    """The initial weight of layer ``index``, or random numbers of that shape and scale from another stream or draw."""
+    weight = net.layers[index].weight
+    numbers = normal(seed, stream, index, tuple(weight.shape), draw=draw, device=weight.device)
+    return numbers.to(weight.dtype).mul_(net.layers[index].initial_std)
+
+
+class Frozen:
+    """A network as it was at the start: the structure and norms of ``net`` with other weights, which never change.
+
+    Not a Module and without parameters, so that no engine partitions, restores or updates it.
+    """
+
+    def __init__(self, net: Network, parameters: Parameters) -> None:
+        """Parameters: layer -> (weight, bias) of the initial network."""
+        self.net = net
+        self.parameters = parameters
+
+    @classmethod
+    def copy_of(cls, net: Network) -> "Frozen":
+        """A copy of ``net`` as it is now. For networks whose start is not a seed; call it before any training."""
+        copies = [
+            (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
+            for layer in net.layers
+        ]
+        return cls(net, copies.__getitem__)
+
+    def weight(self, index: int) -> Tensor:
+        """The initial weight of layer ``index``."""
+        return self.parameters(index)[0]
+
+    @torch.no_grad()
+    def trace(self, images: Tensor) -> Trace:
+        """The initial network's forward pass; no graph."""
+        return self.net.trace(images, self.parameters)
+
+    @torch.no_grad()
+    def pullback(self, error: Tensor, trace: Trace, local_gates: list[Tensor] | None = None) -> Deltas:
+        """Error at the output -> delta at each layer, by the initial Jacobian at the examples of ``trace``."""
+        return self.net.pullback(error, self.net.gates(trace), trace.norms, self.weight, local_gates)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """All that a rule may use besides the current network: fixed from the start, by the seed.
+
+    feedback: per layer, a random weight of its shape and scale. direct: per site, (*site, classes), from the error
+    straight to the site. magnitude: per layer and draw, |N(0, 1)| times the layer's initial deviation.
+    """
+
+    frozen: Frozen
+    feedback: Weight
+    direct: Weight
+    magnitude: Callable[[int, int], Tensor]
+
+    @classmethod
+    def from_seed(cls, net: Network, seed: int, stored: bool = True) -> "Fixed":
+        """As ``initialise(net, seed)`` sets the net. stored: kept from first use; else generated anew at each use."""
+        keep = functools.cache if stored else lambda function: function
+        weight = keep(lambda index: initial_weight(net, seed, index))
+
+        def direct(site: int) -> Tensor:
+            readout = net.layers[net.readout].weight
+            shape = net.direct_shapes[site]
+            numbers = normal(seed, Stream.DIRECT_FEEDBACK, site, (*shape, readout.shape[0]), device=readout.device)
+            return numbers.to(readout.dtype).div_(math.sqrt(math.prod(shape)))
+
+        def magnitude(index: int, draw: int) -> Tensor:
+            return initial_weight(net, seed, index, Stream.MAGNITUDE, draw).abs_()
+
+        return cls(
+            Frozen(net, lambda index: (weight(index), None)),
+            keep(lambda index: initial_weight(net, seed, index, Stream.FEEDBACK)),
+            keep(direct),
+            magnitude,
+        )
+
+
+def calibrate(frozen: Frozen, images: Tensor) -> None:
+    """Set the calibrated norms from the initial network over ``images`` (K, C, H, W), in float64 sums.
+
+    Site by site, as each site's moments depend on the norms below it. The chunks are fixed, so the result depends on
+    the examples and their order alone.
+    """
+    for norm in frozen.net.norms:
+        if not isinstance(norm, CalibratedNorm):
+            continue
+        for at in _positions(norm, frozen.net):
+            total = squares = None
+            for chunk in images.split(CALIBRATION_CHUNK):
+                z = _input_of(norm, at, frozen, chunk).double()
+                total = z.sum(0) if total is None else total + z.sum(0)
+                squares = z.square().sum(0) if squares is None else squares + z.square().sum(0)
+            assert total is not None
+            assert squares is not None
+            mean = total / len(images)
+            norm.calibrate(mean, (squares / len(images) - mean.square()).clamp(min=0), at)
+
+
+def _positions(norm: CalibratedNorm, net: Network) -> list[int | None]:
+    """A recurrent site is calibrated step by step, as each step depends on the one before."""
+    return list(range(norm.mean.shape[0])) if net.recurrent else [None]
+
+
+class _Reached(Exception):
+    """Raised to end a forward pass at the norm that is being calibrated."""
+
+
+def _input_of(norm: CalibratedNorm, at: int | None, frozen: Frozen, images: Tensor) -> Tensor:
+    caught: list[Tensor] = []
+
+    def stop(module: CalibratedNorm, arguments: tuple[Tensor, int | None]) -> None:
+        if len(arguments) < 2 or arguments[1] == at:
+            caught.append(arguments[0])
+            raise _Reached
+
+    handle = norm.register_forward_pre_hook(stop)
+    try:
+        frozen.trace(images)
+    except _Reached:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise RuntimeError("the network did not reach the norm that is being calibrated")
+
+
+def fingerprint(net: Network, architecture: dict[str, object], seed: int) -> str:
+    """A digest of the initial network: generator, seed, architecture, gain and norm statistics; 16 hex digits."""
+    digest = hashlib.sha256(json.dumps([VERSION, seed, architecture], sort_keys=True).encode())
+    for layer in net.layers:
+        digest.update(repr((tuple(layer.weight.shape), layer.scale, layer.initial_std)).encode())
+    for norm in net.norms:
+        for buffer in norm.buffers():
+            digest.update(buffer.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+

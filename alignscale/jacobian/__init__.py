@@ -1,0 +1,1 @@
+"""The initial network's Jacobian in the forms in which it can be kept."""

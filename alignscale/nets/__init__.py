@@ -1,0 +1,26 @@
+"""Networks: built by name from their configuration."""
+
+from alignscale.config import ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.nets.conv import conv
+from alignscale.nets.mlp import mlp
+from alignscale.nets.network import Network
+from alignscale.nets.rnn import RNN
+
+__all__ = ["Network", "build"]
+
+
+def build(config: NetConfig, shape: tuple[int, ...], classes: int, batch: int = 0) -> Network:
+    """The network of ``config`` for examples of ``shape``, (C, H, W) or (T, F), with ``classes`` logits; weights are 0.
+
+    batch: rows of a recurrent network's trained initial state. Raises ConfigError where net and data do not match.
+    """
+    if isinstance(config, RNNConfig):
+        steps, features = (shape[1], shape[0] * shape[2]) if len(shape) == 3 else shape
+        return RNN(config, steps, features, classes, batch)
+    if isinstance(config, ConvConfig):
+        if len(shape) != 3:
+            raise ConfigError(f"net={config.name}: expected images (C, H, W), found examples of shape {shape}")
+        return conv(config, shape, classes)
+    if isinstance(config, MLPConfig):
+        return mlp(config, shape, classes)
+    raise ConfigError(f"net={config.name}: expected an MLPConfig, ConvConfig or RNNConfig, found {type(config).__name__}")

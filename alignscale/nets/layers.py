@@ -1,0 +1,158 @@
+"""Layers with trained weights. A layer does three things: forward, transpose, weight gradient; each is a function of the weight given.
+
+They stand alone because every learning rule is made of these three maps, taken from different networks. In the NTK
+parameterisation (Jacot et al. 2018) weights are drawn from N(0, 1) and the forward pass multiplies by
+gain / sqrt(fan_in); in the standard one they are drawn with that deviation and the forward pass multiplies by nothing.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _WeightGradient(torch.autograd.Function):
+    """A scalar 0 whose gradient with respect to a layer's weight and bias is <delta, layer's weight-gradient port>."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, layer: "Layer", a: Tensor, delta: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(a, delta)
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
+        a, delta = ctx.saved_tensors
+        gradient, bias_gradient = ctx.layer.weight_gradient(a, delta * scale[0])
+        return gradient, bias_gradient, None, None, None
+
+
+class Layer(nn.Module, ABC):
+    """A linear map with a weight (out, ...) and perhaps a bias (out,); ``delta`` is always at its own output."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, gain: float, parameterisation: str) -> None:
+        """Shape: of the weight. Its values are set by ``alignscale.frozen.initialise``."""
+        super().__init__()
+        self.fan_in = math.prod(shape[1:])
+        deviation = gain / math.sqrt(self.fan_in)
+        ntk = parameterisation == "ntk"
+        self.initial_std = 1.0 if ntk else deviation
+        self.scale = deviation if ntk else 1.0
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+
+    def forward(self, a: Tensor) -> Tensor:
+        """The layer's output for input ``a`` under its own weight."""
+        return self.compute(a, self.weight, self.bias)
+
+    @abstractmethod
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """scale * weight a + bias, for any weight of this layer's shape."""
+
+    @abstractmethod
+    def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """scale * weight^T delta: the signal at the layer's input."""
+
+    @abstractmethod
+    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """scale * sum over examples of delta a^T, and the bias's sum of delta."""
+
+    def port(self, a: Tensor, delta: Tensor) -> Tensor:
+        """A scalar whose backward pass puts ``weight_gradient(a, delta)`` into the weight and bias."""
+        port: Tensor = _WeightGradient.apply(self.weight, self.bias, self, a, delta)
+        return port
+
+
+class Linear(Layer):
+    """weight (out, in), on the last axis of inputs (..., in)."""
+
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return _scale_and_shift(F.linear(a, weight), self.scale, bias)
+
+    def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """(..., out) -> (..., in)."""
+        return _scaled(delta, self.scale) @ weight
+
+    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(out, in) and (out,)."""
+        delta = delta.flatten(0, -2)
+        gradient = _scaled(delta, self.scale).T @ a.flatten(0, -2)
+        return gradient, None if self.bias is None else delta.sum(0)
+
+
+class Conv(Layer):
+    """weight (out, in, k, k) on maps (B, in, H, W) with TensorFlow's SAME padding: outputs are ceil(H / stride)."""
+
+    def __init__(self, inputs: tuple[int, int, int], out: int, stride: int, gain: float, parameterisation: str) -> None:
+        """Inputs: (C, H, W) of what the layer reads."""
+        channels, height, width = inputs
+        super().__init__((out, channels, 3, 3), True, gain, parameterisation)
+        rows, columns = _same_padding(height, 3, stride), _same_padding(width, 3, stride)
+        self.outputs = (out, -(-height // stride), -(-width // stride))
+        self.stride = stride
+        symmetric = rows[0] == rows[1] and columns[0] == columns[1]
+        self.padding = (rows[0], columns[0]) if symmetric else (0, 0)
+        self.extra = (0, 0, 0, 0) if symmetric else (*columns, *rows)
+        self.padded = (channels, height + self.extra[2] + self.extra[3], width + self.extra[0] + self.extra[1])
+
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W')."""
+        z = F.conv2d(self._pad(a), weight, stride=self.stride, padding=self.padding)
+        return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None])
+
+    def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """(B, out, H', W') -> (B, in, H, W)."""
+        size = [delta.shape[0], *self.padded]
+        signal = nn.grad.conv2d_input(size, weight, _scaled(delta, self.scale), self.stride, self.padding)
+        left, right, top, bottom = self.extra
+        return signal[:, :, top : self.padded[1] - bottom, left : self.padded[2] - right]
+
+    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(out, in, k, k) and (out,)."""
+        shape = self.weight.shape
+        gradient = nn.grad.conv2d_weight(self._pad(a), shape, _scaled(delta, self.scale), self.stride, self.padding)
+        return gradient, delta.sum((0, 2, 3))
+
+    def _pad(self, a: Tensor) -> Tensor:
+        return F.pad(a, self.extra) if any(self.extra) else a
+
+
+class State(Layer):
+    """A trained initial state, weight (B, units): its output is its weight, one row per place in the batch."""
+
+    def __init__(self, batch: int, units: int) -> None:
+        """Starts at 0."""
+        super().__init__((batch, units), False, 1.0, "ntk")
+        self.scale, self.initial_std = 1.0, 0.0
+
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The weight; ``a`` is not read."""
+        return weight
+
+    def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """Nothing lies below a state: delta itself."""
+        return delta
+
+    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Delta itself."""
+        return delta, None
+
+
+def _scaled(delta: Tensor, scale: float) -> Tensor:
+    return delta if scale == 1.0 else delta * scale
+
+
+def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    return _scaled(z, scale) if bias is None else torch.add(bias, z, alpha=scale)
+
+
+def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's SAME: the output has ceil(length / stride) places, the odd padding row comes after."""
+    total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+    return total // 2, total - total // 2

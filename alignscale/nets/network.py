@@ -1,0 +1,110 @@
+"""What a learning rule may know of a network: its trace, its pullback, its weight-gradient ports.
+
+It stands alone because rules are written against it, never against an architecture. A *site* is a place before an
+activation (after its norm); a feed-forward network has one per hidden layer, a recurrent network one in all. Layers are
+numbered in order, ``sites[l]`` is the site that layer l writes to, None for the readout (and for a trained state).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from alignscale.nets.activations import Activation
+from alignscale.nets.layers import Layer
+from alignscale.nets.norms import Norm
+from alignscale.types import NormState, Parameters, Trace, Weight
+
+Deltas = list[Tensor | None]
+"""Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
+
+
+class Network(nn.Module, ABC):
+    """Layers, norms and an activation, and how they are connected."""
+
+    layers: Sequence[Layer]
+    norms: Sequence[Norm]
+    sites: Sequence[int | None]
+    readout: int
+    """Index of the layer that writes the logits."""
+    state: int | None = None
+    """Index of a trained initial state, which the initial network reads too, like an input."""
+    direct_shapes: Sequence[tuple[int, ...]]
+    """Per site: the shape that direct feedback of one error vector (classes,) has there."""
+
+    public = False
+    """Whether ``local_gates`` are wanted: ``net.blocks=public``."""
+    recurrent = False
+    """Whether a site's first axis is time, normalised one step after another."""
+
+    def __init__(self, activation: Activation) -> None:
+        """Subclasses set ``layers``, ``norms``, ``sites``, ``readout`` and ``direct_shapes``."""
+        super().__init__()
+        self.activation = activation
+
+    @abstractmethod
+    def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
+        """A forward pass under the network's own weights, or under others of the same shapes.
+
+        images: (B, C, H, W) or (B, T, F). Builds autograd's graph only where gradients are enabled.
+        """
+
+    @abstractmethod
+    def pullback(
+        self,
+        error: Tensor,
+        gates: Sequence[Tensor],
+        norms: Sequence[NormState | None],
+        feedback: Weight,
+        local_gates: Sequence[Tensor] | None = None,
+    ) -> Deltas:
+        """The error at the output -> delta at every layer.
+
+        error: dLoss/dlogits, shape of the logits. gates, norms: per site, of the network whose Jacobian this is.
+        feedback: the weight whose transpose carries the signal through layer l. local_gates: per site, of the network
+        that is updated; given where ``public`` puts the boundary of a block before a gate.
+        """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) or (B, T, F) -> logits."""
+        return self.trace(images).logits
+
+    def gates(self, trace: Trace) -> list[Tensor]:
+        """Per site: act'(x) in the form that the activation's pullback reads."""
+        return [self.activation.gate(residue) for residue in trace.residues]
+
+    def surrogate(self, trace: Trace, deltas: Deltas) -> Tensor:
+        """Sum over layers of <delta, the layer's weight-gradient port>: a scalar whose gradient is the update.
+
+        The deltas pass each layer's norm by the moments of ``trace`` and meet the layer inputs of ``trace``; no graph
+        runs from one layer to another.
+        """
+        pulled: dict[int, Tensor] = {}
+        ports = []
+        for layer, site, a, delta in zip(self.layers, self.sites, trace.inputs, deltas, strict=True):
+            if delta is None:
+                continue
+            if site is not None:
+                if site not in pulled:
+                    with torch.no_grad():
+                        pulled[site] = self.norms[site].pullback(delta, trace.norms[site])
+                delta = pulled[site]
+            ports.append(layer.port(a, delta))
+        return torch.stack(ports).sum()
+
+    def readout_deltas(self, error: Tensor, trace: Trace) -> Deltas:
+        """The error at the readout and no other delta, but for a trained initial state: it has its true gradient."""
+        deltas: Deltas = [None] * len(self.layers)
+        if self.state is not None:
+            whole = self.pullback(error, self.gates(trace), trace.norms, lambda index: self.layers[index].weight)
+            deltas[self.state] = whole[self.state]
+        deltas[self.readout] = error
+        return deltas
+
+    def run_layer(self, index: int, a: Tensor, parameters: Parameters | None) -> Tensor:
+        """Layer ``index`` under its own weight (a module call, so that an engine's hooks see it) or under another."""
+        if parameters is None:
+            output: Tensor = self.layers[index](a)
+            return output
+        return self.layers[index].compute(a, *parameters(index))

@@ -1,0 +1,134 @@
+"""A recurrent network: h_t = act(norm(W_in x_t + W_rec h_{t-1} + b)), logits W_out h_t + c at the last or at every step.
+
+It stands alone as the one network whose pullback runs through time. Its hidden site has shape (T, units).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from alignscale.config import RNNConfig
+from alignscale.nets.activations import ACTIVATIONS
+from alignscale.nets.layers import Linear, State
+from alignscale.nets.network import Deltas, Network
+from alignscale.nets.norms import make_norm
+from alignscale.types import NormState, Parameters, Trace, Weight
+
+INPUT, RECURRENT, READOUT, STATE = range(4)
+
+
+class RNN(Network):
+    """Layers: input (units, F), recurrent (units, units), readout (classes, units), and perhaps a trained state."""
+
+    recurrent = True
+
+    def __init__(self, config: RNNConfig, steps: int, features: int, classes: int, batch: int) -> None:
+        """steps: T. batch: the number of rows of a trained initial state; not read otherwise."""
+        super().__init__(ACTIVATIONS[config.activation])
+        units, gain, parameterisation = config.width, config.gain, config.parameterisation
+        layers = [
+            Linear((units, features), True, 1.0, parameterisation),
+            Linear((units, units), False, gain, parameterisation),
+            Linear((classes, units), True, gain, parameterisation),
+        ]
+        trained = [State(batch, units)] if config.initial_state == "trained" else []
+        self.layers = nn.ModuleList([*layers, *trained])  # type: ignore[assignment]
+        self.norms = nn.ModuleList([make_norm(config.norm, (steps, units))])  # type: ignore[assignment]
+        self.sites = [0, 0, None, None][: len(self.layers)]
+        self.readout = READOUT
+        self.state = STATE if trained else None
+        self.every = config.readout == "every"
+        self.direct_shapes = [(units,) if self.every else (steps, units)]
+        self.public = config.blocks == "public"
+
+    def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
+        """Images (B, T, F), or (B, C, T, W) read as T rows of C * W features -> the trace."""
+        x = images if images.dim() == 3 else images.transpose(1, 2).flatten(2)
+        drive = self.run_layer(INPUT, x, parameters)
+        h = drive.new_zeros(drive.shape[0], drive.shape[2])
+        start = h.new_empty(0)
+        if self.state is not None:
+            h = self._initial(h)
+        before, after, residues, states = [], [], [], []
+        for step in range(drive.shape[1]):
+            before.append(h)
+            z = drive[:, step] + self.run_layer(RECURRENT, h, parameters)
+            normed, state = self.norms[0](z, step)
+            h, residue = self.activation.forward(normed)
+            after.append(h)
+            residues.append(residue)
+            states.append(state)
+        read = torch.stack(after, 1) if self.every else h
+        logits = self.run_layer(READOUT, read, parameters)
+        inputs = [x, torch.stack(before, 1), read, start][: len(self.layers)]
+        return Trace(inputs, [torch.stack(residues, 1)], [_stack(states)], logits)
+
+    def _initial(self, h: Tensor) -> Tensor:
+        state: Tensor = self.layers[STATE](h)
+        if state.shape[0] < h.shape[0]:
+            raise ValueError(
+                f"net.initial_state=trained: a batch of {h.shape[0]} examples, but the state has {state.shape[0]} rows; "
+                "use batches of at most that many, or net.initial_state=zero"
+            )
+        return state[: h.shape[0]]
+
+    def pullback(
+        self,
+        error: Tensor,
+        gates: Sequence[Tensor],
+        norms: Sequence[NormState | None],
+        feedback: Weight,
+        local_gates: Sequence[Tensor] | None = None,
+    ) -> Deltas:
+        """Error (B, classes) or (B, T, classes) -> deltas, back through time; see Network.pullback.
+
+        With ``blocks=public`` a delta leaves out the path from the same step's output to the hidden weights.
+        """
+        out = self.layers[READOUT].transpose(error, feedback(READOUT))
+        steps = gates[0].shape[1]
+        recurrent = feedback(RECURRENT)
+        deltas: list[Tensor] = []
+        carry: Tensor | None = None
+        for step in reversed(range(steps)):
+            direct = out[:, step] if self.every else out if step == steps - 1 else None
+            signal = _add(carry, direct)
+            delta = self.activation.pullback(signal, gates[0][:, step])
+            if local_gates is not None:
+                local = torch.zeros_like(signal) if carry is None else carry
+                deltas.append(self.activation.pullback(local, local_gates[0][:, step]))
+            else:
+                deltas.append(delta)
+            pulled = self.norms[0].pullback(delta, _at(norms[0], step), step)
+            carry = self.layers[RECURRENT].transpose(pulled, recurrent)
+        hidden = torch.stack(deltas[::-1], 1)
+        return [hidden, hidden, error, carry][: len(self.layers)]
+
+
+def _add(carry: Tensor | None, direct: Tensor | None) -> Tensor:
+    if carry is None or direct is None:
+        present = carry if direct is None else direct
+        assert present is not None
+        return present
+    return carry + direct
+
+
+def _stack(states: list[NormState | None]) -> NormState | None:
+    """Per-step states -> one of the site (T, units)."""
+    present = [state for state in states if state is not None]
+    if not present:
+        return None
+    return NormState(
+        torch.stack([s.z for s in present], 1),
+        torch.cat([s.mean for s in present]),
+        torch.cat([s.inverse_std for s in present]),
+    )
+
+
+def _at(state: NormState | None, step: int) -> NormState | None:
+    """The state of one step, from that of the site."""
+    if state is None:
+        return None
+    units = state.z.shape[2]
+    place = slice(step * units, (step + 1) * units)
+    return NormState(state.z[:, step], state.mean[place], state.inverse_std[place])

@@ -1,0 +1,41 @@
+"""The Align rules (Boopathy & Fiete, ICML 2022, Proposition 2): the error travels down the network as it was at the start.
+
+dW_l = E[ delta_l(x) input_l(x)^T ] / sqrt(fan_in), delta_l = J_l(x)^T e(x), J_l = d logits / d z_l. They differ from
+backprop by O(1 / sqrt(width)) at a finite width and not at all in the limit.
+"""
+
+from torch import Tensor
+
+from alignscale.nets.network import Deltas
+from alignscale.rules.base import LocalRule, register
+from alignscale.types import Batch, Trace
+
+
+@register("align_ada")
+class AlignAda(LocalRule):
+    """Initial gates and transposed weights, current layer inputs."""
+
+    def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
+        """Deltas of the initial network meet the current layer inputs, through the current norms."""
+        frozen = self.fixed.frozen
+        local_gates = self.net.gates(trace) if self.net.public else None
+        return trace, frozen.pullback(error, frozen.trace(batch.images), local_gates)
+
+
+@register("align_zero")
+class AlignZero(LocalRule):
+    """Initial gates, transposed weights and layer inputs: only the error is the current network's."""
+
+    def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
+        """Everything but the error comes from the initial network."""
+        initial = self.fixed.frozen.trace(batch.images)
+        return initial, self.fixed.frozen.pullback(error, initial)
+
+
+@register("align_prop")
+class AlignProp(LocalRule):
+    """Initial transposed weights, current gates and layer inputs: feedback alignment whose feedback is the start."""
+
+    def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
+        """The current network's pullback, with the initial weights transposed."""
+        return trace, self.net.pullback(error, self.net.gates(trace), trace.norms, self.fixed.frozen.weight)

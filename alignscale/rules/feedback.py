@@ -1,0 +1,78 @@
+"""Rules with other feedback weights: random, straight from the output, or only the signs of the current ones.
+
+Sources: feedback alignment, Lillicrap et al. 2016; direct feedback alignment, Nokland 2016; sign-symmetric feedback,
+Liao, Leibo & Poggio 2016.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alignscale.config import ConfigError, RuleConfig
+from alignscale.frozen import Fixed
+from alignscale.nets.network import Deltas, Network
+from alignscale.rules.base import LocalRule, register
+from alignscale.types import Batch, Trace
+
+MAGNITUDES = ("uniform", "fixed", "batchwise")
+
+
+@register("feedback_alignment")
+class FeedbackAlignment(LocalRule):
+    """Current gates and layer inputs; fixed random weights in place of the transposed ones, layer by layer."""
+
+    def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
+        """The current network's pullback, with the random weights transposed."""
+        return trace, self.net.pullback(error, self.net.gates(trace), trace.norms, self.fixed.feedback)
+
+
+@register("direct_feedback_alignment")
+class DirectFeedbackAlignment(LocalRule):
+    """At every hidden site the signal is B e, B fixed and random; the readout learns by its true gradient."""
+
+    def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
+        """Delta = gate * (B e), in the shape of the site."""
+        at_site = []
+        for site, gate in enumerate(self.net.gates(trace)):
+            signal = error @ self.fixed.direct(site).flatten(0, -2).T
+            at_site.append(self.net.activation.pullback(signal.view(gate.shape), gate))
+        deltas = self.net.readout_deltas(error, trace)
+        for index, site in enumerate(self.net.sites):
+            if site is not None:
+                deltas[index] = at_site[site]
+        return trace, deltas
+
+
+@dataclass
+class SignSymmetricConfig(RuleConfig):
+    """``magnitude`` of the feedback: ``uniform`` (1), ``fixed`` (random, drawn once) or ``batchwise`` (at each step)."""
+
+    name: str = "sign_symmetric"
+    magnitude: str = "uniform"
+
+
+@register("sign_symmetric")
+class SignSymmetric(LocalRule):
+    """Current gates and layer inputs; the feedback is sign(current weight) times a magnitude of its own."""
+
+    options = SignSymmetricConfig
+
+    def __init__(self, net: Network, fixed: Fixed, config: RuleConfig) -> None:
+        """Raises ConfigError for an unknown magnitude."""
+        super().__init__(net, fixed, config)
+        if not isinstance(config, SignSymmetricConfig) or config.magnitude not in MAGNITUDES:
+            found = getattr(config, "magnitude", "(absent)")
+            raise ConfigError(f"rule.magnitude={found}: expected one of {', '.join(MAGNITUDES)}")
+        self.magnitude = config.magnitude
+
+    def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
+        """The current network's pullback, with the signed magnitudes transposed."""
+
+        def feedback(index: int) -> Tensor:
+            layer = self.net.layers[index]
+            sign = layer.weight.detach().sign()
+            if self.magnitude == "uniform":
+                return sign * layer.initial_std
+            return sign * self.fixed.magnitude(index, batch.step + 1 if self.magnitude == "batchwise" else 0)
+
+        return trace, self.net.pullback(error, self.net.gates(trace), trace.norms, feedback)

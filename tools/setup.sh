@@ -1,0 +1,242 @@
+#!/usr/bin/env bash
+# Makes or repairs .venv in this clone, with the exact versions of constraints.txt.
+#
+#   tools/setup.sh base    what `make demo` needs
+#   tools/setup.sh all     also DeepSpeed, the loaders, SLURM, the tests, and FFCV where it can be built
+#
+# PYTHON=/path/to/python3.12 chooses the interpreter. This is a shell script because it runs before any package exists.
+#
+# Two files in .venv make it safe to stop and to run again. `alignscale-setup`, written last, says what is installed, so
+# that a finished set-up is recognised without asking pip. `alignscale-unfinished` is there while packages change: a run
+# that finds it starts from an empty .venv.
+set -euo pipefail
+
+venv=.venv
+stamp=$venv/alignscale-setup
+unfinished=$venv/alignscale-unfinished
+log=.cache/setup.log
+
+say() { printf 'setup: %s\n' "$*"; }
+
+fail() { # what is wrong, then lines that say what to do
+    printf 'setup: error: %s\n' "$1" >&2
+    shift
+    [ $# -eq 0 ] || printf '  %s\n' "$@" >&2
+    exit 1
+}
+
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
+
+supported() { [ "$1" = 3.11 ] || [ "$1" = 3.12 ]; }
+
+find_python() { # sets python and version
+    local candidate tried=""
+    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.12 python3.11 python3}; do
+        version=$(version_of "$candidate")
+        if supported "$version"; then
+            python=$candidate
+            return
+        fi
+        tried="$tried${tried:+, }$candidate (${version:-does not run})"
+        [ -z "${PYTHON-}" ] || break
+    done
+    fail "no Python 3.11 or 3.12; tried $tried" \
+        "Install one (Debian 12: apt-get install python3.11-venv; elsewhere pyenv, uv and conda have both)," \
+        "then run again, with PYTHON=/path/to/python3.12 if it is not on your PATH."
+}
+
+why_make_anew() { # why the .venv that is here cannot be kept; silent if it can
+    if [ -e "$unfinished" ]; then
+        echo "an earlier set-up stopped half way"
+    elif [ -z "$have_version" ]; then
+        echo "its Python does not run"
+    elif ! supported "$have_version"; then
+        echo "it has Python $have_version"
+    elif [ -n "${PYTHON-}" ] && [ "$have_version" != "$version" ]; then
+        echo "it has Python $have_version and $PYTHON is $version"
+    elif [ -n "$have_clone" ] && [ "$have_clone" != "$PWD" ]; then
+        echo "it was made in $have_clone"
+    fi
+}
+
+make_venv() {
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot make virtual environments: its venv module is missing" \
+            "Debian and Ubuntu: apt-get install python$version-venv; then run again."
+    say "making $venv with Python $version ($(command -v "$python"))"
+    mkdir "$venv"
+    : >"$unfinished"
+    "$python" -m venv "$venv" >"$log" 2>&1 || explain "could not make $venv"
+}
+
+# ---- what can be built here ------------------------------------------------------------------------------------------
+
+choose_ffcv() { # adds ffcv to the extras, or says what it lacks
+    local missing=""
+    command -v c++ >/dev/null || missing="$missing g++"
+    "$python" -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+        missing="$missing python$version-dev"
+    [ -z "$missing" ] || say "note: the DeepSpeed tests will be skipped: DeepSpeed compiles a part when it starts, which needs$missing"
+    command -v pkg-config >/dev/null || missing="$missing pkg-config"
+    pkg-config --exists opencv4 2>/dev/null || missing="$missing libopencv-dev"
+    pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
+    if [ -z "$missing" ]; then
+        extras="$extras ffcv"
+    else
+        say "note: FFCV is left out: it is built from source, which needs$missing"
+        say "      to add it: apt-get install$missing (Debian's names), then run this again"
+    fi
+}
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+torch_build() { # cpu, default or installed
+    local pin builds
+    pin=$(sed -n 's/^torch==//p' constraints.txt)
+    if "$venv/bin/python" -c "from importlib.metadata import version as v; raise SystemExit(v('torch').split('+')[0] != '$pin')" 2>/dev/null; then
+        echo installed
+        return
+    fi
+    builds=$("$venv/bin/python" -m pip index versions torch 2>"$log" | tr ', ' '\n\n') || true
+    if grep -qxF "$pin+cpu" <<<"$builds"; then
+        echo cpu
+    elif grep -qF "$pin" <<<"$builds"; then
+        echo default
+    else
+        explain "pip finds no torch $pin for Python $version"
+    fi
+}
+
+free_mb() { df -Pk -- "$1" | awk 'NR == 2 { print int($4 / 1024) }'; }
+
+check_cost() { # says what will be downloaded and installed, in MB, and stops if there is no room for it
+    local build download installed temporary=${TMPDIR:-/tmp}
+    build=$(torch_build)
+    case $build in
+        cpu) download=310 installed=1200 build="torch's CPU build" ;;
+        default) download=2850 installed=5900 build="torch's default build, with CUDA" ;;
+        installed) download=0 installed=0 build="torch is here already" ;;
+    esac
+    [ -z "$extras" ] || { download=$((download + 200)) installed=$((installed + 700)); }
+    say "installing alignscale${extras:+ with the extras$extras}, versions from constraints.txt"
+    say "about $download MB to download, less what pip has cached, and $installed MB on disk ($build)"
+    [ "$(free_mb .)" -ge "$installed" ] ||
+        fail "$PWD has $(free_mb .) MB free and needs $installed MB" "Make room, or move the clone; then run again."
+    [ "$(free_mb "$temporary")" -ge "$download" ] ||
+        fail "$temporary has $(free_mb "$temporary") MB free, and pip needs up to $download MB there" \
+            "Make room, or run again with TMPDIR=/a/roomier/folder."
+}
+
+# ---- pip -------------------------------------------------------------------------------------------------------------
+
+explain() { # reads the log of what failed, and says what to do
+    local what=$1 culprit
+    if grep -qE 'No space left on device|Disk quota exceeded' "$log"; then
+        fail "$what: the disk is full" "Make room, then run again. Log: $log"
+    fi
+    culprit=$(sed -nE 's/.*Failed building (wheel|editable) for ([^ ]+).*/\2/p; s/.*Failed to build .?([a-z0-9_-]+).*/\1/p' "$log" | head -n 1)
+    if [ -n "$culprit" ]; then
+        fail "$what: $culprit did not build" "The compiler's messages are in $log."
+    fi
+    if grep -qE 'ConnectionError|NameResolutionError|name resolution|Max retries|timed out|Timeout|ProxyError|SSLError|unreachable' "$log"; then
+        fail "$what: no package index could be reached" \
+            "Check the network, the proxy and pip's own configuration (pip config list), then run again. Log: $log"
+    fi
+    fail "$what" "$(grep -E '^ *(ERROR|error)' "$log" | tail -n 3)" "The whole log is $log; run again once its cause is mended."
+}
+
+progress() { # pip's output, reduced to what takes long
+    sed -unE \
+        -e 's/^ *Downloading ([^ -]+)-.* \(([0-9.]+ [MG]B)\).*/  downloading \1, \2/p' \
+        -e 's/^ *Building wheel for ([^ ]+) .*started.*/  building \1/p' \
+        -e 's/^Installing collected packages:.*/  unpacking/p'
+}
+
+changed_nothing() { ! grep -q '^Installing collected packages' "$log"; }
+
+stopped() { # by a failure, Ctrl-C or a kill: keep what still works
+    local status=$?
+    if [ -n "$old_stamp" ] && changed_nothing; then
+        printf '%s\n' "$old_stamp" >"$stamp"
+        rm -f "$unfinished"
+    elif [ $status -ge 128 ]; then
+        printf 'setup: stopped half way; the next run starts from an empty %s\n' "$venv" >&2
+    fi
+    exit $status
+}
+
+install() {
+    local list=${extras// /,} status
+    old_stamp=$(cat "$stamp" 2>/dev/null || true)
+    : >"$log"
+    trap stopped EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+    : >"$unfinished"
+    rm -f "$stamp"
+    # The constraints also hold for what builds the packages that come as source; they go by environment because old and
+    # new pip name them differently, and relative because pip splits the variable at spaces.
+    set +e
+    PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_USER=0 \
+        "$venv/bin/python" -m pip install --no-input -e ".${list:+[${list#,}]}" 2>&1 | tee "$log" | progress
+    status=${PIPESTATUS[0]}
+    set -e
+    [ "$status" -eq 0 ] || explain "pip could not install the packages"
+    "$venv/bin/python" -c 'import torch' >>"$log" 2>&1 || explain "torch was installed but cannot be imported"
+    printf '%s\n' "$PWD" "$hash" "$extras" >"$stamp"
+    rm -f "$unfinished"
+    trap - EXIT INT TERM HUP
+}
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+case "${1-}" in
+    base) extras="" ;;
+    all) extras=" deepspeed dev slurm stream" ;;
+    *) fail "unknown argument '${1-}'" "usage: tools/setup.sh base|all" ;;
+esac
+system=$(uname -s)
+[ "$system" = Linux ] || fail "alignscale runs on Linux, and this is $system" \
+    "Use a Linux machine, a container, or WSL 2 on Windows."
+cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+have_clone="" have_hash="" have_extras=""
+[ ! -f "$stamp" ] || { IFS= read -r have_clone && read -r have_hash && IFS= read -r have_extras; } <"$stamp" || true
+have_version=$(version_of "$venv/bin/python")
+[ -z "${PYTHON-}" ] || find_python
+reason="there is none"
+[ ! -e "$venv" ] && [ ! -L "$venv" ] || reason=$(why_make_anew)
+if [ -n "$reason" ]; then
+    find_python
+    have_hash="" have_extras=""
+else
+    python=$venv/bin/python version=$have_version
+fi
+
+[ "$1" != all ] || choose_ffcv
+# What is there already stays: `base` after `all` takes nothing away.
+for extra in $have_extras; do
+    case "$extras " in *" $extra "*) ;; *) extras="$extras $extra" ;; esac
+done
+hash=$(cat pyproject.toml constraints.txt | sha256sum | cut -d ' ' -f 1)
+if [ "$have_hash" = "$hash" ] && [ "$(wc -w <<<"$extras")" -eq "$(wc -w <<<"$have_extras")" ]; then
+    say "$venv is up to date"
+    exit 0
+fi
+
+mkdir -p .cache 2>/dev/null && [ -w . ] && [ -w .cache ] && { [ ! -e "$venv" ] || [ -w "$venv" ]; } ||
+    fail "user $(id -un) cannot write in $PWD" "Use a clone of your own, or change who owns this one."
+if command -v flock >/dev/null; then
+    exec 9>.cache/setup.lock
+    flock -n 9 || fail "another set-up of this clone is running" "Wait for it to end, then run again."
+fi
+if [ -n "$reason" ]; then
+    [ "$reason" = "there is none" ] || say "$venv will be made anew: $reason"
+    rm -rf "$venv"
+    make_venv
+fi
+check_cost
+install
+say "done: $venv has everything$extras"
