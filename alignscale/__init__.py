@@ -1,0 +1,1 @@
+"""alignscale trains wide neural networks without backpropagation through their current weights."""

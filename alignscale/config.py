@@ -236,6 +236,13 @@ class CompareConfig:
     folder: str = "runs/compare"
 
 
+@dataclass
+class GridConfig(TrainConfig):
+    """A comparison: the options of every run, and the grid."""
+
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
 def _choice(option: str, value: Any, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{option}={value}: expected one of {', '.join(valid)}")
@@ -272,6 +279,7 @@ def validate(config: TrainConfig) -> None:
             if not 0 <= getattr(config.optim, option) < 1:
                 raise ConfigError(f"optim.{option}={getattr(config.optim, option)}: expected from 0 to below 1")
         _positive("optim.eps", config.optim.eps)
+    _validate_trained_state(config)
     _choice("frozen.weights", config.frozen.weights, ("stored", "regenerated"))
     _choice("precision", config.precision, PRECISIONS)
     _choice("device", config.device, ("auto", "cpu", "cuda"))
@@ -287,6 +295,15 @@ def validate(config: TrainConfig) -> None:
     _at_least("log.every_steps", config.log.every_steps, 1)
     if not math.isfinite(config.label_offset):
         raise ConfigError(f"label_offset={config.label_offset}: expected a finite number")
+
+
+def _validate_trained_state(config: TrainConfig) -> None:
+    if isinstance(config.net, RNNConfig) and config.net.initial_state == "trained":
+        if config.evaluation.batch_size > config.batch_size:
+            raise ConfigError(
+                f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
+                "the rows of net.initial_state=trained"
+            )
 
 
 def _seed(option: str, value: int) -> None:

@@ -10,10 +10,9 @@ that draw import it.
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,66 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from alignscale import results
 from alignscale.results import Result, Run, Series, Spread, finite, spread
+from alignscale.theme import LIGHT, LOOKS, SENTINELS, Look, Palette, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-Palette = dict[str, str]
-Dash = str | tuple[int, tuple[float, ...]]
-
-# Okabe and Ito's hues, each darkened for white paper or lightened for a dark screen until it stands out 3:1 from it.
-LIGHT: Palette = {
-    "ink": "#1b1f24", "muted": "#59616b", "grid": "#dde1e6", "paper": "#ffffff", "panel": "#f5f6f8", "link": "#00589b",
-    "blue": "#0068a8", "vermillion": "#d55e00", "green": "#00936b", "purple": "#b8568f",
-    "orange": "#b57900", "sky": "#2f95d0", "olive": "#857a00",
-}  # fmt: skip
-DARK: Palette = {
-    "ink": "#e8eaed", "muted": "#a3abb5", "grid": "#363c45", "paper": "#14171b", "panel": "#1c2025", "link": "#7cc0f5",
-    "blue": "#3d9be0", "vermillion": "#f5803e", "green": "#1fbf93", "purple": "#df92bd",
-    "orange": "#eab024", "sky": "#8fd0f7", "olive": "#e3d95c",
-}  # fmt: skip
-SENTINELS: Palette = {role: f"#fd{index:02x}fe" for index, role in enumerate(LIGHT)}
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a series is drawn everywhere; colour, marker and dashes each suffice to tell it from the others."""
-
-    color: str
-    marker: str
-    dash: Dash
-
-
-LOOKS = {
-    "backprop": Look("ink", "o", (0, (5.0, 1.8))),
-    "align_ada": Look("blue", "s", "-"),
-    "align_zero": Look("vermillion", "^", (0, (7.0, 1.5, 1.5, 1.5))),
-    "feedback_alignment": Look("green", "v", (0, (3.0, 1.2))),
-    "direct_feedback_alignment": Look("purple", "D", (0, (1.2, 1.2))),
-    "readout_only": Look("orange", "P", (0, (5.0, 1.2, 1.2, 1.2, 1.2, 1.2))),
-    "align_prop": Look("sky", "X", (0, (9.0, 2.0))),
-    "sign_symmetric": Look("olive", "p", (0, (2.0, 2.0))),
-}
-
-
-def looks(lines: Sequence[Series]) -> dict[Series, Look]:
-    """The look of each series: its rule's own, or for a rule unknown here (or met on a second net) one that is free."""
-    used = {line.rule for line in lines}
-    spare = itertools.cycle([look for rule, look in LOOKS.items() if rule not in used] or list(LOOKS.values())[1:])
-    chosen: dict[Series, Look] = {}
-    for line in lines:
-        first = line.rule not in {other.rule for other in chosen}
-        chosen[line] = LOOKS[line.rule] if first and line.rule in LOOKS else next(spare)
-    return chosen
-
-
 def _new_figure(title: str, palette: Palette, width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, x=0.006, ha="left", color=palette["ink"])
+    figure.suptitle(title, x=0.003, ha="left", color=palette["ink"])
     return figure
 
 
@@ -91,20 +42,12 @@ def _panels(runs: Sequence[Run], title: str, palette: Palette, row: float, left:
     rows = math.ceil(len(found) / columns)
     panel = {1: 4.4 - left, 2: 3.2, 3: 2.3}[columns]
     figure = _new_figure(title, palette, columns * panel + left, rows * row + 0.75)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for empty in axes[len(found) :]:
         empty.remove()
     for axis, width in zip(axes, found, strict=False):
         axis.set_title(f"width {width}")
     return figure, axes[: len(found)]
-
-
-def _outer_labels(axes: Sequence[Axes], x: str, y: str) -> None:
-    """Label the axes at the figure's left and lower edges alone."""
-    rows, columns = axes[0].get_gridspec().nrows, axes[0].get_gridspec().ncols
-    for index, axis in enumerate(axes):
-        axis.set(xlabel=x if index + columns >= len(axes) else "", ylabel="" if index % columns else y)
-    axes[0].figure.get_layout_engine().set(hspace=0.06 if rows > 1 else 0.02)
 
 
 def _legend(figure: Figure, handles: dict[str, Line2D], columns: int) -> None:
@@ -132,7 +75,7 @@ def _over_width(data: Result, palette: Palette, title: str, *, gaps: bool) -> Fi
             mean, std = [0.0] * len(found), [0.0] * len(found)
         else:
             mean, std = _numbers([(results.gap if gaps else results.accuracies)(runs, line, width) for width in found])
-        bars = {"yerr": std, "capsize": 2.5, "elinewidth": 1} if any(std) else {}
+        bars: dict[str, Any] = {"yerr": std, "capsize": 2.5, "elinewidth": 1} if any(std) else {}
         handles[line.label] = axis.errorbar(found, mean, **bars, **_drawing(look, palette))[0]
         # A run that diverged has no height: crosses at the foot of the figure see to it that it is not overlooked.
         for width in found:
@@ -141,6 +84,7 @@ def _over_width(data: Result, palette: Palette, title: str, *, gaps: bool) -> Fi
                 axis.plot(width, foot, "x", color=palette[look.color], mew=1.6, transform=axis.get_xaxis_transform())
                 crosses[width] += 1
     if any(crosses.values()):
+        axis.margins(y=0.05 + 0.08 * max(crosses.values()))
         handles["a seed diverged"] = axis.plot([], [], "x", color=palette["ink"], mew=1.6)[0]
     axis.set_xscale("log", base=2)
     axis.set_xticks(found, [str(width) for width in found])
@@ -168,7 +112,10 @@ def _curves(data: Result, palette: Palette, title: str, *, key: str, label: str,
 
     runs, handles = data["runs"], {}
     figure, axes = _panels(runs, title, palette, row=2.3, left=0.5)
+    figure.supylabel(label)
     for axis, width in zip(axes, results.widths(runs), strict=True):
+        if key == "update_cosine":
+            handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
         for line, look in looks(results.series(runs)).items():
             epochs, spreads = _history(results.cell(runs, line, width), key, scale)
             if not epochs:
@@ -179,30 +126,37 @@ def _curves(data: Result, palette: Palette, title: str, *, key: str, label: str,
                 axis.fill_between(epochs, low, high, color=palette[look.color], alpha=0.14, linewidth=0)
             every = max(1, math.ceil(len(epochs) / 12))
             handles[line.label] = axis.plot(epochs, mean, markevery=every, **_drawing(look, palette))[0]
-        if key == "update_cosine":
-            handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
+        axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     _share_range(axes, runs, key, scale)
-    _outer_labels(axes, "epoch", label)
     _legend(figure, handles, 2 if len(axes) == 1 else 3)
     return figure
 
 
 def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str, scale: float) -> None:
-    """Give all panels one y range: that of the runs that finished, without their first point.
+    """Give all panels one y range: that of the runs that finished, in a comparison without the untrained accuracy.
 
-    A run on its way to infinity, or the untrained network's accuracy, would press all that matters into a thin stripe.
+    A run on its way to infinity, or an accuracy near chance, would press all that matters into a thin stripe.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    skip = 1 if key == "test_accuracy" and len(runs) > 1 else 0
     curves = [_history([run], key, scale)[1] for run in [run for run in runs if not results.diverged(run)] or runs]
-    values = [one.mean for curve in curves for one in (curve[1:] or curve) if one.mean is not None]
+    values = [one.mean for curve in curves for one in (curve[skip:] or curve) if one.mean is not None]
     low, high = min(values), max(values)
     if key == "update_cosine":
         high = max(high, 1.0)
     logarithmic = key.endswith("loss") and 0 < 8 * low < high
     margin = 0.06 * ((math.log10(high / low) if logarithmic else high - low) or 1.0)
+    if not logarithmic:
+        axes[0].set_ylim(low - margin, high + margin)
+        return
+    axes[0].set_yscale("log")
+    axes[0].set_ylim(low * 10**-margin, high * 10**margin)
     for axis in axes:
-        axis.set_yscale("log" if logarithmic else "linear")
-        axis.set_ylim(*((low * 10**-margin, high * 10**margin) if logarithmic else (low - margin, high + margin)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _step_time(data: Result, palette: Palette, title: str) -> Figure:
@@ -222,10 +176,9 @@ def _step_time(data: Result, palette: Palette, title: str) -> Figure:
             end = time.mean + (time.std or 0.0) + 0.03 * longest
             axis.text(end, place, words, va="center", fontsize=8, color=palette["ink"])
         axis.set_yticks(range(len(chosen)), [line.label for line in chosen])
-        axis.set(xlim=(0, 1.75 * longest), ylim=(len(chosen) - 0.5, -0.5))
-        axis.tick_params(axis="y", length=0, labelleft=axis.get_subplotspec().is_first_col())
-        axis.grid(visible=False, axis="y")
-    _outer_labels(axes, "ms per step", "")
+        axis.set(xlabel="ms per step", xlim=(0, 1.75 * longest), ylim=(len(chosen) - 0.5, -0.5))
+        axis.tick_params(axis="y", length=0)
+        axis.grid(visible=False)
     return figure
 
 
@@ -264,7 +217,7 @@ PLOTS = {
         partial(_has_widths, measure=results.gap), partial(_over_width, gaps=True),
     ),
     "test_accuracy": _curve_plot(
-        "Test accuracy in training", "Test accuracy after each epoch; the untrained network may lie below the panel.", "test_accuracy", "test accuracy (%)", 100.0
+        "Test accuracy in training", "Test accuracy after each epoch.", "test_accuracy", "test accuracy (%)", 100.0,
     ),
     "train_loss": _curve_plot(
         "Training loss", "Mean loss over the training examples of each epoch.", "train_loss", "training loss"
@@ -292,11 +245,12 @@ def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
     import matplotlib
     import matplotlib.style
 
-    muted = {key: palette["muted"] for key in ("axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")}
+    muted = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "axes.edgecolor")
     style: dict[str, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9, "axes.titlesize": 9,
-        "figure.titlesize": 10.5, "figure.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": palette["muted"], "axes.grid": True, "axes.axisbelow": True, "grid.color": palette["grid"],
+        "figure.titlesize": 10.5, "figure.labelsize": 9, "figure.titleweight": "bold",
+        "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "axes.axisbelow": True, "grid.color": palette["grid"],
         "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 6.0, "lines.scale_dashes": False,
         "legend.frameon": False, "legend.handlelength": 3.4, "legend.fontsize": 8.5,
         "legend.labelcolor": palette["ink"], "xtick.labelcolor": palette["ink"], "ytick.labelcolor": palette["ink"],
@@ -304,7 +258,7 @@ def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
     }  # fmt: skip
     stamps = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer")}
     buffer = io.BytesIO()
-    with matplotlib.style.context(["default", style | muted]):
+    with matplotlib.style.context(["default", style | {key: palette["muted"] for key in muted}]):
         figure = PLOTS[name].draw(data, palette, PLOTS[name].title)
         figure.savefig(buffer, format=kind, metadata=dict.fromkeys(stamps.get(kind, ("Software",))))
     return buffer.getvalue()
@@ -315,8 +269,8 @@ def figures(data: Result, *, themed: bool = False) -> dict[str, str]:
 
     Args:
         data: a result of format 1.
-        themed: False for a file of its own, in colours for white paper; True for a page that defines the palette's roles
-            as CSS variables (`--ink`, `--blue`, ...): ids are then such that no other figure has them.
+        themed: False for a file of its own, in colours for white paper; True for a page with the style sheet of
+            `alignscale.theme`, whose CSS variables then give the colours; ids are such that no other figure has them.
     """
     drawn = {}
     for name in figure_names(data):

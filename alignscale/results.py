@@ -1,8 +1,8 @@
 """The JSON object that a run or a comparison leaves beside its report: reading it, and summaries over its seeds.
 
-Format 1 holds `title`, `created`, `command`, `hardware`, `versions`, `config` (the options common to all runs) and `runs`:
-a list with one object per run, each with its resolved `config`, its final `test` and `train` numbers and a `curve` with
-one point per epoch. A number that came out as NaN or infinity is null or JSON's NaN; both mean that the run diverged.
+Format 1 holds `title`, `created`, `command`, `hardware`, `versions`, `config` (the options common to all runs) and
+`runs`: a list with one object per run, each with its resolved `config`, its final `test` and `train` numbers and a
+`curve` with one point per epoch. A loss that ended as NaN or infinity is null or JSON's NaN: the run diverged.
 
 Stands alone because the page, the figures and the terminal's table must agree on every mean, gap and divergence.
 """
@@ -176,7 +176,7 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options as dotted names, the form in which the command line takes them."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -191,7 +191,7 @@ def option_text(value: object) -> str:
 def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
     """Options that differ between runs: name -> value -> its runs.
 
-    An option that only repeats a run's rule, net, width, seed, name or folder is left out: tables and figures show these.
+    An option that only repeats a run's rule, net, width, seed, name or folder is left out: the tables show these.
     """
     configs = [flatten(run["config"]) for run in runs]
     found: dict[str, dict[str, list[Run]]] = {}
@@ -204,6 +204,18 @@ def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
         if len(values) > 1 and not repeats:
             found[option] = values
     return found
+
+
+def summary(data: Result) -> str:
+    """One line for the terminal: how the first run ended."""
+    run = data["runs"][0]
+    reached, step = accuracy(run), finite(run["seconds_per_step"])
+    parts = ["diverged" if reached is None else f"test accuracy {reached:.2f} %"]
+    loss = finite(run["test"].get("loss"))
+    parts += [] if loss is None else [f"test loss {loss:.4f}"]
+    parts += [f"{run['steps']} steps"]
+    parts += [] if step is None else [f"{1000 * step:.1f} ms a step"]
+    return f"{run['name']}: {', '.join(parts)}"
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -32,15 +32,15 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 supported() { [ "$1" = 3.11 ] || [ "$1" = 3.12 ]; }
 
 find_python() { # sets python and version
-    local candidate tried=""
-    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.12 python3.11 python3}; do
+    local candidate tried="" candidates=(python3.12 python3.11 python3)
+    [ -z "${PYTHON-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         version=$(version_of "$candidate")
         if supported "$version"; then
             python=$candidate
             return
         fi
         tried="$tried${tried:+, }$candidate (${version:-does not run})"
-        [ -z "${PYTHON-}" ] || break
     done
     fail "no Python 3.11 or 3.12; tried $tried" \
         "Install one (Debian 12: apt-get install python3.11-venv; elsewhere pyenv, uv and conda have both)," \
@@ -69,21 +69,23 @@ make_venv() {
     mkdir "$venv"
     : >"$unfinished"
     "$python" -m venv "$venv" >"$log" 2>&1 || explain "could not make $venv"
+    rm "$unfinished"
 }
 
 # ---- what can be built here ------------------------------------------------------------------------------------------
 
-choose_ffcv() { # adds ffcv to the extras, or says what it lacks
+choose_ffcv() { # adds ffcv to what is wanted, or says what it lacks
     local missing=""
     command -v c++ >/dev/null || missing="$missing g++"
-    "$python" -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
         missing="$missing python$version-dev"
-    [ -z "$missing" ] || say "note: the DeepSpeed tests will be skipped: DeepSpeed compiles a part when it starts, which needs$missing"
+    [ -z "$missing" ] || say "note: DeepSpeed compiles a part when it starts; its tests are skipped without$missing"
+    case $PWD in *" "*) say "note: torch cannot link what DeepSpeed compiles, because this path has a space" ;; esac
     command -v pkg-config >/dev/null || missing="$missing pkg-config"
     pkg-config --exists opencv4 2>/dev/null || missing="$missing libopencv-dev"
     pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
     if [ -z "$missing" ]; then
-        extras="$extras ffcv"
+        wanted="$wanted ffcv"
     else
         say "note: FFCV is left out: it is built from source, which needs$missing"
         say "      to add it: apt-get install$missing (Debian's names), then run this again"
@@ -93,13 +95,14 @@ choose_ffcv() { # adds ffcv to the extras, or says what it lacks
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 torch_build() { # cpu, default or installed
-    local pin builds
+    local pin builds have
     pin=$(sed -n 's/^torch==//p' constraints.txt)
-    if "$venv/bin/python" -c "from importlib.metadata import version as v; raise SystemExit(v('torch').split('+')[0] != '$pin')" 2>/dev/null; then
+    have=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null) || true
+    if [ "${have%+*}" = "$pin" ]; then
         echo installed
         return
     fi
-    builds=$("$venv/bin/python" -m pip index versions torch 2>"$log" | tr ', ' '\n\n') || true
+    builds=$("$venv/bin/python" -m pip index versions torch 2>"$log" | grep -oE '[^ ,()]+') || true
     if grep -qxF "$pin+cpu" <<<"$builds"; then
         echo cpu
     elif grep -qF "$pin" <<<"$builds"; then
@@ -115,8 +118,8 @@ check_cost() { # says what will be downloaded and installed, in MB, and stops if
     local build download installed temporary=${TMPDIR:-/tmp}
     build=$(torch_build)
     case $build in
-        cpu) download=310 installed=1200 build="torch's CPU build" ;;
-        default) download=2850 installed=5900 build="torch's default build, with CUDA" ;;
+        cpu) download=310 installed=1400 build="torch's CPU build" ;;
+        default) download=2850 installed=5300 build="torch's default build, with CUDA" ;;
         installed) download=0 installed=0 build="torch is here already" ;;
     esac
     [ -z "$extras" ] || { download=$((download + 200)) installed=$((installed + 700)); }
@@ -136,15 +139,15 @@ explain() { # reads the log of what failed, and says what to do
     if grep -qE 'No space left on device|Disk quota exceeded' "$log"; then
         fail "$what: the disk is full" "Make room, then run again. Log: $log"
     fi
-    culprit=$(sed -nE 's/.*Failed building (wheel|editable) for ([^ ]+).*/\2/p; s/.*Failed to build .?([a-z0-9_-]+).*/\1/p' "$log" | head -n 1)
+    culprit=$(sed -nE 's/.*Failed building (wheel|editable) for ([^ ]+).*/\2/p' "$log" | head -n 1)
     if [ -n "$culprit" ]; then
         fail "$what: $culprit did not build" "The compiler's messages are in $log."
     fi
-    if grep -qE 'ConnectionError|NameResolutionError|name resolution|Max retries|timed out|Timeout|ProxyError|SSLError|unreachable' "$log"; then
+    if grep -qE 'ConnectionError|NameResolutionError|Max retries|timed out|Timeout|ProxyError|SSLError' "$log"; then
         fail "$what: no package index could be reached" \
             "Check the network, the proxy and pip's own configuration (pip config list), then run again. Log: $log"
     fi
-    fail "$what" "$(grep -E '^ *(ERROR|error)' "$log" | tail -n 3)" "The whole log is $log; run again once its cause is mended."
+    fail "$what" "$(grep -E '^ *(ERROR|error)' "$log" | tail -n 3)" "The whole log: $log. Mend the cause, then run again."
 }
 
 progress() { # pip's output, reduced to what takes long
@@ -156,12 +159,12 @@ progress() { # pip's output, reduced to what takes long
 
 changed_nothing() { ! grep -q '^Installing collected packages' "$log"; }
 
-stopped() { # by a failure, Ctrl-C or a kill: keep what still works
+stopped() { # by a failure or a signal; what was there before still works if pip had not begun to change it
     local status=$?
-    if [ -n "$old_stamp" ] && changed_nothing; then
-        printf '%s\n' "$old_stamp" >"$stamp"
+    if changed_nothing; then
+        [ -z "$old_stamp" ] || printf '%s\n' "$old_stamp" >"$stamp"
         rm -f "$unfinished"
-    elif [ $status -ge 128 ]; then
+    else
         printf 'setup: stopped half way; the next run starts from an empty %s\n' "$venv" >&2
     fi
     exit $status
@@ -185,6 +188,8 @@ install() {
     set -e
     [ "$status" -eq 0 ] || explain "pip could not install the packages"
     "$venv/bin/python" -c 'import torch' >>"$log" 2>&1 || explain "torch was installed but cannot be imported"
+    case $extras in *stream*) "$venv/bin/python" -c 'import cv2' >>"$log" 2>&1 ||
+        say "note: OpenCV cannot be imported; Debian: apt-get install libgl1 libglib2.0-0" ;; esac
     printf '%s\n' "$PWD" "$hash" "$extras" >"$stamp"
     rm -f "$unfinished"
     trap - EXIT INT TERM HUP
@@ -193,8 +198,8 @@ install() {
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 case "${1-}" in
-    base) extras="" ;;
-    all) extras=" deepspeed dev slurm stream" ;;
+    base) wanted="" ;;
+    all) wanted="deepspeed dev slurm stream" ;;
     *) fail "unknown argument '${1-}'" "usage: tools/setup.sh base|all" ;;
 esac
 system=$(uname -s)
@@ -217,16 +222,18 @@ fi
 
 [ "$1" != all ] || choose_ffcv
 # What is there already stays: `base` after `all` takes nothing away.
-for extra in $have_extras; do
+extras=$have_extras
+for extra in $wanted; do
     case "$extras " in *" $extra "*) ;; *) extras="$extras $extra" ;; esac
 done
 hash=$(cat pyproject.toml constraints.txt | sha256sum | cut -d ' ' -f 1)
-if [ "$have_hash" = "$hash" ] && [ "$(wc -w <<<"$extras")" -eq "$(wc -w <<<"$have_extras")" ]; then
+if [ "$have_hash" = "$hash" ] && [ "$have_extras" = "$extras" ]; then
     say "$venv is up to date"
     exit 0
 fi
 
-mkdir -p .cache 2>/dev/null && [ -w . ] && [ -w .cache ] && { [ ! -e "$venv" ] || [ -w "$venv" ]; } ||
+can_write() { mkdir -p .cache 2>/dev/null && [ -w . ] && [ -w .cache ] && { [ ! -e "$venv" ] || [ -w "$venv" ]; }; }
+can_write ||
     fail "user $(id -un) cannot write in $PWD" "Use a clone of your own, or change who owns this one."
 if command -v flock >/dev/null; then
     exec 9>.cache/setup.lock
@@ -239,4 +246,4 @@ if [ -n "$reason" ]; then
 fi
 check_cost
 install
-say "done: $venv has everything$extras"
+say "done: $venv is ready"

@@ -140,8 +140,8 @@ class State(Layer):
         return delta
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Delta itself."""
-        return delta, None
+        """Delta itself; rows that a partial batch has not used have 0."""
+        return F.pad(delta, (0, 0, 0, len(self.weight) - len(delta))), None
 
 
 def _scaled(delta: Tensor, scale: float) -> Tensor:

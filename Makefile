@@ -1,0 +1,39 @@
+# Everything starts here; the logic is in tools/setup.sh. ARGS goes on to the command: make test ARGS="-k align".
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+# DeepSpeed compiles a part of itself when it starts. A folder of this clone's own keeps other builds out of it.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+
+python := .venv/bin/python
+
+help:
+	@echo 'make demo    train six learning rules at three widths on handwritten digits; table and report.html'
+	@echo 'make test    run the whole test suite'
+	@echo 'make setup   only make .venv, with everything that demo and test need'
+	@echo 'make lint    check style and types'
+	@echo 'make clean   remove .venv and all caches; runs/ stays'
+	@echo
+	@echo 'ARGS="..." goes on to the command: make demo ARGS="epochs=1", make test ARGS="-k align"'
+	@echo 'PYTHON=... chooses the interpreter (3.11 or 3.12)'
+
+setup:
+	@tools/setup.sh all
+
+demo:
+	@tools/setup.sh base
+	$(python) launch/compare.py experiment=demo $(ARGS)
+
+test:
+	@tools/setup.sh all
+	$(python) -m pytest $(ARGS)
+
+lint:
+	@tools/setup.sh all
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

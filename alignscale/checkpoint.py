@@ -1,0 +1,138 @@
+"""Checkpoints in safetensors and JSON: written whole or not at all, verified when read.
+
+A checkpoint is a folder ``step-<update>`` with the weights, the optimizer's state and a manifest of checksums. The
+initial network is not in it: it comes from the seed, before a restore, and the manifest's fingerprint must match it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignscale.config import ConfigError, difference
+from alignscale.files import sync_folder, write_atomic
+from alignscale.nets.network import Network
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+def save(folder: Path, step: int, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any], keep: int) -> Path:
+    """Write ``folder/step-<step>`` and then remove all but the newest ``keep``.
+
+    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options) and ``progress``.
+    Raises OSError (a full disk, say) with the checkpoints before it untouched.
+    """
+    final = folder / f"step-{step:09d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tensors = {"model": net.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
+        sums = {}
+        for name, values in tensors.items():
+            path = partial / f"{name}.safetensors"
+            save_file({key: value.detach().contiguous().cpu() for key, value in values.items()}, path)
+            sums[path.name] = _checksum(path)
+            _sync(path)
+        manifest = {"format": FORMAT, "step": step, "files": sums, **about}
+        write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(folder)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first; half-written ones have another name and are not among them."""
+    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+
+
+def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> dict[str, Any]:
+    """Set ``net`` and ``optimizer`` to a checkpoint and return its manifest.
+
+    Raises CheckpointError for a damaged file or another initial network, ConfigError, with the difference, for
+    another configuration.
+    """
+    manifest = read_manifest(path)
+    changed = difference(manifest["config"], about["config"])
+    if changed:
+        raise ConfigError(
+            f"{path}: the run was made with other options than these: {'; '.join(changed)}. "
+            "Use the old ones, or another run.dir, or resume=never to start again"
+        )
+    if manifest["fingerprint"] != about["fingerprint"]:
+        raise CheckpointError(
+            f"{path}: expected the initial network {about['fingerprint']}, found {manifest['fingerprint']}: the checkpoint "
+            "belongs to another seed, architecture or generator version; use the version that wrote it, or resume=never"
+        )
+    for name, expected in manifest["files"].items():
+        found = _checksum(path / name) if (path / name).is_file() else "no file"
+        if found != expected:
+            raise CheckpointError(
+                f"{path / name}: expected SHA-256 {expected[:12]}, found {found[:12]}: the file is damaged; "
+                f"delete {path} to go on from the checkpoint before it, or use resume=never"
+            )
+    net.load_state_dict(load_file(path / "model.safetensors"))
+    _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError if it is not one of this format."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{path / MANIFEST}: expected a checkpoint's manifest: {problem}; delete {path}") from problem
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {manifest.get('format')}")
+    return manifest
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights and norm statistics of a checkpoint, by name. Raises CheckpointError if the file is damaged."""
+    read_manifest(path)
+    try:
+        return load_file(path / "model.safetensors")
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(f"{path / 'model.safetensors'}: expected a safetensors file: {problem}") from problem
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items() if value is not None}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,53 @@
+"""What the Hydra entry points share: the options registered by type, and errors shown as one clear line."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from alignscale.checkpoint import CheckpointError
+from alignscale.config import DATA, NETS, OPTIMS, ConfigError, GridConfig, TrainConfig
+from alignscale.rules import RULES
+from alignscale.train import Diverged
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+
+
+def register() -> None:
+    """Make the options of alignscale/config.py and of every rule known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=TrainConfig)
+    store.store(name="grid_schema", node=GridConfig)
+    for name, rule in RULES.items():
+        store.store(group="rule", name=name, node=rule.options(name=name))
+    for group, choices in (("net", NETS), ("data", DATA), ("optim", OPTIMS)):
+        for name, node in choices.items():
+            store.store(group=group, name=name, node=node)
+
+
+def typed(config: DictConfig) -> Any:
+    """Hydra's configuration as the dataclasses of alignscale/config.py."""
+    return OmegaConf.to_object(config)
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run an entry point; a user's mistake ends with one line and status 2, an interrupt with 130."""
+    register()
+    try:
+        main()
+    except (ConfigError, CheckpointError) as problem:
+        sys.exit(_say(problem, 2))
+    except Diverged as problem:
+        sys.exit(_say(problem, 3))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 130))
+
+
+def _say(problem: object, status: int) -> int:
+    print(f"error: {problem}", file=sys.stderr)
+    return status

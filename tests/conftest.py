@@ -1,0 +1,62 @@
+"""Skips the tests whose mark asks for what this machine lacks, and fixes the number of torch's threads."""
+
+import importlib
+import importlib.util
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def lacks_program(*names: str) -> str | None:
+    missing = [name for name in names if shutil.which(name) is None]
+    return f"not on PATH: {', '.join(missing)}" if missing else None
+
+
+def lacks_module(name: str) -> str | None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} cannot be imported ({error}); make setup says why"
+    return None
+
+
+def lacks_deepspeed() -> str | None:
+    if importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed; run make setup"
+    # DeepSpeed compiles a part of itself when it starts.
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python.h is missing (Debian: python3-dev)"
+    if " " in torch.__file__:
+        return "torch cannot link an extension when its own path has a space"
+    return lacks_program("c++")
+
+
+def lacks_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+# Each mark's requirement: a reason to skip, or None. A mark that is not here needs nothing.
+REQUIREMENTS: dict[str, Callable[[], str | None]] = {
+    "browser": lambda: lacks_program("chromium", "chromedriver"),
+    "distributed": cache(lacks_deepspeed),
+    "ffcv": cache(lambda: lacks_module("ffcv")),
+    "gpu": lacks_gpu,
+    "slurm": lambda: lacks_program("slurmctld", "slurmd", "srun", "munged"),
+}
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # the same sums, hence the same bits, on every machine
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    for item in items:
+        for mark in REQUIREMENTS.keys() & {marker.name for marker in item.iter_markers()}:
+            item.user_properties.append(("group", mark))  # goes into the junit file, where CI reads it
+            if reason := REQUIREMENTS[mark]():
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))

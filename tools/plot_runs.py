@@ -1,0 +1,63 @@
+"""Draw the figures of a report again, each as a file of its own in colours for white paper, from the JSON beside it.
+
+    python tools/plot_runs.py runs/demo/report.json --figure accuracy_width --format pdf --out paper/figures
+
+Stands alone because a paper needs its figures one by one, long after the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignscale.figures import PLOTS, figure_names, save_figure
+from alignscale.results import read_result, write_atomic
+
+
+def draw(result: Path, figure: str | None, out: Path, kind: str) -> list[dict[str, str]]:
+    """Draw one figure of a result, or all that it has the numbers for; returns what was written where.
+
+    Raises:
+        ValueError: the file is no result, or it has no such figure.
+        OSError: a figure cannot be written.
+    """
+    data = read_result(result)
+    names = figure_names(data)
+    if figure is not None and figure not in names:
+        reason = "this result lacks the numbers for it" if figure in PLOTS else "there is no such figure"
+        raise ValueError(f"--figure: expected one of {', '.join(names)}; found '{figure}': {reason}; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name in names if figure is None else [figure]:
+        path = out / f"{name}.{kind}"
+        save_figure(data, name, path)
+        drawn.append({"figure": name, "file": str(path)})
+    return drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Draw the figures of a report again, from the JSON beside it.")
+    parser.add_argument("result", type=Path, metavar="RESULT.json")
+    parser.add_argument("--figure", metavar="NAME", help=f"one of {', '.join(PLOTS)} (default: all that there are)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the figures (default: here)")
+    parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the list of figures and files here as well")
+    options = parser.parse_args(arguments)
+    try:
+        drawn = draw(options.result, options.figure, options.out, options.format)
+        if options.json:
+            write_atomic(options.json, (json.dumps(drawn, indent=2) + "\n").encode())
+    except (ValueError, OSError) as error:
+        print(f"plot_runs: {error}", file=sys.stderr)
+        return 2
+    for row in drawn:
+        print(row["file"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
