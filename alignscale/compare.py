@@ -1,0 +1,112 @@
+"""Rules x widths x seeds: train each, skip what is finished, go on where it stopped, and report on all of it."""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alignscale.config import (
+    CompareConfig,
+    ConfigError,
+    GridConfig,
+    RuleConfig,
+    TrainConfig,
+    run_name,
+    validate,
+)
+from alignscale.files import write_atomic
+from alignscale.report import write_report
+from alignscale.results import FORMAT, Result, flatten, read_result
+from alignscale.rules import RULES
+from alignscale.train import Diverged, train
+
+
+def compare(config: GridConfig, command: str, show: Callable[[str], None] = print) -> Result:
+    """Train every run of the grid and write result.json and report.html into ``config.compare.folder``.
+
+    Runs that are finished are not trained again. A run that diverges is reported as such and the others go on.
+    command: shown in the report. Raises ConfigError before any work for an option that is wrong.
+    """
+    grid = list(expand(config))
+    folder = Path(config.compare.folder)
+    done: list[Result] = []
+    for number, single in enumerate(grid, 1):
+        show(f"[{number}/{len(grid)}] {single.rule.name}, width {single.net.width}, seed {single.seed}: {single.run.dir}")
+        try:
+            done.append(train(single, lambda line: None))
+        except Diverged as problem:
+            show(f"diverged: {problem}")
+            done.append(read_result(Path(single.run.dir) / "result.json"))
+    result = combine(config.compare, done, command)
+    write_atomic(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    write_report(result, folder / "report.html", "result.json")
+    return result
+
+
+def expand(config: GridConfig) -> Iterator[TrainConfig]:
+    """The runs of the grid, rule by rule, checked. Raises ConfigError."""
+    grid = config.compare
+    for option in ("rules", "widths", "seeds"):
+        values = getattr(grid, option)
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(f"compare.{option}={values}: expected at least one value, each once")
+    for rule in grid.rules:
+        if rule not in RULES:
+            raise ConfigError(f"compare.rules: {rule}: expected some of {', '.join(sorted(RULES))}")
+    shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    runs = []
+    for width in grid.widths:
+        for seed in grid.seeds:
+            for name in grid.rules:
+                single = TrainConfig(**copy.deepcopy(shared))
+                single.rule = _rule(name, config)
+                single.net = replace(single.net, width=width)
+                single.seed = seed
+                validate(single)
+                single.run.dir = str(Path(grid.folder) / run_name(single))
+                runs.append(single)
+    yield from runs
+
+
+def _rule(name: str, config: GridConfig) -> RuleConfig:
+    """The options given on the command line where they are this rule's, else its defaults."""
+    return copy.deepcopy(config.rule) if config.rule.name == name else RULES[name].options(name=name)
+
+
+def combine(grid: CompareConfig, results: list[Result], command: str) -> Result:
+    """One result of many: the common options, and every run with its folder relative to the grid's."""
+    runs = []
+    for result in results:
+        run = dict(result["runs"][0])
+        run["folder"] = os.path.relpath(run["config"]["run"]["dir"], grid.folder)
+        runs.append(run)
+    return {
+        "format": FORMAT,
+        "title": grid.title,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "hardware": results[-1]["hardware"],
+        "versions": results[-1]["versions"],
+        "config": _common([run["config"] for run in runs]),
+        "runs": runs,
+    }
+
+
+def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The options in which all runs agree, nested as they were."""
+    first, *others = [flatten(config) for config in configs]
+    common: dict[str, Any] = {}
+    for path, value in first.items():
+        if all(path in other and other[path] == value for other in others):
+            *groups, leaf = path.split(".")
+            place = common
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[leaf] = value
+    return common
+
+
