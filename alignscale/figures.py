@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignscale import results
+from alignscale.files import write_atomic
 from alignscale.results import Result, Run, Series, Spread, finite, spread
 from alignscale.theme import LIGHT, LOOKS, SENTINELS, Look, Palette, looks
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
 
 def _new_figure(title: str, palette: Palette, width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
@@ -143,6 +145,8 @@ def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str, scale: flo
     skip = 1 if key == "test_accuracy" and len(runs) > 1 else 0
     curves = [_history([run], key, scale)[1] for run in [run for run in runs if not results.diverged(run)] or runs]
     values = [one.mean for curve in curves for one in (curve[skip:] or curve) if one.mean is not None]
+    if not values:
+        return
     low, high = min(values), max(values)
     if key == "update_cosine":
         high = max(high, 1.0)
@@ -258,7 +262,7 @@ def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
     }  # fmt: skip
     stamps = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer")}
     buffer = io.BytesIO()
-    with matplotlib.style.context(["default", style | {key: palette["muted"] for key in muted}]):
+    with matplotlib.style.context(["default", style | dict.fromkeys(muted, palette["muted"])]):
         figure = PLOTS[name].draw(data, palette, PLOTS[name].title)
         figure.savefig(buffer, format=kind, metadata=dict.fromkeys(stamps.get(kind, ("Software",))))
     return buffer.getvalue()
@@ -290,4 +294,4 @@ def _themed(svg: str, name: str) -> str:
 
 def save_figure(data: Result, name: str, path: Path) -> None:
     """Draw one figure in print colours into a file of the kind its suffix says: .svg, .png or .pdf."""
-    results.write_atomic(path, _render(data, name, LIGHT, path.suffix.removeprefix(".")))
+    write_atomic(path, _render(data, name, LIGHT, path.suffix.removeprefix(".")))

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from alignscale import figures, results, theme
+from alignscale.files import write_atomic
 from alignscale.results import Result, Run, Series, finite
 
 
@@ -47,16 +48,15 @@ def _accuracy_words(runs: Sequence[Run], line: Series, width: int) -> tuple[str,
     return words, signed, f"{lost} of {len(own)} diverged" if lost else ""
 
 
-def write_report(data: Result, path: Path, json_name: str | None = None) -> None:
+def write_report(data: Result, path: Path, json_name: str = "result.json") -> None:
     """Write the page of a result; two runs or more make a comparison.
 
     Args:
         data: a result of format 1.
         path: the page's file, replaced in one step.
-        json_name: the name of the JSON that holds `data`, in the same folder; if None, the page's name with `.json`.
+        json_name: the name of the JSON that holds `data`, in the same folder.
     """
-    page = _page(data, path, json_name or f"{path.stem}.json")
-    results.write_atomic(path, page.encode())
+    write_atomic(path, _page(data, path, json_name).encode())
 
 
 def _page(data: Result, path: Path, json_name: str) -> str:
@@ -125,7 +125,7 @@ def _figure(data: Result, name: str, svg: str) -> str:
     several = len({run["seed"] for run in data["runs"]}) > 1
     caption = escape(plot.caption) + (" Mean and standard deviation over seeds." if several else "")
     if several and name != "step_time" and any(results.diverged(run) for run in data["runs"]):
-        caption += " Seeds that diverged are left out."
+        caption += " Where a seed diverged, it is that of the others."
     box = f'<div class="box" tabindex="0" role="group" aria-label="{escape(plot.title)}">{svg.strip()}</div>'
     return f'<figure id="{name}">\n{box}\n<figcaption>{caption}</figcaption>\n</figure>'
 
@@ -139,7 +139,7 @@ def _gallery(drawn: dict[str, str], names: Sequence[str], columns: int) -> str:
 def _table(
     head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, text: Sequence[str] = (), kind: str = ""
 ) -> str:
-    """A table of HTML cells in a box that scrolls sideways; rows begin with a heading, `text` names the wordy columns."""
+    """A table of HTML cells in a box that scrolls sideways; rows begin with a heading; `text`: columns of words."""
     classes = [' class="text"' if name in text else "" for name in head]
     top = "".join(f'<th scope="col"{css}>{name}</th>' for name, css in zip(head, classes, strict=True))
     lines = []
@@ -188,7 +188,7 @@ def _accuracy_table(runs: Sequence[Run]) -> str:
         row = [f'<span class="key">{swatch}<span>{_name(line.label)}</span></span>']
         for value, gap, lost in (_accuracy_words(runs, line, width) for width in found):
             shown = "–" if value == "-" else value.replace("±", "± ")
-            below = "<br>".join(words for words in (gap.replace("-", "−"), lost) if words)
+            below = "<br>".join(words for words in (gap.replace("-", "&minus;"), lost) if words)
             row.append(shown + (f"<small>{below}</small>" if below else ""))
         rows.append(row)
     return _table(["rule", *(f"width {width}" for width in found)], rows, caption)
@@ -201,8 +201,9 @@ def _runs_table(runs: Sequence[Run], path: Path) -> str:
         step, seconds = finite(run.get("seconds_per_step")), finite(run.get("seconds"))
         rows.append({
             "run": _link(run, path), "rule": escape(run["rule"]), "net": escape(run["net"]),
-            **{key: f"{run[key]:,}" for key in ("width", "seed", "parameters", "epochs", "steps")},
-            "batch size": f"{run['batch']:,}", "test accuracy (%)": _end_accuracy(run),
+            "width": str(run["width"]), "seed": str(run["seed"]), "parameters": f"{run['parameters']:,}",
+            "epochs": f"{run['epochs']:,}", "steps": f"{run['steps']:,}", "batch size": f"{run['batch']:,}",
+            "test accuracy (%)": _end_accuracy(run),
             "test loss": _end_loss(run, "test"), "training loss": _end_loss(run, "train"),
             "ms per step": "–" if step is None else results.significant(1000 * step),
             "time": "–" if seconds is None else _duration(seconds),
@@ -216,12 +217,12 @@ def _runs_table(runs: Sequence[Run], path: Path) -> str:
 
 
 def _link(run: Run, path: Path) -> str:
-    """A run's name, linked to its report if its folder (as seen from the page, or from here) holds one."""
-    for page in (path.parent / run["folder"] / "report.html", Path(run["folder"]) / "report.html"):
-        if page.is_file() and page.resolve() != path.resolve():
-            target = os.path.relpath(page.resolve(), path.parent.resolve())
-            return f'<a href="{escape(quote(target))}">{escape(run["name"])}</a>'
-    return escape(run["name"])
+    """A run's name, linked to its report if its folder, as seen from the page, holds one."""
+    page = path.parent / run["folder"] / "report.html"
+    if not page.is_file() or page.resolve() == path.resolve():
+        return escape(run["name"])
+    target = os.path.relpath(page.resolve(), path.parent.resolve())
+    return f'<a href="{escape(quote(target))}">{escape(run["name"])}</a>'
 
 
 def _differences(runs: Sequence[Run]) -> str:

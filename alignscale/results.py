@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,11 +39,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over the seeds that gave a value, their sample standard deviation (from two on) and how many gave none."""
+    """Mean over the seeds that gave a value, and their sample standard deviation (from two on)."""
 
     mean: float | None
     std: float | None
-    missing: int
 
 
 def read_result(path: Path) -> Result:
@@ -116,10 +114,8 @@ def accuracy(run: Run) -> float | None:
 
 def spread(values: Iterable[float | None]) -> Spread:
     """Summarise one quantity over seeds."""
-    found = list(values)
-    known = [value for value in found if value is not None]
-    std = statistics.stdev(known) if len(known) > 1 else None
-    return Spread(statistics.fmean(known) if known else None, std, len(found) - len(known))
+    known = [value for value in values if value is not None]
+    return Spread(statistics.fmean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None)
 
 
 def widths(runs: Sequence[Run]) -> list[int]:
@@ -156,14 +152,17 @@ def gap(runs: Sequence[Run], line: Series, width: int) -> Spread:
     """
     other = reference(runs, line)
     if other is None:
-        return Spread(None, None, 0)
-    ours, theirs = ({run["seed"]: accuracy(run) for run in cell(runs, one, width)} for one in (line, other))
-    mean, base = spread(ours.values()).mean, spread(theirs.values()).mean
+        return Spread(None, None)
+    mean, base = accuracies(runs, line, width).mean, accuracies(runs, other, width).mean
     if mean is None or base is None:
-        return Spread(None, None, 0)
-    paired = [a - b for a, b in ((a, theirs.get(seed)) for seed, a in ours.items()) if a is not None and b is not None]
-    same_seeds = len(paired) == len(ours) == len(theirs)
-    return Spread(mean - base, spread(paired).std if same_seeds else None, 0)
+        return Spread(None, None)
+    ours, theirs = (
+        sorted((run["seed"], reached) for run in cell(runs, one, width) if (reached := accuracy(run)) is not None)
+        for one in (line, other)
+    )
+    same_seeds = [seed for seed, _ in ours] == [seed for seed, _ in theirs]
+    paired = spread(a - b for (_, a), (_, b) in zip(ours, theirs, strict=False))
+    return Spread(mean - base, paired.std if same_seeds else None)
 
 
 def step_milliseconds(runs: Sequence[Run], line: Series, width: int) -> Spread:
@@ -222,16 +221,3 @@ def significant(value: float, digits: int = 3) -> str:
     """A positive number to a few significant digits, never in exponential notation."""
     places = 0 if value <= 0 else max(0, digits - 1 - math.floor(math.log10(value)))
     return f"{value:.{places}f}"
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash half way, meets the old file or the new one and never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

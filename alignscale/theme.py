@@ -14,8 +14,9 @@ from alignscale.results import Series
 Palette = dict[str, str]
 Dash = str | tuple[int, tuple[float, ...]]
 
-# Okabe and Ito's hues, lighter or darker: each stands out from its paper by 3:1 or more, and those of the six rules of the
-# first comparison from one another by 13 units of CIELAB or more, also without one of the three kinds of cones.
+# Okabe and Ito's hues, lighter or darker: each stands out from its paper by 3:1 or more. Those of backprop, align_ada,
+# align_zero, both kinds of feedback and readout_only differ from one another by 13 units of CIELAB or more, also to an
+# eye that lacks one of the three kinds of cones (as simulated after Machado, Oliveira and Fernandes, 2009).
 LIGHT: Palette = {
     "ink": "#1b1f24", "muted": "#59616b", "grid": "#dde1e6", "paper": "#ffffff", "panel": "#f5f6f8", "link": "#00589b",
     "blue": "#00629f", "vermillion": "#e0660f", "green": "#00805d", "purple": "#c768a0",

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 
-from alignscale.analysis.updates import cosine, update
+from alignscale.analysis.updates import mean_cosine, weight_updates
 from alignscale.config import TrainConfig
 from alignscale.data.examples import stream
 from alignscale.evaluate import evaluate
@@ -71,13 +71,13 @@ def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None) -> 
 
 
 def update_cosine(run: Run, step: int) -> float | None:
-    """Cosine of the rule's update with backprop's on the first training examples in key order."""
+    """Cosine of the rule's update with backprop's, mean over layers, on the first training examples in key order."""
     rule: Rule = run.engine.rule
     if isinstance(rule, Backprop):
         return 1.0
     batch = run.encoding.batch(run.train, run.first_rows, step)
     backprop = Backprop(run.net, rule.fixed, rule.config)
-    value = cosine(update(rule, run.net, batch), update(backprop, run.net, batch))
+    value = mean_cosine(weight_updates(rule, run.net, batch), weight_updates(backprop, run.net, batch))
     return value if math.isfinite(value) else None
 
 

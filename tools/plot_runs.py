@@ -1,6 +1,6 @@
 """Draw the figures of a report again, each as a file of its own in colours for white paper, from the JSON beside it.
 
-    python tools/plot_runs.py runs/demo/report.json --figure accuracy_width --format pdf --out paper/figures
+    python tools/plot_runs.py runs/demo/result.json --figure accuracy_width --format pdf --out paper/figures
 
 Stands alone because a paper needs its figures one by one, long after the runs.
 """
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignscale.figures import PLOTS, figure_names, save_figure
-from alignscale.results import read_result, write_atomic
+from alignscale.files import write_atomic
+from alignscale.results import read_result
 
 
 def draw(result: Path, figure: str | None, out: Path, kind: str) -> list[dict[str, str]]:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the figures of a report again, from the JSON beside it.")
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("--figure", metavar="NAME", help=f"one of {', '.join(PLOTS)} (default: all that there are)")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder for the figures (default: here)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder to write to (default: here)")
     parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the list of figures and files here as well")
     options = parser.parse_args(arguments)
@@ -51,8 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drawn = draw(options.result, options.figure, options.out, options.format)
         if options.json:
             write_atomic(options.json, (json.dumps(drawn, indent=2) + "\n").encode())
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"plot_runs: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"plot_runs: expected a place to write to, found {error}; choose another --out or --json", file=sys.stderr
+        )
         return 2
     for row in drawn:
         print(row["file"])

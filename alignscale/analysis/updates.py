@@ -1,5 +1,7 @@
 """How close a rule's update is to backprop's: pure functions of a network's state, which they leave as it was."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,17 +9,24 @@ from alignscale.nets.network import Network
 from alignscale.types import Batch, StepOutput
 
 
-def update(rule: torch.nn.Module, net: Network, batch: Batch) -> list[Tensor | None]:
-    """The gradient that ``rule`` gives each parameter of ``net`` on ``batch``; None where it gives none."""
+def weight_updates(rule: torch.nn.Module, net: Network, batch: Batch) -> list[Tensor | None]:
+    """The gradient that ``rule`` gives the weight of each layer of ``net`` on ``batch``; None where it gives none."""
     output: StepOutput = rule(batch)
-    return list(torch.autograd.grad(output.surrogate, list(net.parameters()), allow_unused=True))
+    weights = [layer.weight for layer in net.layers]
+    return list(torch.autograd.grad(output.surrogate, weights, allow_unused=True))
 
 
-def cosine(first: list[Tensor | None], second: list[Tensor | None]) -> float:
-    """Cosine of two updates, over all parameters together, in float64; a missing gradient counts as 0.
+def cosines(first: list[Tensor | None], second: list[Tensor | None]) -> list[float]:
+    """Cosine of two updates layer by layer, in float64; 0 for a layer that has no update in one of them."""
+    return [0.0 if a is None or b is None else _cosine(a.double(), b.double()) for a, b in zip(first, second, strict=True)]
 
-    NaN where one of them is 0 everywhere.
-    """
-    dot = sum((a.double() * b.double()).sum().item() for a, b in zip(first, second, strict=True) if not (a is None or b is None))
-    norms = [sum(g.double().square().sum().item() for g in side if g is not None) ** 0.5 for side in (first, second)]
-    return dot / (norms[0] * norms[1]) if norms[0] * norms[1] else float("nan")
+
+def mean_cosine(first: list[Tensor | None], second: list[Tensor | None]) -> float:
+    """Mean over the layers of the cosine of two updates, so that each layer's direction counts alike."""
+    values = cosines(first, second)
+    return sum(values) / len(values)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    scale = math.sqrt(a.square().sum().item() * b.square().sum().item())
+    return (a * b).sum().item() / scale if scale > 0 else 0.0
