@@ -125,7 +125,7 @@ def _figure(data: Result, name: str, svg: str) -> str:
     several = len({run["seed"] for run in data["runs"]}) > 1
     caption = escape(plot.caption) + (" Mean and standard deviation over seeds." if several else "")
     if several and name != "step_time" and any(results.diverged(run) for run in data["runs"]):
-        caption += " Where a seed diverged, it is that of the others."
+        caption += " Seeds that diverged are left out where others finished."
     box = f'<div class="box" tabindex="0" role="group" aria-label="{escape(plot.title)}">{svg.strip()}</div>'
     return f'<figure id="{name}">\n{box}\n<figcaption>{caption}</figcaption>\n</figure>'
 

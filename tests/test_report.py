@@ -5,8 +5,19 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from alignscale import figures, report, results, theme
+from tools import plot_runs
 
 RULES = ["backprop", "align_ada", "align_zero", "feedback_alignment", "direct_feedback_alignment", "readout_only"]
 BEHIND = dict(zip(RULES, [0.0, 0.4, 0.7, 4.5, 6.0, 9.0], strict=True))
@@ -67,3 +78,259 @@ def diverge(run: dict[str, Any]) -> dict[str, Any]:
         point.update(train_loss=math.nan, test_loss=math.inf, test_accuracy=None, update_cosine=None)
     run["curve"][3].update(train_loss=3e7)
     return run | {"test": {"accuracy": None, "loss": math.nan}, "train": {"loss": None}}
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """A comparison's page, with its JSON and one of the runs' reports beside it."""
+    data = comparison(seeds=2)
+    (tmp_path / "runs/align_ada-32-0").mkdir(parents=True)
+    report.write_report(make_result([make_run()]), tmp_path / "runs/align_ada-32-0/report.html")
+    (tmp_path / "result.json").write_text(json.dumps(data), encoding="utf-8")
+    report.write_report(data, tmp_path / "report.html")
+    return tmp_path / "report.html"
+
+
+def html_of(data: dict[str, Any], folder: Path) -> str:
+    report.write_report(data, folder / "page.html")
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_text_table_is_rules_by_widths_with_the_gap_to_backprop() -> None:
+    runs = [make_run("backprop", 8), make_run("align_ada", 8), make_run("align_ada", 32)]
+    for run, accuracy in zip(runs, [0.972, 0.969, 0.98], strict=True):
+        run["test"]["accuracy"] = accuracy
+    lines = report.text_table(make_result(runs)).splitlines()
+    assert lines[0].split("  ")[-1] == "width 32"
+    assert [line.split() for line in lines[1:3]] == [["backprop", "97.2", "-"], ["align_ada", "96.9", "(-0.3)", "98.0"]]
+    assert lines[1].index("97.2") == lines[2].index("96.9") == lines[0].index("width 8")
+
+
+def test_several_seeds_give_mean_and_sample_deviation_and_the_gap_is_between_means() -> None:
+    runs = [make_run(rule, 8, seed) for rule in ("backprop", "align_ada") for seed in (0, 1)]
+    for run, accuracy in zip(runs, [0.96, 0.98, 0.95, 0.96], strict=True):
+        run["test"]["accuracy"] = accuracy
+    assert "95.5 ±0.7 (-1.5)" in report.text_table(make_result(runs))
+    gap = results.gap(runs, results.Series("align_ada", "conv3", "align_ada"), 8)
+    assert gap.mean == pytest.approx(-1.5)
+    assert gap.std == pytest.approx(math.sqrt(0.5))  # of the differences -1 and -2, seed by seed
+
+
+def test_diverged_runs_are_named_and_left_out_of_means(tmp_path: Path) -> None:
+    data = comparison(widths=(8, 32), seeds=2)
+    data["runs"] = [
+        diverge(run) if run["width"] == 8 and (run["rule"] == "align_zero" or run["name"] == "align_ada-8-1") else run
+        for run in data["runs"]
+    ]
+    html = html_of(data, tmp_path)
+    assert "1 of 2 diverged" in html
+    assert ">diverged</td>" in html
+    assert not re.search(r"\b(nan|inf|None)\b", html, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_result_in_which_all_diverged_still_has_its_page(tmp_path: Path, count: int) -> None:
+    runs = [diverge(make_run("align_ada", width)) for width in (8, 32)[:count]]
+    for run in runs:
+        run["curve"] = []
+        run["seconds_per_step"] = None
+    html = html_of(make_result(runs), tmp_path)
+    assert "diverged" in html
+    assert "<svg" not in html
+
+
+def test_a_rule_without_backprop_in_the_set_has_no_gap(tmp_path: Path) -> None:
+    data = comparison(rules=["align_ada", "readout_only"])
+    assert "gap_width" not in figures.figure_names(data)
+    assert "(" not in report.text_table(data)
+    assert "gap to backprop" not in html_of(data, tmp_path)
+
+
+def test_figures_over_width_need_two_widths() -> None:
+    over_width = {"accuracy_width", "gap_width"}
+    assert over_width <= set(figures.figure_names(comparison(rules=RULES[:2])))
+    assert not over_width & set(figures.figure_names(comparison(widths=(32,), rules=RULES[:2])))
+
+
+def test_gaps_are_to_backprop_on_the_same_net() -> None:
+    runs = [make_run(rule) | {"net": net} for net in ("conv3", "mlp") for rule in ("backprop", "align_ada")]
+    for run, accuracy in zip(runs, [0.90, 0.89, 0.80, 0.78], strict=True):
+        run["test"] = {"accuracy": accuracy, "loss": 0.1}
+    table = report.text_table(make_result(runs))
+    assert re.search(r"align_ada \(conv3\) +89.0 \(-1.0\)", table)
+    assert re.search(r"align_ada \(mlp\) +78.0 \(-2.0\)", table)
+
+
+def test_every_rule_known_or_not_looks_different() -> None:
+    lines = [results.Series(rule, "conv3", rule) for rule in [*list(theme.LOOKS)[1:], "a_rule_of_my_own"]]
+    looks = list(theme.looks(lines).values())
+    assert len({look.marker for look in looks}) == len({look.color for look in looks}) == len(lines)
+
+
+def test_options_that_differ_are_listed_with_whose_they_are(tmp_path: Path) -> None:
+    data = comparison(rules=["backprop", "align_ada"], widths=(8, 32))
+    assert list(results.differences(data["runs"])) == ["frozen.weights"]
+    row = re.search(r"<td[^>]*><code>stored</code></td><td[^>]*>(.*?)</td>", html_of(data, tmp_path))
+    assert row
+    assert row[1] == "rule align_<wbr>ada"
+
+
+def test_everything_from_the_result_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>&\"'"
+    run = make_run() | {"name": evil, "rule": evil, "net": evil, "folder": evil}
+    run["config"][evil] = {evil: evil}
+    data = make_result([run, make_run("backprop")], title=evil) | {"created": evil, "command": evil}
+    data |= {"hardware": {evil: evil}, "versions": {evil: evil}, "config": {evil: evil}}
+    assert "<script" not in html_of(data, tmp_path)
+    assert "<script" not in html_of(data | {"runs": [run]}, tmp_path)
+
+
+def test_a_page_needs_nothing_but_itself_and_is_the_same_again(tmp_path: Path) -> None:
+    data = comparison(widths=(8, 32), seeds=2, rules=RULES[:3])
+    html = html_of(data, tmp_path)
+    assert html == html_of(json.loads(json.dumps(data)), tmp_path)
+    assert not re.search(r'(src=|@import|url\((?!#)|href="(?!data:,|#|result\.json))', html)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^")]+)', html)) <= set(ids)
+    assert not any(color in html for color in theme.SENTINELS.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_importing_the_report_does_not_import_matplotlib() -> None:
+    code = "import sys, alignscale.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_plot_runs_redraws_a_figure_to_the_same_bytes(tmp_path: Path, kind: str, start: bytes) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(comparison(rules=RULES[:2])), encoding="utf-8")
+    listing, drawn = tmp_path / "list.json", tmp_path / f"a/accuracy_width.{kind}"
+    for folder in ("a", "b"):
+        arguments = ["--figure", "accuracy_width", "--format", kind, "--out", str(tmp_path / folder)]
+        assert plot_runs.main([str(tmp_path / "result.json"), *arguments, "--json", str(listing)]) == 0
+    assert drawn.read_bytes().startswith(start)
+    assert drawn.read_bytes() == (tmp_path / f"b/accuracy_width.{kind}").read_bytes()
+    assert json.loads(listing.read_text()) == [{"figure": "accuracy_width", "file": str(tmp_path / f"b/{drawn.name}")}]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "found none"),
+        ("{", "expected JSON"),
+        ("[]", "found a list"),
+        ('{"a": 1}', "without 'format'"),
+        ('{"format": 2}', "found format 2"),
+        ('{"format": 1, "runs": []}', "found no runs"),
+        (json.dumps(make_result([make_run() | {"width": "8"}])), "run 0 with 'width' that is str, not int"),
+        (json.dumps(make_result([make_run() | {"curve": [{}]}])), "point without 'epoch'"),
+    ],
+)
+def test_plot_runs_says_in_one_line_what_is_wrong_with_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, found: str
+) -> None:
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert plot_runs.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert found in message
+    assert "give the JSON that lies beside a report.html" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_plot_runs_lists_the_figures_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(make_result([make_run()])), encoding="utf-8")
+    for name, reason in (("accuracy_width", "lacks the numbers"), ("pie", "no such figure")):
+        assert plot_runs.main([str(tmp_path / "result.json"), "--figure", name]) == 2
+        message = capsys.readouterr().err
+        assert (
+            f"expected one of test_accuracy, train_loss, test_loss, update_cosine, step_time; found '{name}'" in message
+        )
+        assert reason in message
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def show(browser: Any, path: Path, width: int = 1200, scheme: str = "light") -> None:
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get(path.as_uri())
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1200, 390])
+def test_browser_draws_every_figure_without_an_error(browser: Any, page: Path, width: int) -> None:
+    show(browser, page, width)
+    sizes = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map(s => [...s.querySelectorAll('[id*=axes_]')]"
+        ".map(a => a.getBoundingClientRect()).concat([s.getBoundingClientRect()]).map(b => [b.width, b.height]))"
+    )
+    assert len(sizes) == 6
+    assert all(w > 50 and h > 50 for figure in sizes for w, h in figure)
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_browser_finds_the_target_of_every_link(browser: Any, page: Path) -> None:
+    show(browser, page)
+    links = browser.execute_script("return [...document.querySelectorAll('a')].map(a => a.href)")
+    targets = [Path(unquote(urlsplit(link).path)) for link in links]
+    assert targets == [page.parent / "runs/align_ada-32-0/report.html", page.parent / "result.json"]
+    assert all(target.is_file() for target in targets)
+
+
+@pytest.mark.browser
+def test_browser_on_a_phone_scrolls_boxes_but_not_the_page(browser: Any, page: Path) -> None:
+    for path in (page, page.parent / "runs/align_ada-32-0/report.html"):
+        show(browser, path, width=390)
+        assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+        small = "return [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
+        assert min(browser.execute_script(small)) > 8
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of two CSS colours, rgb(r, g, b), as WCAG 2.2 defines it."""
+
+    def luminance(color: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.browser
+def test_browser_text_has_contrast_in_both_schemes(browser: Any, page: Path) -> None:
+    papers = []
+    for scheme in ("light", "dark"):
+        show(browser, page, scheme=scheme)
+        papers.append(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        words = browser.execute_script(
+            "return [...new Set([...document.querySelectorAll('h1,h2,p,td,th,dt,dd,a,figcaption,small')]"
+            ".map(e => getComputedStyle(e).color).concat([...document.querySelectorAll('svg text')]"
+            ".map(t => getComputedStyle(t).fill)))]"
+        )
+        assert len(words) >= 3
+        assert all(contrast(color, papers[-1]) >= 4.5 for color in words)
+        lines = "return [...new Set([...document.querySelectorAll('.key i')].map(e => getComputedStyle(e).backgroundColor))]"
+        assert all(contrast(color, papers[-1]) >= 3 for color in browser.execute_script(lines))
+    assert contrast(*papers) > 10
