@@ -16,13 +16,13 @@ from alignscale.config import (
     RuleConfig,
     TrainConfig,
     run_name,
-    validate,
 )
 from alignscale.files import write_atomic
 from alignscale.report import write_report
 from alignscale.results import FORMAT, Result, flatten, read_result
 from alignscale.rules import RULES
 from alignscale.train import Diverged, train
+from alignscale.validation import validate
 
 
 def compare(config: GridConfig, command: str, show: Callable[[str], None] = print) -> Result:

@@ -1,4 +1,4 @@
-"""Every option of a run as plain dataclasses, and the one place where they are checked.
+"""Every option of a run as plain dataclasses, and what identifies a run. ``validation.py`` checks their values.
 
 Stands alone (no torch) so that launchers and cluster tools can read and check a configuration without loading a
 numerical library. Hydra composes these classes in ``launch/``; library users construct them directly.
@@ -10,12 +10,6 @@ import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
-
-ACTIVATIONS = ("relu", "gelu", "tanh", "erf")
-NORMS = ("none", "batch", "calibrated")
-PARAMETERISATIONS = ("ntk", "standard")
-BLOCKS = ("theory", "public")
-PRECISIONS = ("fp32", "fp64")
 
 
 class ConfigError(ValueError):
@@ -241,95 +235,6 @@ class GridConfig(TrainConfig):
     """A comparison: the options of every run, and the grid."""
 
     compare: CompareConfig = field(default_factory=CompareConfig)
-
-
-def _choice(option: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{option}={value}: expected one of {', '.join(valid)}")
-
-
-def _at_least(option: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"{option}={value}: expected a finite number of at least {least:g}")
-
-
-def _positive(option: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{option}={value}: expected a finite number above 0")
-
-
-def validate(config: TrainConfig) -> None:
-    """Check every value that does not depend on the data. Raises ConfigError for the first that is wrong."""
-    _validate_net(config.net)
-    if isinstance(config.data, SyntheticConfig):
-        if len(config.data.shape) != 3:
-            raise ConfigError(f"data.shape={config.data.shape}: expected [channels, height, width]")
-        for length in config.data.shape:
-            _at_least("data.shape", length, 1)
-        _at_least("data.classes", config.data.classes, 2)
-        for option in ("train", "test"):
-            _at_least(f"data.{option}", getattr(config.data, option), 1)
-        _at_least("data.noise", config.data.noise, 0)
-        _seed("data.seed", config.data.seed)
-    _positive("optim.lr", config.optim.lr)
-    if isinstance(config.optim, SGDConfig) and not 0 <= config.optim.momentum < 1:
-        raise ConfigError(f"optim.momentum={config.optim.momentum}: expected a number from 0 to below 1")
-    if isinstance(config.optim, AdamConfig):
-        for option in ("beta1", "beta2"):
-            if not 0 <= getattr(config.optim, option) < 1:
-                raise ConfigError(f"optim.{option}={getattr(config.optim, option)}: expected from 0 to below 1")
-        _positive("optim.eps", config.optim.eps)
-    _validate_trained_state(config)
-    _choice("frozen.weights", config.frozen.weights, ("stored", "regenerated"))
-    _choice("precision", config.precision, PRECISIONS)
-    _choice("device", config.device, ("auto", "cpu", "cuda"))
-    _choice("resume", config.resume, ("auto", "never"))
-    _seed("seed", config.seed)
-    for option, least in (("epochs", 1), ("batch_size", 1), ("threads", 0)):
-        _at_least(option, getattr(config, option), least)
-    _at_least("calibration.examples", config.calibration.examples, 2)
-    _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
-    _at_least("evaluation.every_epochs", config.evaluation.every_epochs, 1)
-    _at_least("checkpoint.every_epochs", config.checkpoint.every_epochs, 1)
-    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
-    _at_least("log.every_steps", config.log.every_steps, 1)
-    if not math.isfinite(config.label_offset):
-        raise ConfigError(f"label_offset={config.label_offset}: expected a finite number")
-
-
-def _validate_trained_state(config: TrainConfig) -> None:
-    if isinstance(config.net, RNNConfig) and config.net.initial_state == "trained":
-        if config.evaluation.batch_size > config.batch_size:
-            raise ConfigError(
-                f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
-                "the rows of net.initial_state=trained"
-            )
-
-
-def _seed(option: str, value: int) -> None:
-    if not 0 <= value < 2**63:
-        raise ConfigError(f"{option}={value}: expected a whole number from 0 to 2^63 - 1")
-
-
-def _validate_net(net: NetConfig) -> None:
-    _at_least("net.width", net.width, 1)
-    _choice("net.activation", net.activation, ACTIVATIONS)
-    _choice("net.norm", net.norm, NORMS)
-    _choice("net.parameterisation", net.parameterisation, PARAMETERISATIONS)
-    _choice("net.blocks", net.blocks, BLOCKS)
-    _positive("net.gain", net.gain)
-    if isinstance(net, MLPConfig):
-        _at_least("net.depth", net.depth, 1)
-        if net.blocks == "public":
-            raise ConfigError("net.blocks=public: the paper's public code has no mlp; expected theory")
-    if isinstance(net, ConvConfig):
-        if not net.strides:
-            raise ConfigError("net.strides=[]: expected at least one stride, one for each convolution")
-        for stride in net.strides:
-            _at_least("net.strides", stride, 1)
-    if isinstance(net, RNNConfig):
-        _choice("net.readout", net.readout, ("last", "every"))
-        _choice("net.initial_state", net.initial_state, ("zero", "trained"))
 
 
 def as_dict(config: Any) -> dict[str, Any]:

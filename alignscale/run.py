@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save
 
 from alignscale import checkpoint
-from alignscale.config import ConfigError, RNNConfig, TrainConfig, as_dict, defining, run_name, validate
+from alignscale.config import ConfigError, RNNConfig, TrainConfig, as_dict, defining, run_name
 from alignscale.data import Examples, load
 from alignscale.data.examples import Encoding
 from alignscale.data.plan import Plan
@@ -31,6 +31,7 @@ from alignscale.nets import Network, build
 from alignscale.report import write_report
 from alignscale.results import FORMAT, Result
 from alignscale.rules import make_rule
+from alignscale.validation import validate
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 

@@ -96,8 +96,8 @@ th:first-child{padding-left:0}
 tbody th{position:sticky;left:0;background:var(--paper)}
 td.text{white-space:normal}
 td small{display:block;color:var(--muted);font-size:.8rem;line-height:1.3}
-.dense{font-size:.84rem}
-.dense th,.dense td{padding:.16rem .55rem}
+.dense{font-size:.8rem}
+.dense th,.dense td{padding:.16rem .45rem}
 .dense th:first-child{padding-left:0}
 .dense td.text{white-space:nowrap}
 .dense thead th{white-space:normal;vertical-align:bottom}
