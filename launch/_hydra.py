@@ -35,11 +35,13 @@ def typed(config: DictConfig) -> Any:
     return OmegaConf.to_object(config)
 
 
-def guarded(main: Callable[[], None]) -> None:
-    """Run an entry point; a user's mistake ends with one line and status 2, an interrupt with 130."""
-    register()
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work of an entry point; a user's mistake ends with one line and status 2, a divergence with 3.
+
+    Called inside Hydra's main, which would print a stack trace for any exception that reached it.
+    """
     try:
-        main()
+        work()
     except (ConfigError, CheckpointError) as problem:
         sys.exit(_say(problem, 2))
     except Diverged as problem:

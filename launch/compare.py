@@ -8,23 +8,28 @@ import sys
 from pathlib import Path
 
 import hydra
-from _hydra import CONFIGS, guarded, typed
+from _hydra import CONFIGS, guarded, register, typed
 from omegaconf import DictConfig
 
 from alignscale.compare import compare
+from alignscale.config import GridConfig
 from alignscale.report import text_table
+
+
+def run(config: GridConfig) -> None:
+    """Train the grid, print accuracy x width, and say where the report is."""
+    command = shlex.join(["python", "launch/compare.py", *sys.argv[1:]])
+    result = compare(config, command)
+    folder = Path(config.compare.folder)
+    print(f"\n{text_table(result)}\n\nreport: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="compare")
 def main(options: DictConfig) -> None:
-    """Train the grid, print accuracy x width, and say where the report is."""
-    config = typed(options)
-    command = shlex.join(["python", "launch/compare.py", *sys.argv[1:]])
-    result = compare(config, command)
-    print(f"\n{text_table(result)}\n")
-    folder = Path(config.compare.folder)
-    print(f"report: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
+    """Hydra's entry point."""
+    guarded(lambda: run(typed(options)))
 
 
 if __name__ == "__main__":
-    guarded(main)
+    register()
+    main()

@@ -1,7 +1,7 @@
 """Train one network with one rule: python launch/train.py rule=align_ada net=mlp net.width=1024 data=digits seed=1."""
 
 import hydra
-from _hydra import CONFIGS, guarded, typed
+from _hydra import CONFIGS, guarded, register, typed
 from omegaconf import DictConfig
 
 from alignscale.results import summary
@@ -11,8 +11,9 @@ from alignscale.train import train
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def main(options: DictConfig) -> None:
     """Train, and end with a one-line result."""
-    print(summary(train(typed(options))))
+    guarded(lambda: print(summary(train(typed(options)))))
 
 
 if __name__ == "__main__":
-    guarded(main)
+    register()
+    main()

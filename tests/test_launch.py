@@ -1,0 +1,86 @@
+"""Claims about the commands, each run as a user runs it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAST = ["net.width=4", "epochs=1", "batch_size=479", "threads=1", "log.progress=false"]
+
+
+def run(script: str, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, script, *options], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_train_prints_folder_first_and_one_line_of_result_last(tmp_path: Path) -> None:
+    done = run("launch/train.py", *FAST, f"run.root={tmp_path}")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert f"folder: {folder}" in lines
+    assert re.match(rf"{folder.name}: test accuracy \d+\.\d\d %, test loss [\d.]+, 3 steps, [\d.]+ ms a step$", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["rule=alignada"], "align_ada"),
+        (["net=resnet"], "imagenet_conv7"),
+        (["net.widht=3"], "widht"),
+        (["rule=sign_symmetric", "rule.magnitude=big"], "rule.magnitude=big: expected one of uniform, fixed, batchwise"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_a_status(tmp_path: Path, options: list[str], message: str) -> None:
+    done = run("launch/train.py", *FAST, *options, f"run.root={tmp_path}")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    options = [*FAST[1:], "compare.rules=[backprop,align_ada]", "compare.widths=[4,8]", f"compare.folder={tmp_path / 'grid'}"]
+    first = run("launch/compare.py", *options)
+    assert first.returncode == 0, first.stderr
+    assert "align_ada" in first.stdout.split("test accuracy")[1]
+    folders = sorted(path for path in (tmp_path / "grid").iterdir() if path.is_dir())
+    assert len(folders) == 4
+    shutil.rmtree(folders[0])
+    kept = {path: (path / "result.json").stat().st_mtime_ns for path in folders[1:]}
+    second = run("launch/compare.py", *options)
+    assert second.returncode == 0, second.stderr
+    assert {path: (path / "result.json").stat().st_mtime_ns for path in folders[1:]} == kept
+    assert (folders[0] / "result.json").exists()
+    accuracies = [run["test"] for run in json.loads((tmp_path / "grid/result.json").read_text())["runs"]]
+    assert len(accuracies) == 4
+
+
+def test_compare_reports_a_diverged_run_and_goes_on(tmp_path: Path) -> None:
+    options = [*FAST[1:], "optim.lr=1e30", "net=mlp", "compare.rules=[backprop,readout_only]", "compare.widths=[4]"]
+    done = run("launch/compare.py", *options, f"compare.folder={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "diverged" in done.stdout
+    assert (tmp_path / "report.html").exists()
+
+
+def test_compare_refuses_an_unknown_rule_before_any_work(tmp_path: Path) -> None:
+    done = run("launch/compare.py", "compare.rules=[backprop,align]", f"compare.folder={tmp_path / 'grid'}")
+    assert done.returncode == 2
+    assert "compare.rules: align: expected some of align_ada" in done.stderr
+    assert not (tmp_path / "grid").exists()
+
+
+def test_rule_of_the_readme_is_one_file(tmp_path: Path) -> None:
+    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert source is not None
+    for name in ("alignscale", "launch", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "alignscale/rules/align_sign.py").write_text(source[1])
+    done = run("launch/train.py", *FAST, "rule=align_sign", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "run-align_sign-conv3-w4-s0" in done.stdout

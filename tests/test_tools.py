@@ -1,0 +1,91 @@
+"""Claims about the tools that measure; what they time is never asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignscale.config import NETS, ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.frozen import initialise
+from alignscale.nets import build
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from plain_step import plain_conv, plain_mlp, plain_rnn  # noqa: E402
+from width_distance import distances, slope  # noqa: E402
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_distance_to_backprop_falls_with_width() -> None:
+    rows = distances(["align_ada", "align_zero"], [64, 256, 1024], [0, 1], steps=20, lr=0.5)
+    for rule in ("align_ada", "align_zero"):
+        assert -1.1 < slope(rows, rule) < -0.5
+
+
+def test_width_distance_writes_rows_and_draws_them(tmp_path: Path) -> None:
+    paths = [str(tmp_path / "rows.json"), str(tmp_path / "figure.svg")]
+    done = run("tools/width_distance.py", "--widths", "8", "16", "--seeds", "0", "--json", paths[0], "--figure", paths[1])
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(Path(paths[0]).read_text())["rows"]) == 4
+    assert "<svg" in Path(paths[1]).read_text()
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv3", "rnn"])
+def test_bench_step_writes_a_row_for_each_contender(tmp_path: Path, net: str) -> None:
+    depth = ["--depth", "2"] if net == "mlp" else []
+    path = tmp_path / "rows.json"
+    command = ["--net", net, "--width", "8", "--batch", "6", "--rules", "align_ada,readout_only", "--repeats", "3", "--threads", "1"]
+    done = run("tools/bench_step.py", *command, *depth, "--jacobian", "live", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert [row["rule"] for row in rows] == ["plain", "backprop", "align_ada", "readout_only"]
+    assert [row["jacobian"] for row in rows] == [None, None, "live", "live"]
+    wanted = {"net", "width", "depth", "batch", "rule", "jacobian", "seconds_median", "ratio_to_backprop", "ratio_to_plain"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert rows[1]["ratio_to_backprop"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rules", "align"], "expected some of align_ada"),
+        (["--jacobian", "cached"], "expected some of live"),
+        (["--width", "0"], "at least 1"),
+        (["--depth", "3"], "only --net mlp has a depth"),
+    ],
+)
+def test_bench_step_refuses_mistakes(options: list[str], message: str) -> None:
+    done = run("tools/bench_step.py", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MLPConfig(width=6, depth=2), ConvConfig(width=5), ConvConfig(width=5, norm="none", strides=[4, 2, 1]), RNNConfig(width=6), RNNConfig(width=6, norm="batch")],
+    ids=str,
+)
+def test_plain_step_computes_the_same_network(config: NetConfig) -> None:
+    shape = (2, 7, 7)
+    net = build(config, shape, 3)
+    initialise(net, 1)
+    makers = {MLPConfig: plain_mlp, ConvConfig: plain_conv, RNNConfig: plain_rnn}
+    weights, forward = makers[type(config)](config, shape, 3)  # type: ignore[operator]
+    for layer, weight in zip(net.layers, weights, strict=False):
+        weight.copy_(layer.weight.detach())
+    images = torch.rand(9, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+def test_every_net_has_a_benchmark_shape() -> None:
+    from bench_step import SHAPES
+
+    assert SHAPES.keys() == NETS.keys()

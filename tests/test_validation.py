@@ -1,0 +1,77 @@
+"""Each wrong option is refused with its name, the value found and the valid values."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from alignscale.config import NETS, AdamConfig, ConfigError, RNNConfig, RuleConfig, SGDConfig, SyntheticConfig, TrainConfig
+from alignscale.config import difference, digest, run_name
+from alignscale.validation import validate
+
+
+def config() -> TrainConfig:
+    nets = dataclasses.replace(NETS["conv3"])
+    return TrainConfig(rule=RuleConfig(name="backprop"), net=nets, data=SyntheticConfig(), optim=SGDConfig())
+
+
+def change(path: str, value: object) -> Callable[[TrainConfig], None]:
+    def apply(options: TrainConfig) -> None:
+        *groups, leaf = path.split(".")
+        place: object = options
+        for group in groups:
+            place = getattr(place, group)
+        setattr(place, leaf, value)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("net.norm", "layer", "net.norm=layer: expected one of none, batch, calibrated"),
+        ("net.activation", "swish", "net.activation=swish: expected one of relu, gelu, tanh, erf"),
+        ("net.parameterisation", "mup", "expected one of ntk, standard"),
+        ("net.blocks", "all", "expected one of theory, public"),
+        ("net.gain", float("nan"), "net.gain=nan: expected a finite number above 0"),
+        ("net.width", 0, "net.width=0: expected a finite number of at least 1"),
+        ("net.strides", [], "at least one stride"),
+        ("data.shape", [3, 4], r"expected \[channels, height, width\]"),
+        ("data.classes", 1, "data.classes=1"),
+        ("optim.lr", -1.0, "optim.lr=-1.0: expected a finite number above 0"),
+        ("optim.momentum", 1.0, "optim.momentum=1.0"),
+        ("optim", AdamConfig(beta2=1.0), "optim.beta2=1.0"),
+        ("frozen.weights", "lost", "expected one of stored, regenerated"),
+        ("precision", "fp8", "precision=fp8: expected one of fp32, fp64"),
+        ("resume", "yes", "resume=yes: expected one of auto, never"),
+        ("seed", -1, "seed=-1: expected a whole number from 0"),
+        ("epochs", 0, "epochs=0"),
+        ("checkpoint.keep", 0, "checkpoint.keep=0"),
+        ("net", RNNConfig(initial_state="trained"), "evaluation.batch_size=120: expected at most batch_size=50"),
+        ("net", dataclasses.replace(NETS["mlp"], blocks="public"), "net.blocks=public"),
+    ],
+)
+def test_wrong_value_is_named_with_the_valid_ones(path: str, value: object, message: str) -> None:
+    options = config()
+    change(path, value)(options)
+    with pytest.raises(ConfigError, match=message):
+        validate(options)
+
+
+def test_defaults_of_every_net_are_valid() -> None:
+    for net in NETS.values():
+        options = config()
+        options.net = net
+        validate(options)
+
+
+def test_folder_follows_from_what_defines_the_run() -> None:
+    first, second = config(), config()
+    second.log.every_steps, second.run.root, second.checkpoint.keep = 3, "elsewhere", 9
+    assert run_name(first) == run_name(second)
+    second.optim.lr = 3.0
+    assert digest(first) != digest(second)
+
+
+def test_difference_names_each_option_that_differs() -> None:
+    assert difference({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}}) == ["a.c: 2 -> 4", "d: 3 -> (absent)"]
