@@ -13,6 +13,7 @@ GROUPS = ("browser", "distributed", "ffcv", "slurm")
 
 
 def main(report: Path, tests: Path) -> int:
+    """Print each group and return 1 if one was skipped or did not run."""
     sources = [path.read_text() for path in tests.rglob("test_*.py")]
     outcomes: dict[str, list[str | None]] = defaultdict(list)  # of each test in a group: why it was skipped, or None
     for case in ElementTree.parse(report).iter("testcase"):

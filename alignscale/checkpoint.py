@@ -28,7 +28,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
-def save(folder: Path, step: int, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any], keep: int
+) -> Path:
     """Write ``folder/step-<step>`` and then remove all but the newest ``keep``.
 
     about: goes into the manifest: ``fingerprint``, ``config`` (the defining options) and ``progress``.
@@ -80,8 +82,8 @@ def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: d
         )
     if manifest["fingerprint"] != about["fingerprint"]:
         raise CheckpointError(
-            f"{path}: expected the initial network {about['fingerprint']}, found {manifest['fingerprint']}: the checkpoint "
-            "belongs to another seed, architecture or generator version; use the version that wrote it, or resume=never"
+            f"{path}: expected the initial network {about['fingerprint']}, found {manifest['fingerprint']}: "
+            "the checkpoint belongs to another seed, architecture or generator version; use the version that wrote it, or resume=never"
         )
     for name, expected in manifest["files"].items():
         found = _checksum(path / name) if (path / name).is_file() else "no file"
@@ -100,7 +102,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{path / MANIFEST}: expected a checkpoint's manifest: {problem}; delete {path}") from problem
+        raise CheckpointError(
+            f"{path / MANIFEST}: expected a checkpoint's manifest: {problem}; delete {path}"
+        ) from problem
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {manifest.get('format')}")
     return manifest
@@ -117,7 +121,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items() if value is not None}
+    return {
+        f"{index}.{key}": value for index, values in state.items() for key, value in values.items() if value is not None
+    }
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

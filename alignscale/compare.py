@@ -35,7 +35,9 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     folder = Path(config.compare.folder)
     done: list[Result] = []
     for number, single in enumerate(grid, 1):
-        show(f"[{number}/{len(grid)}] {single.rule.name}, width {single.net.width}, seed {single.seed}: {single.run.dir}")
+        show(
+            f"[{number}/{len(grid)}] {single.rule.name}, width {single.net.width}, seed {single.seed}: {single.run.dir}"
+        )
         try:
             done.append(train(single, lambda line: None))
         except Diverged as problem:
@@ -108,5 +110,3 @@ def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:
                 place = place.setdefault(group, {})
             place[leaf] = value
     return common
-
-

@@ -134,7 +134,7 @@ class SGDConfig(OptimConfig):
 
 @dataclass
 class AdamConfig(OptimConfig):
-    """Adam; moves every weight by about ``lr`` a step, so it wants ``net.parameterisation=standard`` or a small rate."""
+    """Adam: every weight moves by about ``lr`` a step, so it wants ``net.parameterisation=standard`` or a low rate."""
 
     name: str = "adam"
     lr: float = 1e-3
@@ -155,7 +155,7 @@ class FrozenConfig:
 
 @dataclass
 class CalibrationConfig:
-    """``norm=calibrated``: moments of the initial network over the first ``examples`` training examples in key order."""
+    """``norm=calibrated``: the initial network's moments over the first ``examples`` training examples in key order."""
 
     examples: int = 1000
 
@@ -188,7 +188,7 @@ class LogConfig:
 
 @dataclass
 class RunConfig:
-    """Where the run's folder goes: ``dir``, or ``root``/<name and digest of the configuration> when ``dir`` is empty."""
+    """The run's folder: ``dir``, or ``root``/<name and digest of the configuration> when ``dir`` is empty."""
 
     root: str = "runs"
     dir: str = ""

@@ -1,4 +1,6 @@
-"""Engines: what turns a rule's output into an update of the weights. Three calls: ``engine(batch)``, ``backward``, ``step``.
+"""Engines: what turns a rule's output into an update of the weights.
+
+Three calls: ``engine(batch)``, ``backward``, ``step``.
 
 They stand alone so that the loop never learns whether it runs in one process or in many. Reduction, clipping,
 accumulation and the optimizer are the engine's; the learning rule is the module that it runs.

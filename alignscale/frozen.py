@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,8 +143,8 @@ class _Reached(Exception):
 def _input_of(norm: CalibratedNorm, at: int | None, frozen: Frozen, images: Tensor) -> Tensor:
     caught: list[Tensor] = []
 
-    def stop(module: CalibratedNorm, arguments: tuple[Tensor, int | None]) -> None:
-        if len(arguments) < 2 or arguments[1] == at:
+    def stop(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if at is None or arguments[1] == at:
             caught.append(arguments[0])
             raise _Reached
 
@@ -167,5 +167,3 @@ def fingerprint(net: Network, architecture: dict[str, object], seed: int) -> str
         for buffer in norm.buffers():
             digest.update(buffer.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-

@@ -32,7 +32,9 @@ class Stream(IntEnum):
     DATA = 5
 
 
-def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int, rounds: int = 10) -> list[Tensor]:
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int, rounds: int = 10
+) -> list[Tensor]:
     """Philox4x32: four words of counter (int64 tensors of values below 2^32, or numbers) -> four words.
 
     seed: 64 bits, low word first in the key. Source: Salmon et al. 2011; tested against Random123's known answers.

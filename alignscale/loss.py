@@ -1,4 +1,4 @@
-"""The loss and the error at the output, e = dLoss/dlogits: the one thing that every rule takes from the current network."""
+"""The loss and the error at the output, e = dLoss/dlogits: what every rule takes from the current network."""
 
 from torch import Tensor
 
@@ -12,5 +12,5 @@ def mse(logits: Tensor, targets: Tensor, size: int) -> Tensor:
 
 
 def mse_error(logits: Tensor, targets: Tensor, size: int) -> Tensor:
-    """d mse / d logits, shape of the logits."""
+    """The gradient of ``mse`` by the logits, in their shape."""
     return (logits - targets) * (2 / (size * logits.shape[-1]))

@@ -28,14 +28,22 @@ class Metrics:
         self.file = path.open("a", buffering=1)
         self.events = EventFileWriter(str(folder / "tensorboard")) if config.tensorboard else None
         self.bar = tqdm(
-            total=steps, initial=first, desc=name, unit="step", dynamic_ncols=True, disable=not config.progress, file=sys.stderr
+            total=steps,
+            initial=first,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not config.progress,
+            file=sys.stderr,
         )
 
     def __enter__(self) -> "Metrics":
         """The metrics, to be closed at the end of the block."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the files and the bar."""
         self.bar.close()
         self.file.close()
@@ -54,7 +62,11 @@ class Metrics:
         values = {key: finite(value) for key, value in values.items()}
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self.events:
-            numbers = [Summary.Value(tag=f"{kind}/{k}", simple_value=v) for k, v in values.items() if isinstance(v, int | float)]
+            numbers = [
+                Summary.Value(tag=f"{kind}/{k}", simple_value=v)
+                for k, v in values.items()
+                if isinstance(v, int | float)
+            ]
             self.events.add_event(Event(step=step, summary=Summary(value=numbers)))
 
 

@@ -1,7 +1,9 @@
 """From a configuration to everything that the loop needs, in the one order that keeps the initial network safe.
 
-Seed first, then calibration, then the fingerprint, and only then a checkpoint. Also the run's folder, which holds all of
-a run: config.yaml, versions.json, metrics.jsonl, tensorboard/, checkpoints/, norms.safetensors, result.json, report.html.
+Seed first, then calibration, then the fingerprint, and only then a checkpoint. Also the run's folder, which holds all
+of
+a run: config.yaml, versions.json, metrics.jsonl, tensorboard/, checkpoints/, norms.safetensors, result.json,
+report.html.
 """
 
 import json
@@ -150,8 +152,8 @@ def _check_data(config: TrainConfig, train: Examples) -> None:
         )
     if config.net.norm == "batch" and len(train) % config.batch_size == 1:
         raise ConfigError(
-            f"batch_size={config.batch_size}: it leaves a last batch of one example of {len(train)}, which has no batch "
-            "moments; choose another, or net.norm=none or calibrated"
+            f"batch_size={config.batch_size}: it leaves a last batch of one example of {len(train)}, which has no "
+            "batch moments; choose another, or net.norm=none or calibrated"
         )
     if isinstance(config.net, RNNConfig) and config.net.readout == "every":
         raise ConfigError(
@@ -170,16 +172,23 @@ def _derived(run: Run) -> str:
     item = torch.empty((), dtype=run.encoding.dtype).element_size()
     lines = [
         f"parameters: {parameters:,} in {len(run.net.layers)} layers ({parameters * item / 2**20:.1f} MiB)",
-        f"examples: {len(run.train):,} for training, {len(run.test):,} for testing, shape {run.train.shape}, "
-        f"{run.train.classes} classes",
+        (
+            f"examples: {len(run.train):,} for training, {len(run.test):,} for testing, shape {run.train.shape}, "
+            f"{run.train.classes} classes"
+        ),
         f"steps: {run.plan.steps_per_epoch} an epoch, {run.plan.steps_per_epoch * config.epochs:,} in all",
         f"device: {run.encoding.device}, {torch.get_num_threads()} threads, {config.precision}",
     ]
-    if config.net.norm == "none" and config.net.activation == "relu" and config.net.gain < 1.2 and len(run.net.norms) > 2:
+    if (
+        config.net.norm == "none"
+        and config.net.activation == "relu"
+        and config.net.gain < 1.2
+        and len(run.net.norms) > 2
+    ):
         fade = (config.net.gain / 2**0.5) ** len(run.net.norms)
         lines.append(
-            f"note: without a norm, gain {config.net.gain:g} leaves {fade:.3g} of the signal after {len(run.net.norms)} "
-            "relu layers; net.gain=1.4142 keeps it"
+            f"note: without a norm, gain {config.net.gain:g} leaves {fade:.3g} of the signal after "
+            f"{len(run.net.norms)} relu layers; net.gain=1.4142 keeps it"
         )
     return "\n".join(lines)
 
@@ -214,7 +223,9 @@ def _calibrated(run: Run, fixed: Fixed) -> None:
     if path.exists():
         run.net.norms.load_state_dict(load_file(path))  # type: ignore[attr-defined]
         return
-    calibrate(fixed.frozen, run.train.images[: run.config.calibration.examples].to(run.encoding.device, run.encoding.dtype))
+    calibrate(
+        fixed.frozen, run.train.images[: run.config.calibration.examples].to(run.encoding.device, run.encoding.dtype)
+    )
     write_atomic(path, save({name: buffer.cpu() for name, buffer in run.net.norms.state_dict().items()}))  # type: ignore[attr-defined]
 
 

@@ -22,7 +22,8 @@ class Diverged(RuntimeError):
 def train(config: TrainConfig, show: Callable[[str], None] = print) -> Result:
     """Train as ``config`` says and return the run's result, also found in its folder as result.json.
 
-    show: is given each line for the user. Raises ConfigError before any work for an option that is wrong, CheckpointError
+    show: is given each line for the user. Raises ConfigError before any work for an option that is wrong,
+    CheckpointError
     for a checkpoint that cannot be used, Diverged when the loss is not finite.
     """
     run = prepare(config, show)
@@ -79,5 +80,3 @@ def update_cosine(run: Run, step: int) -> float | None:
     backprop = Backprop(run.net, rule.fixed, rule.config)
     value = mean_cosine(weight_updates(rule, run.net, batch), weight_updates(backprop, run.net, batch))
     return value if math.isfinite(value) else None
-
-

@@ -1,4 +1,7 @@
-"""The values that pass between data, networks, rules and engines. They stand alone so that each side imports only them."""
+"""The values that pass between data, networks, rules and engines.
+
+They stand alone so that each side imports only them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,7 +62,7 @@ class Trace:
 
 
 class StepOutput(NamedTuple):
-    """What a rule returns: a scalar whose gradient is the update and whose value means nothing, the loss, the logits."""
+    """What a rule returns: a scalar whose gradient is the update (its value means nothing), the loss, the logits."""
 
     surrogate: Tensor
     loss: Tensor

@@ -80,12 +80,12 @@ def validate(config: TrainConfig) -> None:
 
 
 def _validate_trained_state(config: TrainConfig) -> None:
-    if isinstance(config.net, RNNConfig) and config.net.initial_state == "trained":
-        if config.evaluation.batch_size > config.batch_size:
-            raise ConfigError(
-                f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
-                "the rows of net.initial_state=trained"
-            )
+    trained = isinstance(config.net, RNNConfig) and config.net.initial_state == "trained"
+    if trained and config.evaluation.batch_size > config.batch_size:
+        raise ConfigError(
+            f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
+            "the rows of net.initial_state=trained"
+        )
 
 
 def _seed(option: str, value: int) -> None:

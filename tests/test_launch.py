@@ -14,7 +14,9 @@ FAST = ["net.width=4", "epochs=1", "batch_size=479", "threads=1", "log.progress=
 
 
 def run(script: str, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, script, *options], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, script, *options], cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_train_prints_folder_first_and_one_line_of_result_last(tmp_path: Path) -> None:
@@ -23,7 +25,9 @@ def test_train_prints_folder_first_and_one_line_of_result_last(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     assert f"folder: {folder}" in lines
-    assert re.match(rf"{folder.name}: test accuracy \d+\.\d\d %, test loss [\d.]+, 3 steps, [\d.]+ ms a step$", lines[-1])
+    assert re.match(
+        rf"{folder.name}: test accuracy \d+\.\d\d %, test loss [\d.]+, 3 steps, [\d.]+ ms a step$", lines[-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,7 +36,10 @@ def test_train_prints_folder_first_and_one_line_of_result_last(tmp_path: Path) -
         (["rule=alignada"], "align_ada"),
         (["net=resnet"], "imagenet_conv7"),
         (["net.widht=3"], "widht"),
-        (["rule=sign_symmetric", "rule.magnitude=big"], "rule.magnitude=big: expected one of uniform, fixed, batchwise"),
+        (
+            ["rule=sign_symmetric", "rule.magnitude=big"],
+            "rule.magnitude=big: expected one of uniform, fixed, batchwise",
+        ),
     ],
 )
 def test_mistakes_end_with_a_message_and_a_status(tmp_path: Path, options: list[str], message: str) -> None:
@@ -44,7 +51,12 @@ def test_mistakes_end_with_a_message_and_a_status(tmp_path: Path, options: list[
 
 
 def test_compare_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    options = [*FAST[1:], "compare.rules=[backprop,align_ada]", "compare.widths=[4,8]", f"compare.folder={tmp_path / 'grid'}"]
+    options = [
+        *FAST[1:],
+        "compare.rules=[backprop,align_ada]",
+        "compare.widths=[4,8]",
+        f"compare.folder={tmp_path / 'grid'}",
+    ]
     first = run("launch/compare.py", *options)
     assert first.returncode == 0, first.stderr
     assert "align_ada" in first.stdout.split("test accuracy")[1]

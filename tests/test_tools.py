@@ -20,7 +20,9 @@ from width_distance import distances, slope  # noqa: E402
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_distance_to_backprop_falls_with_width() -> None:
@@ -31,7 +33,9 @@ def test_distance_to_backprop_falls_with_width() -> None:
 
 def test_width_distance_writes_rows_and_draws_them(tmp_path: Path) -> None:
     paths = [str(tmp_path / "rows.json"), str(tmp_path / "figure.svg")]
-    done = run("tools/width_distance.py", "--widths", "8", "16", "--seeds", "0", "--json", paths[0], "--figure", paths[1])
+    done = run(
+        "tools/width_distance.py", "--widths", "8", "16", "--seeds", "0", "--json", paths[0], "--figure", paths[1]
+    )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(Path(paths[0]).read_text())["rows"]) == 4
     assert "<svg" in Path(paths[1]).read_text()
@@ -41,13 +45,36 @@ def test_width_distance_writes_rows_and_draws_them(tmp_path: Path) -> None:
 def test_bench_step_writes_a_row_for_each_contender(tmp_path: Path, net: str) -> None:
     depth = ["--depth", "2"] if net == "mlp" else []
     path = tmp_path / "rows.json"
-    command = ["--net", net, "--width", "8", "--batch", "6", "--rules", "align_ada,readout_only", "--repeats", "3", "--threads", "1"]
+    command = [
+        "--net",
+        net,
+        "--width",
+        "8",
+        "--batch",
+        "6",
+        "--rules",
+        "align_ada,readout_only",
+        "--repeats",
+        "3",
+        "--threads",
+        "1",
+    ]
     done = run("tools/bench_step.py", *command, *depth, "--jacobian", "live", "--json", str(path))
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())
     assert [row["rule"] for row in rows] == ["plain", "backprop", "align_ada", "readout_only"]
     assert [row["jacobian"] for row in rows] == [None, None, "live", "live"]
-    wanted = {"net", "width", "depth", "batch", "rule", "jacobian", "seconds_median", "ratio_to_backprop", "ratio_to_plain"}
+    wanted = {
+        "net",
+        "width",
+        "depth",
+        "batch",
+        "rule",
+        "jacobian",
+        "seconds_median",
+        "ratio_to_backprop",
+        "ratio_to_plain",
+    }
     assert all(wanted <= row.keys() for row in rows)
     assert rows[1]["ratio_to_backprop"] == 1.0
 
@@ -69,7 +96,13 @@ def test_bench_step_refuses_mistakes(options: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [MLPConfig(width=6, depth=2), ConvConfig(width=5), ConvConfig(width=5, norm="none", strides=[4, 2, 1]), RNNConfig(width=6), RNNConfig(width=6, norm="batch")],
+    [
+        MLPConfig(width=6, depth=2),
+        ConvConfig(width=5),
+        ConvConfig(width=5, norm="none", strides=[4, 2, 1]),
+        RNNConfig(width=6),
+        RNNConfig(width=6, norm="batch"),
+    ],
     ids=str,
 )
 def test_plain_step_computes_the_same_network(config: NetConfig) -> None:

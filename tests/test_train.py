@@ -101,9 +101,20 @@ def _steps(folder: Path) -> list[tuple[str, int]]:
 
 
 def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    command = [sys.executable, "launch/train.py", "net=mlp", "net.width=32", "optim.lr=0.5", "epochs=12", "threads=1", "log.progress=false"]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "net=mlp",
+        "net.width=32",
+        "optim.lr=0.5",
+        "epochs=12",
+        "threads=1",
+        "log.progress=false",
+    ]
     subprocess.run([*command, f"run.dir={tmp_path / 'whole'}"], cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen([*command, f"run.dir={tmp_path / 'parts'}"], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, f"run.dir={tmp_path / 'parts'}"], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not complete(tmp_path / "parts/checkpoints"):
         assert time.monotonic() < deadline
@@ -112,7 +123,9 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "parts/result.json").exists()
-    done = subprocess.run([*command, f"run.dir={tmp_path / 'parts'}"], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, f"run.dir={tmp_path / 'parts'}"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     assert "resumed after step" in done.stdout
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
@@ -179,7 +192,12 @@ def test_regenerated_weights_train_to_the_bits_of_stored_ones(tmp_path: Path, no
 @pytest.mark.parametrize("rule", ["align_ada", "direct_feedback_alignment"])
 def test_every_net_trains_on_digits(tmp_path: Path, net: str, rule: str) -> None:
     small = dataclasses.replace(NETS[net], width=4)
-    result = train(config(tmp_path / "run", rule, net=small, data=DATA["digits"], epochs=1, batch_size=479, optim=SGDConfig(lr=0.01)), silent)
+    result = train(
+        config(
+            tmp_path / "run", rule, net=small, data=DATA["digits"], epochs=1, batch_size=479, optim=SGDConfig(lr=0.01)
+        ),
+        silent,
+    )
     assert result["runs"][0]["steps"] == 3
 
 

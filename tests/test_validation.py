@@ -5,8 +5,19 @@ from collections.abc import Callable
 
 import pytest
 
-from alignscale.config import NETS, AdamConfig, ConfigError, RNNConfig, RuleConfig, SGDConfig, SyntheticConfig, TrainConfig
-from alignscale.config import difference, digest, run_name
+from alignscale.config import (
+    NETS,
+    AdamConfig,
+    ConfigError,
+    RNNConfig,
+    RuleConfig,
+    SGDConfig,
+    SyntheticConfig,
+    TrainConfig,
+    difference,
+    digest,
+    run_name,
+)
 from alignscale.validation import validate
 
 

@@ -22,15 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plain_step import plain_step  # noqa: E402
+from plain_step import plain_step
 
-from alignscale.config import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig  # noqa: E402
-from alignscale.engine import LocalEngine, make_optimizer  # noqa: E402
-from alignscale.files import write_atomic  # noqa: E402
-from alignscale.frozen import Fixed, initialise  # noqa: E402
-from alignscale.nets import build  # noqa: E402
-from alignscale.rules import RULES, make_rule  # noqa: E402
-from alignscale.types import Batch  # noqa: E402
+from alignscale.config import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.engine import LocalEngine, make_optimizer
+from alignscale.files import write_atomic
+from alignscale.frozen import Fixed, initialise
+from alignscale.nets import build
+from alignscale.rules import RULES, make_rule
+from alignscale.types import Batch
 
 SHAPES = {"mlp": (1, 8, 8), "conv3": (1, 8, 8), "conv7": (3, 16, 16), "imagenet_conv7": (3, 224, 224), "rnn": (1, 8, 8)}
 JACOBIANS = ("live",)
@@ -51,7 +51,9 @@ def net_config(name: str, width: int, depth: int | None) -> NetConfig:
 
 def depth_of(config: NetConfig) -> int:
     """Hidden layers."""
-    return config.depth if isinstance(config, MLPConfig) else len(config.strides) if isinstance(config, ConvConfig) else 1
+    return (
+        config.depth if isinstance(config, MLPConfig) else len(config.strides) if isinstance(config, ConvConfig) else 1
+    )
 
 
 def rule_step(config: NetConfig, rule: str, batch: Batch, classes: int) -> Callable[[], None]:
@@ -132,8 +134,8 @@ def table(measured: list[dict[str, Any]]) -> str:
     if [first[key] for key in ("net", "width", "batch", "threads")] == ["conv3", 512, 50, 1]:
         lines.append("\nbeside the paper's public TensorFlow code (its times are from another machine):")
         lines += [
-            f"{row['rule']:28s} ours {1000 * row['seconds_median']:7.1f} ms, theirs {PUBLIC_CODE_MS[row['rule']]:5.0f} ms, "
-            f"ratio {1000 * row['seconds_median'] / PUBLIC_CODE_MS[row['rule']]:.2f}"
+            f"{row['rule']:28s} ours {1000 * row['seconds_median']:7.1f} ms, "
+            f"theirs {PUBLIC_CODE_MS[row['rule']]:5.0f} ms, ratio {1000 * row['seconds_median'] / PUBLIC_CODE_MS[row['rule']]:.2f}"
             for row in measured
             if row["rule"] in PUBLIC_CODE_MS
         ]
@@ -149,7 +151,9 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_positive, default=50)
     parser.add_argument("--classes", type=_positive, default=10)
     parser.add_argument("--shape", type=_shape, help="C,H,W of the images; by default the net's usual data")
-    parser.add_argument("--rules", type=_names(tuple(sorted(RULES))), default=["align_ada", "align_zero", "readout_only"])
+    parser.add_argument(
+        "--rules", type=_names(tuple(sorted(RULES))), default=["align_ada", "align_zero", "readout_only"]
+    )
     parser.add_argument("--jacobian", type=_names(JACOBIANS), default=["live"], help="forms of the frozen Jacobian")
     parser.add_argument("--threads", type=_positive, help="by default torch's own number")
     parser.add_argument("--repeats", type=_positive, default=15, help="rounds; a round runs every contender once")

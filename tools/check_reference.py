@@ -20,11 +20,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from alignscale.config import ConvConfig, RNNConfig, RuleConfig  # noqa: E402
-from alignscale.frozen import Fixed, Frozen  # noqa: E402
-from alignscale.nets import Network, build  # noqa: E402
-from alignscale.rules import RULES, make_rule  # noqa: E402
-from alignscale.types import Batch  # noqa: E402
+from alignscale.config import ConvConfig, RNNConfig
+from alignscale.frozen import Fixed, Frozen
+from alignscale.nets import Network, build
+from alignscale.rules import RULES, make_rule
+from alignscale.types import Batch
 
 STRIDES = {"conv3": [1, 2, 2], "conv7": [1, 1, 1, 2, 1, 2, 1], "imagenet_conv7": [4, 2, 1, 2, 1, 2, 1]}
 RNN_NAMES = ("W_ih", "W_hh", "W_ho", "init_state")
@@ -127,7 +127,9 @@ def conv_case(entry: dict[str, Any], arrays: Arrays, images: Arrays | None) -> t
 def conv_batches(arrays: Arrays, images: Arrays | None) -> Iterable[Batch]:
     """The stored batches, NHWC -> NCHW."""
     if "batch_x" in arrays:
-        pairs = zip(arrays["batch_x"].astype(np.float64), arrays["batch_y"].astype(np.float64), strict=True)
+        pairs: Iterable[tuple[np.ndarray, np.ndarray]] = zip(
+            arrays["batch_x"].astype(np.float64), arrays["batch_y"].astype(np.float64), strict=True
+        )
     elif "batch_idx" in arrays:
         if images is None:
             raise CaseError("batch_idx: expected images.npz beside the case, found none")
@@ -169,7 +171,9 @@ def rnn_case(entry: dict[str, Any], arrays: Arrays) -> tuple[Network, Fixed, lis
 def rnn_weight(name: str, array: np.ndarray) -> Tensor:
     """The public code multiplies rows by weights: (in, out) -> (out, in)."""
     weight = torch.from_numpy(array.astype(np.float64))
-    return {"W_ih": lambda: weight[:, None], "W_hh": lambda: weight.T, "W_ho": lambda: weight[None]}.get(name, lambda: weight)()
+    return {"W_ih": lambda: weight[:, None], "W_hh": lambda: weight.T, "W_ho": lambda: weight[None]}.get(
+        name, lambda: weight
+    )()
 
 
 def fixed_from(net: Network, feedback: dict[int, Tensor], direct: dict[int, Tensor]) -> Fixed:
@@ -190,7 +194,9 @@ def check(entry: dict[str, Any], arrays: Arrays, images: Arrays | None) -> float
     if optimizer not in ("sgd", "adam"):
         raise CaseError(f"optimizer {optimizer!r}: expected sgd or adam")
     lr = entry["lr"]
-    step = TensorFlowAdam(net.parameters(), lr).step if optimizer == "adam" else torch.optim.SGD(net.parameters(), lr).step
+    step = (
+        TensorFlowAdam(net.parameters(), lr).step if optimizer == "adam" else torch.optim.SGD(net.parameters(), lr).step
+    )
     compare = compare_rnn if recurrent else compare_conv
     stored = {int(m[1]) for key in arrays if (m := re.match(r"step(\d+)_", key))}
     errors = [0.0]
@@ -213,7 +219,10 @@ def check(entry: dict[str, Any], arrays: Arrays, images: Arrays | None) -> float
 def compare_conv(net: Network, arrays: Arrays, prefix: str) -> list[float]:
     """Errors of every weight and of the readout's bias."""
     names = conv_names(arrays)
-    errors = [distance(layer.weight, conv_weight(arrays[prefix + n]).numpy()) for layer, n in zip(net.layers, names, strict=True)]
+    errors = [
+        distance(layer.weight, conv_weight(arrays[prefix + n]).numpy())
+        for layer, n in zip(net.layers, names, strict=True)
+    ]
     bias = net.layers[-1].bias
     assert bias is not None
     return [*errors, distance(bias, arrays[f"{prefix}b{len(names) - 1}"])]
@@ -222,7 +231,8 @@ def compare_conv(net: Network, arrays: Arrays, prefix: str) -> list[float]:
 def compare_rnn(net: Network, arrays: Arrays, prefix: str) -> list[float]:
     """Errors of every weight and bias."""
     errors = [
-        distance(layer.weight, rnn_weight(n, arrays[prefix + n]).numpy()) for layer, n in zip(net.layers, RNN_NAMES, strict=True)
+        distance(layer.weight, rnn_weight(n, arrays[prefix + n]).numpy())
+        for layer, n in zip(net.layers, RNN_NAMES, strict=True)
     ]
     for layer, name in ((net.layers[0], "b_h"), (net.layers[2], "b_o")):
         assert layer.bias is not None
@@ -278,7 +288,10 @@ def main() -> int:
     try:
         rows = run(arguments.folder)
     except (OSError, ValueError) as problem:
-        print(f"{arguments.folder}: expected a folder with index.json (see tests/data/reference): {problem}", file=sys.stderr)
+        print(
+            f"{arguments.folder}: expected a folder with index.json (see tests/data/reference): {problem}",
+            file=sys.stderr,
+        )
         return 1
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -3,8 +3,10 @@
 It shares no code with alignscale/nets, uses torch's fused kernels wherever one fits, and the same fused SGD.
 """
 
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,13 @@ from torch import Tensor
 from alignscale.config import ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
 from alignscale.types import Batch
 
+Plain = tuple[list[Tensor], Callable[[Tensor], Tensor]]
+
 
 def plain_step(config: NetConfig, batch: Batch, classes: int) -> Callable[[], None]:
     """One backprop step by autograd on weights of its own. Raises ConfigError for a network it has no code for."""
     torch.manual_seed(0)
+    makers: dict[type[NetConfig], Callable[[Any, tuple[int, ...], int], Plain]]
     makers = {MLPConfig: plain_mlp, ConvConfig: plain_conv, RNNConfig: plain_rnn}
     if type(config) not in makers or config.activation != "relu" or config.norm == "calibrated":
         raise ConfigError(f"net={config.name}: the plain step has mlp, conv and rnn with relu, norm none or batch")
@@ -34,13 +39,10 @@ def plain_step(config: NetConfig, batch: Batch, classes: int) -> Callable[[], No
     return step
 
 
-Plain = tuple[list[Tensor], Callable[[Tensor], Tensor]]
-
-
 def plain_mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> Plain:
     """Weights and biases in turn, and the forward pass."""
     sizes = [math.prod(shape), *[config.width] * config.depth, classes]
-    weights = [torch.randn(out, inputs) for inputs, out in zip(sizes, sizes[1:], strict=False)]
+    weights = [torch.randn(out, inputs) for inputs, out in itertools.pairwise(sizes)]
     biases = [torch.zeros(out) for out in sizes[1:]]
 
     def forward(images: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def plain_mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> Plain:
 def plain_conv(config: ConvConfig, shape: tuple[int, ...], classes: int) -> Plain:
     """As ``plain_mlp``; SAME padding by hand where it is lopsided."""
     channels = [shape[0], *[config.width] * len(config.strides)]
-    weights = [torch.randn(out, inputs, 3, 3) for inputs, out in zip(channels, channels[1:], strict=False)]
+    weights = [torch.randn(out, inputs, 3, 3) for inputs, out in itertools.pairwise(channels)]
     readout = torch.randn(classes, config.width)
     biases = [torch.zeros(config.width) for _ in weights] + [torch.zeros(classes)]
 

@@ -1,7 +1,7 @@
 """How far a rule's network ends from backprop's, by width: ||f_rule - f_bp|| / ||f_bp - f_0|| on fixed inputs.
 
-An MLP with two hidden relu layers is trained in float64 by each rule from the same start on the same batches; theory says
-that the distance vanishes as the width grows. Prints a table and the slope of log distance in log width, per rule.
+An MLP with two hidden relu layers is trained in float64 by each rule from the same start on the same batches; theory
+says that the distance vanishes as the width grows. Prints a table and the slope of log distance in log width, per rule.
 
     python tools/width_distance.py --json distance.json --figure distance.svg
 """
@@ -17,14 +17,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from alignscale.config import MLPConfig, SGDConfig  # noqa: E402
-from alignscale.engine import LocalEngine, make_optimizer  # noqa: E402
-from alignscale.files import write_atomic  # noqa: E402
-from alignscale.frozen import Fixed, initialise  # noqa: E402
-from alignscale.initial import Stream, normal  # noqa: E402
-from alignscale.nets import build  # noqa: E402
-from alignscale.rules import RULES, make_rule  # noqa: E402
-from alignscale.types import Batch  # noqa: E402
+from alignscale.config import MLPConfig, SGDConfig
+from alignscale.engine import LocalEngine, make_optimizer
+from alignscale.files import write_atomic
+from alignscale.frozen import Fixed, initialise
+from alignscale.initial import Stream, normal
+from alignscale.nets import build
+from alignscale.rules import RULES, make_rule
+from alignscale.types import Batch
 
 FEATURES, CLASSES, EXAMPLES = 20, 3, 40
 
@@ -85,8 +85,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("width (units per hidden layer)")
-    axes.set_ylabel("||f_rule − f_backprop|| / ||f_backprop − f_0||")
-    axes.set_title(f"Distance to backprop after {result['steps']} steps (MLP, 2 hidden relu layers, {len(result['seeds'])} seeds)", fontsize=10)
+    axes.set_ylabel("||f_rule - f_backprop|| / ||f_backprop - f_0||")
+    axes.set_title(
+        f"Distance to backprop after {result['steps']} steps (MLP, 2 hidden relu layers, {len(result['seeds'])} seeds)",
+        fontsize=10,
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
@@ -95,7 +98,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="+", choices=sorted(set(RULES) - {"backprop"}), default=["align_ada", "align_zero"])
+    parser.add_argument(
+        "--rules", nargs="+", choices=sorted(set(RULES) - {"backprop"}), default=["align_ada", "align_zero"]
+    )
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)

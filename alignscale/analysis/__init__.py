@@ -1,0 +1,1 @@
+"""Pure functions of weights and activations: what training has done to a network."""

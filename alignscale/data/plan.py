@@ -1,5 +1,9 @@
-"""The order of examples. Pure functions, so that any process can say which examples a step reads, before and after a resume."""
+"""The order of examples.
 
+Pure functions, so that any process can say which examples a step reads, before and after a resume.
+"""
+
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +14,7 @@ from alignscale.initial import Stream, permutation
 
 @dataclass(frozen=True)
 class Plan:
-    """Epochs of ``examples`` in batches of ``batch_size``, each epoch in an order of its own; the last batch may be partial."""
+    """Epochs in batches of ``batch_size``, each epoch in an order of its own; its last batch may be partial."""
 
     examples: int
     batch_size: int
@@ -40,4 +44,4 @@ def even_batches(examples: int, most: int) -> list[slice]:
     """range(examples) in key order as the fewest batches of at most ``most``, whose sizes differ by at most one."""
     count = -(-examples // most)
     bounds = [examples * index // count for index in range(count + 1)]
-    return [slice(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [slice(low, high) for low, high in itertools.pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Noisy class prototypes of any shape: data for benchmarks and for trying a network out before the real data is there."""
+"""Noisy class prototypes of any shape: for benchmarks, and for trying a network out before its real data is there."""
 
 import torch
 

@@ -1,6 +1,9 @@
-"""Activations with their gates (derivatives). They stand alone because rules take gates from one network and use them in another.
+"""Activations with their gates (derivatives).
 
-Each is three functions: ``forward(x) -> (a, residue)``, ``gate(residue)`` and ``pullback(signal, gate)``. The residue is
+They stand alone because rules take gates from one network and use them in another.
+
+Each is three functions: ``forward(x) -> (a, residue)``, ``gate(residue)`` and ``pullback(signal, gate)``. The residue
+is
 the cheapest tensor that determines the gate. relu's gate is any tensor that is positive where the unit is open, so its
 own output serves, and so do unpacked bits; the other gates are the derivative itself.
 """

@@ -18,7 +18,12 @@ class LayeredNet(Network):
     """layer, norm, activation, layer, ..., readout; maps are averaged over positions before the readout."""
 
     def __init__(
-        self, layers: list[Layer], norms: list[Norm], activation: Activation, outputs: list[tuple[int, ...]], blocks: str
+        self,
+        layers: list[Layer],
+        norms: list[Norm],
+        activation: Activation,
+        outputs: list[tuple[int, ...]],
+        blocks: str,
     ) -> None:
         """Outputs: per hidden layer, the shape of one example's pre-activations; blocks: ``theory`` or ``public``."""
         super().__init__(activation)

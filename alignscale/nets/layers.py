@@ -1,4 +1,6 @@
-"""Layers with trained weights. A layer does three things: forward, transpose, weight gradient; each is a function of the weight given.
+"""Layers with trained weights.
+
+A layer does three things: forward, transpose, weight gradient; each is a function of the weight given.
 
 They stand alone because every learning rule is made of these three maps, taken from different networks. In the NTK
 parameterisation (Jacot et al. 2018) weights are drawn from N(0, 1) and the forward pass multiplies by
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -109,14 +112,14 @@ class Conv(Layer):
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
         size = [delta.shape[0], *self.padded]
-        signal = nn.grad.conv2d_input(size, weight, _scaled(delta, self.scale), self.stride, self.padding)
+        signal = conv2d_input(size, weight, _scaled(delta, self.scale), self.stride, self.padding)
         # A negative pad crops into a contiguous tensor, which elementwise kernels read ten times faster than a view.
         return F.pad(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
         shape = self.weight.shape
-        gradient = nn.grad.conv2d_weight(self._pad(a), shape, _scaled(delta, self.scale), self.stride, self.padding)
+        gradient = conv2d_weight(self._pad(a), shape, _scaled(delta, self.scale), self.stride, self.padding)
         return gradient, delta.sum((0, 2, 3))
 
     def _pad(self, a: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Multi-layer perceptrons: ``depth`` hidden layers of ``width`` units on the flattened image."""
 
+import itertools
 import math
 
 from alignscale.config import MLPConfig
@@ -14,7 +15,7 @@ def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> LayeredNet:
     sizes = [math.prod(shape), *[config.width] * config.depth, classes]
     layers: list[Layer] = [
         Linear((out, fan_in), True, config.gain if index else 1.0, config.parameterisation)
-        for index, (fan_in, out) in enumerate(zip(sizes, sizes[1:], strict=False))
+        for index, (fan_in, out) in enumerate(itertools.pairwise(sizes))
     ]
     sites: list[tuple[int, ...]] = [(config.width,)] * config.depth
     norms = [make_norm(config.norm, site) for site in sites]

@@ -1,4 +1,6 @@
-"""Norms between a layer and its activation, with their local pullbacks. They stand alone: a rule may pull back through another network's moments.
+"""Norms between a layer and its activation, with their local pullbacks.
+
+They stand alone: a rule may pull back through another network's moments.
 
 Moments are per channel AND position, over the examples (axis 0) alone, biased, eps 1e-6, no trained gain or shift, as
 in the paper's public code. A norm works on tensors (B, *site); a recurrent network's site is (T, units) and is
@@ -52,7 +54,16 @@ class BatchNorm(Norm):
         if state is None:
             raise ValueError("BatchNorm.pullback: expected the state of a forward pass, found None")
         gradient, _, _ = torch.ops.aten.native_batch_norm_backward(
-            delta.flatten(1), state.z.flatten(1), None, None, None, state.mean, state.inverse_std, True, EPS, [True, False, False]
+            delta.flatten(1),
+            state.z.flatten(1),
+            None,
+            None,
+            None,
+            state.mean,
+            state.inverse_std,
+            True,
+            EPS,
+            [True, False, False],
         )
         return gradient.view_as(delta)
 

@@ -1,4 +1,4 @@
-"""A recurrent network: h_t = act(norm(W_in x_t + W_rec h_{t-1} + b)), logits W_out h_t + c at the last or at every step.
+"""A recurrent network: h_t = act(norm(W_in x_t + W_rec h_{t-1} + b)), logits W_out h_t + c at the last step or at each.
 
 It stands alone as the one network whose pullback runs through time. Its hidden site has shape (T, units).
 """
@@ -68,8 +68,8 @@ class RNN(Network):
         state: Tensor = self.layers[STATE](h)
         if state.shape[0] < h.shape[0]:
             raise ValueError(
-                f"net.initial_state=trained: a batch of {h.shape[0]} examples, but the state has {state.shape[0]} rows; "
-                "use batches of at most that many, or net.initial_state=zero"
+                f"net.initial_state=trained: a batch of {h.shape[0]} examples, but the state has {state.shape[0]} "
+                "rows; use batches of at most that many, or net.initial_state=zero"
             )
         return state[: h.shape[0]]
 

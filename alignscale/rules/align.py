@@ -1,4 +1,4 @@
-"""The Align rules (Boopathy & Fiete, ICML 2022, Proposition 2): the error travels down the network as it was at the start.
+"""The Align rules (Boopathy & Fiete, ICML 2022, Proposition 2): the error goes down the network as it was at the start.
 
 dW_l = E[ delta_l(x) input_l(x)^T ] / sqrt(fan_in), delta_l = J_l(x)^T e(x), J_l = d logits / d z_l. They differ from
 backprop by O(1 / sqrt(width)) at a finite width and not at all in the limit.

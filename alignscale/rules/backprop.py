@@ -1,4 +1,7 @@
-"""Backpropagation: gates, transposed weights and layer inputs are all the current network's. The baseline, by autograd."""
+"""Backpropagation: gates, transposed weights and layer inputs are all the current network's.
+
+The baseline, by autograd.
+"""
 
 from alignscale.loss import mse
 from alignscale.rules.base import Rule, register

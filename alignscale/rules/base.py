@@ -6,7 +6,7 @@ which layer inputs, and ``register`` it under a name.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, final
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ class Rule(nn.Module, ABC):
 class LocalRule(Rule, ABC):
     """A rule that gives every layer its delta itself. No graph is kept from one layer to another."""
 
-    @final
     def forward(self, batch: Batch) -> StepOutput:
         """Trace, error, deltas, surrogate."""
         with torch.no_grad():

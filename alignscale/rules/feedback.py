@@ -37,15 +37,15 @@ class DirectFeedbackAlignment(LocalRule):
             signal = error @ self.fixed.direct(site).flatten(0, -2).T
             at_site.append(self.net.activation.pullback(signal.view(gate.shape), gate))
         deltas = self.net.readout_deltas(error, trace)
-        for index, site in enumerate(self.net.sites):
-            if site is not None:
-                deltas[index] = at_site[site]
+        for index, below in enumerate(self.net.sites):
+            if below is not None:
+                deltas[index] = at_site[below]
         return trace, deltas
 
 
 @dataclass
 class SignSymmetricConfig(RuleConfig):
-    """``magnitude`` of the feedback: ``uniform`` (1), ``fixed`` (random, drawn once) or ``batchwise`` (at each step)."""
+    """``magnitude`` of the feedback: ``uniform`` (1), ``fixed`` (random, drawn once), ``batchwise`` (each step)."""
 
     name: str = "sign_symmetric"
     magnitude: str = "uniform"
