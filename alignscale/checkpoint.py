@@ -83,7 +83,8 @@ def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: d
     if manifest["fingerprint"] != about["fingerprint"]:
         raise CheckpointError(
             f"{path}: expected the initial network {about['fingerprint']}, found {manifest['fingerprint']}: "
-            "the checkpoint belongs to another seed, architecture or generator version; use the version that wrote it, or resume=never"
+            "the checkpoint belongs to another seed, architecture or generator version; use the version that wrote it, "
+            "or resume=never"
         )
     for name, expected in manifest["files"].items():
         found = _checksum(path / name) if (path / name).is_file() else "no file"

@@ -1,6 +1,5 @@
 """Claims about the commands, each run as a user runs it."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -48,36 +47,6 @@ def test_mistakes_end_with_a_message_and_a_status(tmp_path: Path, options: list[
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_compare_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    options = [
-        *FAST[1:],
-        "compare.rules=[backprop,align_ada]",
-        "compare.widths=[4,8]",
-        f"compare.folder={tmp_path / 'grid'}",
-    ]
-    first = run("launch/compare.py", *options)
-    assert first.returncode == 0, first.stderr
-    assert "align_ada" in first.stdout.split("test accuracy")[1]
-    folders = sorted(path for path in (tmp_path / "grid").iterdir() if path.is_dir())
-    assert len(folders) == 4
-    shutil.rmtree(folders[0])
-    kept = {path: (path / "result.json").stat().st_mtime_ns for path in folders[1:]}
-    second = run("launch/compare.py", *options)
-    assert second.returncode == 0, second.stderr
-    assert {path: (path / "result.json").stat().st_mtime_ns for path in folders[1:]} == kept
-    assert (folders[0] / "result.json").exists()
-    accuracies = [run["test"] for run in json.loads((tmp_path / "grid/result.json").read_text())["runs"]]
-    assert len(accuracies) == 4
-
-
-def test_compare_reports_a_diverged_run_and_goes_on(tmp_path: Path) -> None:
-    options = [*FAST[1:], "optim.lr=1e30", "net=mlp", "compare.rules=[backprop,readout_only]", "compare.widths=[4]"]
-    done = run("launch/compare.py", *options, f"compare.folder={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert "diverged" in done.stdout
-    assert (tmp_path / "report.html").exists()
 
 
 def test_compare_refuses_an_unknown_rule_before_any_work(tmp_path: Path) -> None:

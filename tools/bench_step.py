@@ -135,7 +135,8 @@ def table(measured: list[dict[str, Any]]) -> str:
         lines.append("\nbeside the paper's public TensorFlow code (its times are from another machine):")
         lines += [
             f"{row['rule']:28s} ours {1000 * row['seconds_median']:7.1f} ms, "
-            f"theirs {PUBLIC_CODE_MS[row['rule']]:5.0f} ms, ratio {1000 * row['seconds_median'] / PUBLIC_CODE_MS[row['rule']]:.2f}"
+            f"theirs {PUBLIC_CODE_MS[row['rule']]:5.0f} ms, "
+            f"ratio {1000 * row['seconds_median'] / PUBLIC_CODE_MS[row['rule']]:.2f}"
             for row in measured
             if row["rule"] in PUBLIC_CODE_MS
         ]

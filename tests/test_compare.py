@@ -1,0 +1,92 @@
+"""Claims about grids of runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from alignscale.compare import compare, expand
+from alignscale.config import (
+    CompareConfig,
+    ConfigError,
+    GridConfig,
+    LogConfig,
+    MLPConfig,
+    OptimConfig,
+    RuleConfig,
+    SGDConfig,
+    SyntheticConfig,
+)
+from alignscale.results import read_result
+from alignscale.rules.feedback import SignSymmetricConfig
+
+
+def grid(folder: Path, rules: list[str], widths: list[int], optim: OptimConfig | None = None) -> GridConfig:
+    return GridConfig(
+        rule=RuleConfig(name="backprop"),
+        net=MLPConfig(depth=2),
+        data=SyntheticConfig(shape=[1, 3, 3], train=40, test=20, classes=3),
+        optim=optim or SGDConfig(lr=0.5),
+        epochs=1,
+        batch_size=20,
+        log=LogConfig(progress=False, tensorboard=False),
+        compare=CompareConfig(rules=rules, widths=widths, seeds=[0], folder=str(folder)),
+    )
+
+
+def silent(line: str) -> None:
+    """Swallow what a comparison shows."""
+
+
+def test_compare_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    options = grid(tmp_path, ["backprop", "align_ada"], [4, 8])
+    first = compare(options, "command", silent)
+    folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    assert len(folders) == len(first["runs"]) == 4
+    shutil.rmtree(folders[0])
+    (tmp_path / "result.json").unlink()
+    kept = {path: (path / "result.json").stat().st_mtime_ns for path in folders[1:]}
+    second = compare(options, "command", silent)
+    assert {path: (path / "result.json").stat().st_mtime_ns for path in folders[1:]} == kept
+    assert [run["test"] for run in second["runs"]] == [run["test"] for run in first["runs"]]
+    assert read_result(tmp_path / "result.json")["runs"] == json.loads(json.dumps(second["runs"]))
+
+
+def test_compare_reports_a_diverged_run_and_goes_on(tmp_path: Path) -> None:
+    lines: list[str] = []
+    result = compare(grid(tmp_path, ["backprop", "readout_only"], [4], SGDConfig(lr=1e30)), "command", lines.append)
+    assert any(line.startswith("diverged") for line in lines)
+    assert [run["test"]["accuracy"] for run in result["runs"]] == [None, None]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_every_run_has_its_folder_beside_the_report(tmp_path: Path) -> None:
+    result = compare(grid(tmp_path, ["align_zero"], [4]), "command", silent)
+    assert (tmp_path / result["runs"][0]["folder"] / "report.html").exists()
+
+
+def test_options_of_a_rule_reach_its_runs_and_others_keep_theirs(tmp_path: Path) -> None:
+    options = grid(tmp_path, ["backprop", "sign_symmetric"], [4])
+    options.rule = SignSymmetricConfig(magnitude="fixed")
+    backprop, signs = expand(options)
+    assert backprop.rule == RuleConfig(name="backprop")
+    assert signs.rule == SignSymmetricConfig(magnitude="fixed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rules": ["align"]}, "compare.rules: align: expected some of align_ada"),
+        ({"widths": []}, r"compare.widths=\[\]: expected at least one value"),
+        ({"widths": [4, 4]}, "each once"),
+        ({"widths": [0]}, "net.width=0"),
+    ],
+)
+def test_wrong_grid_is_refused_before_any_work(tmp_path: Path, changes: dict[str, list[int]], message: str) -> None:
+    options = grid(tmp_path / "grid", ["backprop"], [4])
+    for name, value in changes.items():
+        setattr(options.compare, name, value)
+    with pytest.raises(ConfigError, match=message):
+        compare(options, "command", silent)
+    assert not (tmp_path / "grid").exists()

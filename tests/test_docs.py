@@ -1,0 +1,76 @@
+"""Links in the Markdown files lead somewhere, and the commands shown in them exist."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)")
+TARGETS = set(re.findall(r"^([a-z][\w-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a page's headings have in links."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> Iterator[str]:
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", link):  # http:, mailto:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            yield link
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command in a page's bash blocks, without leading assignments such as FOO=1."""
+    for block in BASH.findall(page.read_text()):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words.pop(0)
+            if words:
+                yield words
+
+
+def unknown_words(words: list[str]) -> Iterator[str]:
+    """The words of a command that name a make target, a file of this repository or a config that is not there."""
+    for word in words[1:]:
+        if words[0] == "make" and re.fullmatch(r"[a-z][\w-]*", word) and word not in TARGETS:
+            yield word
+    for word in words:
+        if re.match(r"(alignscale|configs|docs|launch|tests|tools)/", word) and not (REPOSITORY / word).exists():
+            yield word
+        group, _, names = word.partition("=")
+        folder = REPOSITORY / "configs" / group
+        if names and folder.is_dir():
+            yield from (f"{group}={name}" for name in names.split(",") if not (folder / f"{name}.yaml").exists())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert list(broken_links(page)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_what_exists(page: Path) -> None:
+    wrong = {" ".join(words): unknown for words in commands(page) if (unknown := list(unknown_words(words)))}
+    assert wrong == {}
+
+
+def test_a_wrong_link_or_command_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One\n[a](#one) [b](#two) [c](no.md) [d](https://e.org)\n```bash\nmake nothing\nA=1 python tools/no.py  # x\n```\n"
+    )
+    assert list(broken_links(page)) == ["#two", "no.md"]
+    assert [list(unknown_words(words)) for words in commands(page)] == [["nothing"], ["tools/no.py"]]
