@@ -85,6 +85,7 @@ def combine(grid: CompareConfig, results: list[Result], command: str) -> Result:
     for result in results:
         run = dict(result["runs"][0])
         run["folder"] = os.path.relpath(run["config"]["run"]["dir"], grid.folder)
+        run["config"] = {group: options for group, options in run["config"].items() if group != "run"}
         runs.append(run)
     return {
         "format": FORMAT,

@@ -229,7 +229,7 @@ PLOTS = {
     "test_loss": _curve_plot("Test loss", "Loss on the test set after each epoch.", "test_loss", "test loss"),
     "update_cosine": _curve_plot(
         "Cosine of the update with backprop's",
-        "Cosine between a rule's update and the one backprop would make at the same weights; 1 is backprop.",
+        "Cosine between a rule's update and backprop's at the same weights, mean over layers; 1 is backprop.",
         "update_cosine", "cosine",
     ),
     "step_time": Plot(

@@ -46,9 +46,13 @@ class Case:
 
 TABLE = [
     Case(*row)
-    for row in itertools.product(NETS, ("none", "batch", "calibrated"), ("relu", "gelu", "tanh", "erf"), ("ntk", "standard"))
+    for row in itertools.product(
+        NETS, ("none", "batch", "calibrated"), ("relu", "gelu", "tanh", "erf"), ("ntk", "standard")
+    )
 ]
-PUBLIC = [Case(net, norm, "relu", "ntk", "public") for net in ("conv3", "rnn", "rnn_every") for norm in ("none", "batch")]
+PUBLIC = [
+    Case(net, norm, "relu", "ntk", "public") for net in ("conv3", "rnn", "rnn_every") for norm in ("none", "batch")
+]
 RULE_NAMES = [
     "backprop",
     "align_ada",
@@ -83,7 +87,11 @@ class Built:
 
     def rule(self, name: str) -> Rule:
         name, _, magnitude = name.partition("/")
-        return make_rule(self.net, self.fixed, RULES[name].options(**{"name": name} | ({"magnitude": magnitude} if magnitude else {})))
+        return make_rule(
+            self.net,
+            self.fixed,
+            RULES[name].options(**{"name": name} | ({"magnitude": magnitude} if magnitude else {})),
+        )
 
     def oracle(self) -> oracle.Net:
         return oracle.make_net(self.config, self.shape, self.initial, self.calibration)
@@ -121,7 +129,9 @@ def make(case: Case, moved: bool = True, dtype: torch.dtype = torch.float64, sto
     if moved:
         with torch.no_grad():
             for layer in net.layers:
-                layer.weight.add_(normal(*layer.weight.shape), alpha=max(layer.initial_std, 0.5 if layer.initial_std == 0 else 0) / 3)
+                layer.weight.add_(
+                    normal(*layer.weight.shape), alpha=max(layer.initial_std, 0.5 if layer.initial_std == 0 else 0) / 3
+                )
                 if layer.bias is not None:
                     layer.bias.add_(normal(*layer.bias.shape), alpha=0.2)
     targets = normal(EXAMPLES, *((shape[0],) if case.net == "rnn_every" else ()), CLASSES)

@@ -63,7 +63,10 @@ def deltas_by_tangent(net: Net, at: Pass, weights: Sequence[Tensor], error: Tens
 
 
 def updates(net: Net, weights: Weights, inputs: list[Tensor], deltas: Deltas) -> Updates:
-    leaves = [(w.detach().clone().requires_grad_(), None if b is None else b.detach().clone().requires_grad_()) for w, b in weights]
+    leaves = [
+        (w.detach().clone().requires_grad_(), None if b is None else b.detach().clone().requires_grad_())
+        for w, b in weights
+    ]
     return gradients(net.local(leaves, [a.detach() for a in inputs], deltas), leaves)
 
 
@@ -74,7 +77,10 @@ def gradients(scalar: Tensor, leaves: Weights) -> Updates:
 
 
 def backprop(world: World) -> Updates:
-    leaves = [(w.detach().clone().requires_grad_(), None if b is None else b.detach().clone().requires_grad_()) for w, b in world.current]
+    leaves = [
+        (w.detach().clone().requires_grad_(), None if b is None else b.detach().clone().requires_grad_())
+        for w, b in world.current
+    ]
     return gradients(squared_error(world.net.forward(leaves, world.images).logits, world.targets, world.size), leaves)
 
 
@@ -164,6 +170,8 @@ ORACLES: dict[str, Callable[[World], Updates]] = {
     "direct_feedback_alignment": direct_feedback_alignment,
     "sign_symmetric/uniform": uniform,
     "sign_symmetric/fixed": lambda world: sign_symmetric(world, lambda index: world.magnitude(index, 0)),
-    "sign_symmetric/batchwise": lambda world: sign_symmetric(world, lambda index: world.magnitude(index, world.step + 1)),
+    "sign_symmetric/batchwise": lambda world: sign_symmetric(
+        world, lambda index: world.magnitude(index, world.step + 1)
+    ),
     "readout_only": readout_only,
 }

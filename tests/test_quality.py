@@ -16,12 +16,14 @@ PYTHON = [path for folder in ("alignscale", "launch", "tools", "tests") for path
 
 # Who may import whom: a module imports from its own row or from rows above. A package stands for all its modules.
 LAYERS = [
-    {"config", "types", "environment", "files", "results"},
+    {"config", "validation", "types", "environment", "files", "results"},
     {"analysis", "data", "distributed", "figures", "initial", "loss", "metrics", "nets", "parallel", "report", "theme"},
     {"frozen", "jacobian"},
     {"rules"},
     {"checkpoint", "engine", "evaluate"},
-    {"setup", "train"},
+    {"run"},
+    {"train"},
+    {"compare"},
     {"alignscale"},  # the public names
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

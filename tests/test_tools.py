@@ -13,10 +13,8 @@ from alignscale.frozen import initialise
 from alignscale.nets import build
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-from plain_step import plain_conv, plain_mlp, plain_rnn  # noqa: E402
-from width_distance import distances, slope  # noqa: E402
+from plain_step import plain_conv, plain_mlp, plain_rnn
+from width_distance import distances, slope
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
