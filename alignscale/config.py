@@ -63,7 +63,7 @@ class ConvConfig(NetConfig):
 
 @dataclass
 class RNNConfig(NetConfig):
-    """A recurrent network that reads an image row by row, or a sequence step by step.
+    """A recurrent network that reads an image row by row, or a sequence step by step; gain 1, or the state grows.
 
     ``readout``: ``last`` (logits after the last step) or ``every`` (at each step). ``initial_state``: ``zero`` or
     ``trained`` (one trained row per place in the batch, as the paper's public code; needs full batches).
@@ -71,7 +71,6 @@ class RNNConfig(NetConfig):
 
     name: str = "rnn"
     width: int = 128
-    gain: float = math.sqrt(2.0)
     readout: str = "last"
     initial_state: str = "zero"
 

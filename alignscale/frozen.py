@@ -116,12 +116,14 @@ def calibrate(frozen: Frozen, images: Tensor) -> None:
     Site by site, as each site's moments depend on the norms below it. The chunks are fixed, so the result depends on
     the examples and their order alone.
     """
+    state = frozen.net.state
+    chunk_size = CALIBRATION_CHUNK if state is None else min(CALIBRATION_CHUNK, len(frozen.net.layers[state].weight))
     for norm in frozen.net.norms:
         if not isinstance(norm, CalibratedNorm):
             continue
         for at in _positions(norm, frozen.net):
             total = squares = None
-            for chunk in images.split(CALIBRATION_CHUNK):
+            for chunk in images.split(chunk_size):
                 z = _input_of(norm, at, frozen, chunk).double()
                 total = z.sum(0) if total is None else total + z.sum(0)
                 squares = z.square().sum(0) if squares is None else squares + z.square().sum(0)

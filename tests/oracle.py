@@ -274,7 +274,8 @@ def make_net(config: NetConfig, shape: tuple[int, ...], initial: Weights, calibr
     if config.norm == "calibrated":
         assert calibration is not None
         batch = type(config)(**{**vars(config), "norm": "batch"})
-        z = make_net(batch, shape, initial).forward(initial, calibration).z
+        untrained = initial[:3] if isinstance(config, RNNConfig) else initial  # a trained state starts at 0
+        z = make_net(batch, shape, initial).forward(untrained, calibration).z
         moments = [(site.mean(0), ((site - site.mean(0)) ** 2).mean(0)) for site in z]
     else:
         moments = None

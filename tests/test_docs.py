@@ -70,7 +70,8 @@ def test_commands_name_what_exists(page: Path) -> None:
 def test_a_wrong_link_or_command_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "# One\n[a](#one) [b](#two) [c](no.md) [d](https://e.org)\n```bash\nmake nothing\nA=1 python tools/no.py  # x\n```\n"
+        "# One\n[a](#one) [b](#two) [c](no.md) [d](https://e.org)\n"
+        "```bash\nmake nothing\nA=1 python tools/no.py  # x\n```\n"
     )
     assert list(broken_links(page)) == ["#two", "no.md"]
     assert [list(unknown_words(words)) for words in commands(page)] == [["nothing"], ["tools/no.py"]]

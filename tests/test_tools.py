@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_step import plain_conv, plain_mlp, plain_rnn
+from width_distance import distances, slope
 
 from alignscale.config import NETS, ConvConfig, MLPConfig, NetConfig, RNNConfig
 from alignscale.frozen import initialise
 from alignscale.nets import build
 
 ROOT = Path(__file__).parents[1]
-from plain_step import plain_conv, plain_mlp, plain_rnn
-from width_distance import distances, slope
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
