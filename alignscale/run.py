@@ -25,7 +25,7 @@ from alignscale.data import Examples, load
 from alignscale.data.examples import Encoding
 from alignscale.data.plan import Plan
 from alignscale.engine import LocalEngine, make_optimizer
-from alignscale.environment import hardware, versions
+from alignscale.environment import hardware, keep_freed_memory, versions
 from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, calibrate, fingerprint, initialise
 from alignscale.metrics import finite
@@ -111,6 +111,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None] = print) -> Run:
     Prints the resolved configuration, the derived numbers and the folder first. Raises ConfigError or CheckpointError.
     """
     validate(config)
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     device = _device(config.device)

@@ -26,6 +26,7 @@ from plain_step import plain_step
 
 from alignscale.config import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
+from alignscale.environment import keep_freed_memory
 from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, initialise
 from alignscale.nets import build
@@ -189,6 +190,7 @@ def _names(valid: tuple[str, ...]) -> Callable[[str], list[str]]:
 def main() -> int:
     """Command line."""
     arguments = parse()
+    keep_freed_memory()  # as the training loop does, for every contender
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:

@@ -26,6 +26,8 @@ class AlignAda(LocalRule):
 class AlignZero(LocalRule):
     """Initial gates, transposed weights and layer inputs: only the error is the current network's."""
 
+    reads_trace = False
+
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """Everything but the error comes from the initial network."""
         initial = self.fixed.frozen.trace(batch.images)

@@ -39,12 +39,17 @@ class Rule(nn.Module, ABC):
 class LocalRule(Rule, ABC):
     """A rule that gives every layer its delta itself. No graph is kept from one layer to another."""
 
+    reads_trace: ClassVar[bool] = True
+    """Whether ``assign`` reads more of the current trace than its logits; if not, the rest is freed before it."""
+
     def forward(self, batch: Batch) -> StepOutput:
         """Trace, error, deltas, surrogate."""
         with torch.no_grad():
             trace = self.net.trace(batch.images)
             loss = mse(trace.logits, batch.targets, batch.size)
             error = mse_error(trace.logits, batch.targets, batch.size)
+            if not self.reads_trace:
+                trace = Trace([], [], [], trace.logits)
             local, deltas = self.assign(batch, trace, error)
         return StepOutput(self.net.surrogate(local, deltas), loss, trace.logits)
 
