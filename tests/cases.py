@@ -1,10 +1,12 @@
-"""The table that the tests of networks and rules run over: nets x norms x activations x parameterisations, all small, in float64."""
+"""The table of networks that tests run over: nets x norms x activations x parameterisations, all small, in float64."""
 
 import functools
 import itertools
 from dataclasses import dataclass, replace
 
+import oracle
 import torch
+from oracle_rules import World
 from torch import Tensor
 
 from alignscale.config import ConvConfig, MLPConfig, NetConfig, RNNConfig
@@ -12,9 +14,8 @@ from alignscale.frozen import Fixed, calibrate, initialise
 from alignscale.nets import Network, build
 from alignscale.rules import Rule, make_rule
 from alignscale.rules.base import RULES
+from alignscale.rules.feedback import SignSymmetricConfig
 from alignscale.types import Batch
-from tests import oracle
-from tests.oracle_rules import World
 
 CLASSES, EXAMPLES, GLOBAL_BATCH, STEP, SEED = 3, 4, 5, 2, 11
 """A rank's part of a batch is smaller than the global batch, so that a division by the wrong one shows."""
@@ -24,8 +25,8 @@ NETS: dict[str, tuple[NetConfig, tuple[int, ...]]] = {
     "conv3": (ConvConfig(name="conv3", width=4, strides=[1, 2, 2], gain=1.3), (2, 5, 6)),
     "conv_stride4": (ConvConfig(width=4, strides=[4, 2], gain=1.3), (3, 10, 9)),
     "conv7": (ConvConfig(name="conv7", width=3, strides=[1, 1, 1, 2, 1, 2, 1], gain=1.2), (1, 4, 5)),
-    "rnn": (RNNConfig(width=5), (2, 4, 3)),
-    "rnn_every": (RNNConfig(width=5, readout="every", initial_state="trained"), (4, 3)),
+    "rnn": (RNNConfig(width=5, gain=1.3), (2, 4, 3)),
+    "rnn_every": (RNNConfig(width=5, readout="every", initial_state="trained", gain=1.3), (4, 3)),
 }
 
 
@@ -87,11 +88,8 @@ class Built:
 
     def rule(self, name: str) -> Rule:
         name, _, magnitude = name.partition("/")
-        return make_rule(
-            self.net,
-            self.fixed,
-            RULES[name].options(**{"name": name} | ({"magnitude": magnitude} if magnitude else {})),
-        )
+        options = RULES[name].options(name) if not magnitude else SignSymmetricConfig(name, magnitude)
+        return make_rule(self.net, self.fixed, options)
 
     def oracle(self) -> oracle.Net:
         return oracle.make_net(self.config, self.shape, self.initial, self.calibration)
@@ -129,9 +127,7 @@ def make(case: Case, moved: bool = True, dtype: torch.dtype = torch.float64, sto
     if moved:
         with torch.no_grad():
             for layer in net.layers:
-                layer.weight.add_(
-                    normal(*layer.weight.shape), alpha=max(layer.initial_std, 0.5 if layer.initial_std == 0 else 0) / 3
-                )
+                layer.weight.add_(normal(*layer.weight.shape), alpha=(layer.initial_std or 0.5) / 3)
                 if layer.bias is not None:
                     layer.bias.add_(normal(*layer.bias.shape), alpha=0.2)
     targets = normal(EXAMPLES, *((shape[0],) if case.net == "rnn_every" else ()), CLASSES)

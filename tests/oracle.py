@@ -1,8 +1,8 @@
-"""Networks and learning rules once more: slow, in float64, from their formulas alone, without the package's nets or rules.
+"""Networks once more: slow, in float64, from their formulas alone, without the package's networks.
 
-A convolution is a dense matrix. A delta is J^T e, where e = dLoss/dlogits and J = dlogits/dx is taken in one of two ways:
-by autograd, with respect to zeros ("probes") added to the pre-activations x of a forward pass; or, where the transposed
-weights are not those of the forward pass, as the transpose of a linear map written out forwards (``tangent``).
+A convolution is a dense matrix. A delta is J^T e, where e = dLoss/dlogits and J = dlogits/dx is taken in one of two
+ways: by autograd, with respect to zeros ("probes") added to the pre-activations x of a forward pass; or, where the
+transposed weights are not those of the forward pass, as the transpose of a linear map written forwards (``tangent``).
 Activations are flat: (B, units) for a chain, (B, T, units) for a recurrent network.
 """
 

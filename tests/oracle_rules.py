@@ -1,12 +1,11 @@
-"""The learning rules by their definitions, on the networks of ``oracle.py``: whose Jacobian carries e, and what it meets."""
+"""The learning rules by their definitions, on the networks of ``oracle.py``: whose Jacobian carries e to what."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from oracle import Deltas, Net, Pass, Recurrent, Updates, Weights
 from torch import Tensor
-
-from tests.oracle import Deltas, Net, Pass, Recurrent, Updates, Weights
 
 
 def nothing(*index: int) -> Tensor:
@@ -92,13 +91,15 @@ def align_ada(world: World) -> Updates:
 
 
 def public_deltas(world: World, deltas: Deltas) -> Deltas:
-    """The paper's public code: the block of the last layer holds the last gate; a recurrent block leaves out y_t <- h_t."""
+    """The paper's public code: the last layer's block holds the last gate; a recurrent block leaves out y_t <- h_t."""
     net = world.net
     frozen = net.forward(world.frozen, world.images)
     taps = [torch.zeros_like(a, requires_grad=True) for a in frozen.a]
     signals = torch.autograd.grad(net.forward(world.frozen, world.images, None, taps).logits, taps, world.error)
     if isinstance(net, Recurrent):
-        direct = net.scale(world.initial[2][0], False) * world.error @ world.initial[2][0]
+        direct = torch.zeros_like(signals[0])
+        at = slice(None) if world.error.dim() == 3 else -1
+        direct[:, at] = net.scale(world.initial[2][0], False) * world.error @ world.initial[2][0]
         hidden = net.gate(world.now.x[0]) * (signals[0] - direct)
         return [hidden, hidden, *deltas[2:]]
     return [*deltas[:-2], net.gate(world.now.x[-1]) * signals[-1], world.error]

@@ -135,19 +135,21 @@ check_cost() { # says what will be downloaded and installed, in MB, and stops if
 # ---- pip -------------------------------------------------------------------------------------------------------------
 
 explain() { # reads the log of what failed, and says what to do
-    local what=$1 culprit
-    if grep -qE 'No space left on device|Disk quota exceeded' "$log"; then
+    local what=$1 text culprit
+    text=$(cat "$log" 2>/dev/null) || true
+    if grep -qE 'No space left on device|Disk quota exceeded' <<<"$text"; then
         fail "$what: the disk is full" "Make room, then run again. Log: $log"
     fi
-    culprit=$(sed -nE 's/.*Failed building (wheel|editable) for ([^ ]+).*/\2/p' "$log" | head -n 1)
+    culprit=$(sed -nE 's/.*Failed building (wheel|editable) for ([^ ]+).*/\2/p' <<<"$text" | head -n 1)
     if [ -n "$culprit" ]; then
         fail "$what: $culprit did not build" "The compiler's messages are in $log."
     fi
-    if grep -qE 'ConnectionError|NameResolutionError|Max retries|timed out|Timeout|ProxyError|SSLError' "$log"; then
+    if grep -qE 'ConnectionError|NameResolutionError|Max retries|timed out|Timeout|ProxyError|SSLError' <<<"$text"; then
         fail "$what: no package index could be reached" \
             "Check the network, the proxy and pip's own configuration (pip config list), then run again. Log: $log"
     fi
-    fail "$what" "$(grep -E '^ *(ERROR|error)' "$log" | tail -n 3)" "The whole log: $log. Mend the cause, then run again."
+    text=$(grep -E '^ *(ERROR|error)' <<<"$text" | tail -n 3) || true
+    fail "$what" ${text:+"$text"} "The whole log: $log. Mend the cause, then run again."
 }
 
 progress() { # pip's output, reduced to what takes long
@@ -157,7 +159,7 @@ progress() { # pip's output, reduced to what takes long
         -e 's/^Installing collected packages:.*/  unpacking/p'
 }
 
-changed_nothing() { ! grep -q '^Installing collected packages' "$log"; }
+changed_nothing() { [ -f "$log" ] && ! grep -q '^Installing collected packages' "$log"; }
 
 stopped() { # by a failure or a signal; what was there before still works if pip had not begun to change it
     local status=$?
