@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +32,7 @@ def save(
 ) -> Path:
     """Write ``folder/step-<step>`` and then remove all but the newest ``keep``.
 
-    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options) and ``progress``.
+    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``made_with`` and ``progress``.
     Raises OSError (a full disk, say) with the checkpoints before it untouched.
     """
     final = folder / f"step-{step:09d}"
@@ -101,23 +100,18 @@ def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: d
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises CheckpointError if it is not one of this format."""
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        manifest: Any = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as problem:
         raise CheckpointError(
             f"{path / MANIFEST}: expected a checkpoint's manifest: {problem}; delete {path}"
         ) from problem
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {manifest.get('format')}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; delete {path}")
+    missing = {"step", "files", "config", "fingerprint", "progress", "made_with"} - manifest.keys()
+    if missing:
+        raise CheckpointError(f"{path / MANIFEST}: expected {', '.join(sorted(missing))}, found none; delete {path}")
     return manifest
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights and norm statistics of a checkpoint, by name. Raises CheckpointError if the file is damaged."""
-    read_manifest(path)
-    try:
-        return load_file(path / "model.safetensors")
-    except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"{path / 'model.safetensors'}: expected a safetensors file: {problem}") from problem
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

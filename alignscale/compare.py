@@ -21,7 +21,8 @@ from alignscale.files import write_atomic
 from alignscale.report import write_report
 from alignscale.results import FORMAT, Result, flatten, read_result
 from alignscale.rules import RULES
-from alignscale.train import Diverged, train
+from alignscale.run import Diverged
+from alignscale.train import train
 from alignscale.validation import validate
 
 
@@ -39,7 +40,7 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
             f"[{number}/{len(grid)}] {single.rule.name}, width {single.net.width}, seed {single.seed}: {single.run.dir}"
         )
         try:
-            done.append(train(single, lambda line: None))
+            done.append(train(single, lambda line: None, command))
         except Diverged as problem:
             show(f"diverged: {problem}")
             done.append(read_result(Path(single.run.dir) / "result.json"))

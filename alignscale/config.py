@@ -243,10 +243,14 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 def defining(config: TrainConfig) -> dict[str, Any]:
     """The options that decide the numbers of a run: all but where it writes and what it shows."""
-    options = as_dict(config)
-    for name in ("run", "log", "checkpoint", "resume", "name"):
-        del options[name]
-    return options
+    return without_display(as_dict(config))
+
+
+def without_display(options: dict[str, Any]) -> dict[str, Any]:
+    """``defining`` of a configuration that is already a dictionary, as config.yaml holds it."""
+    return {
+        name: value for name, value in options.items() if name not in ("run", "log", "checkpoint", "resume", "name")
+    }
 
 
 def digest(config: TrainConfig) -> str:

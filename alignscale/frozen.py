@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.initial import VERSION, Stream, normal
+from alignscale.initial import VERSION, Stream, normal, quantiles
 from alignscale.nets.network import Deltas, Network
 from alignscale.nets.norms import CalibratedNorm
 from alignscale.types import Parameters, Trace, Weight
@@ -35,7 +35,7 @@ def initialise(net: Network, seed: int) -> None:
 def initial_weight(net: Network, seed: int, index: int, stream: Stream = Stream.WEIGHT, draw: int = 0) -> Tensor:
     """The initial weight of layer ``index``, or random numbers of that shape and scale from another stream or draw."""
     weight = net.layers[index].weight
-    numbers = normal(seed, stream, index, tuple(weight.shape), draw=draw, device=weight.device)
+    numbers = normal(seed, stream, index, net.layers[index].shape, draw=draw, device=weight.device)
     return numbers.to(weight.dtype).mul_(net.layers[index].initial_std)
 
 
@@ -96,7 +96,9 @@ class Fixed:
         def direct(site: int) -> Tensor:
             readout = net.layers[net.readout].weight
             shape = net.direct_shapes[site]
-            numbers = normal(seed, Stream.DIRECT_FEEDBACK, site, (*shape, readout.shape[0]), device=readout.device)
+            numbers = normal(
+                seed, Stream.DIRECT_FEEDBACK, site, (*shape, net.layers[net.readout].shape[0]), device=readout.device
+            )
             return numbers.to(readout.dtype).div_(math.sqrt(math.prod(shape)))
 
         def magnitude(index: int, draw: int) -> Tensor:
@@ -163,8 +165,9 @@ def _input_of(norm: CalibratedNorm, at: int | None, frozen: Frozen, images: Tens
 def fingerprint(net: Network, architecture: dict[str, object], seed: int) -> str:
     """A digest of the initial network: generator, seed, architecture, gain and norm statistics; 16 hex digits."""
     digest = hashlib.sha256(json.dumps([VERSION, seed, architecture], sort_keys=True).encode())
+    digest.update(quantiles(torch.device("cpu")).numpy().tobytes())
     for layer in net.layers:
-        digest.update(repr((tuple(layer.weight.shape), layer.scale, layer.initial_std)).encode())
+        digest.update(repr((layer.shape, layer.scale, layer.initial_std)).encode())
     for norm in net.norms:
         for buffer in norm.buffers():
             digest.update(buffer.double().cpu().numpy().tobytes())

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
@@ -22,11 +22,13 @@ class Metrics:
     def __init__(self, folder: Path, config: LogConfig, name: str, first: int, steps: int) -> None:
         """first: update to go on from; rows that a killed run wrote at or after it are dropped."""
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first] if first else []
+        kept = [line for line in _rows(path) if json.loads(line)["step"] <= first] if first else []
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
         self.every = config.every_steps
         self.file = path.open("a", buffering=1)
         self.events = EventFileWriter(str(folder / "tensorboard")) if config.tensorboard else None
+        if self.events:  # makes TensorBoard forget what a killed run wrote after its last checkpoint
+            self.events.add_event(Event(step=first + 1, session_log=SessionLog(status=SessionLog.START)))
         self.bar = tqdm(
             total=steps,
             initial=first,
@@ -75,8 +77,15 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines only: a killed run may have left half of one."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().split("\n")[:-1] if line]
+def _rows(path: Path) -> list[str]:
+    """The lines that are rows: a killed run may have left half of one."""
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    return [line for line in lines if _is_row(line)]
+
+
+def _is_row(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and isinstance(row.get("step"), int)

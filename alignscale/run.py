@@ -1,41 +1,44 @@
 """From a configuration to everything that the loop needs, in the one order that keeps the initial network safe.
 
-Seed first, then calibration, then the fingerprint, and only then a checkpoint. Also the run's folder, which holds all
-of
-a run: config.yaml, versions.json, metrics.jsonl, tensorboard/, checkpoints/, norms.safetensors, result.json,
-report.html.
+Seed first, then calibration, then the fingerprint, and only then a checkpoint.
 """
 
 import json
-import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from alignscale import checkpoint
-from alignscale.config import ConfigError, RNNConfig, TrainConfig, as_dict, defining, run_name
+from alignscale.checkpoint import CheckpointError
+from alignscale.config import ConfigError, TrainConfig, as_dict, defining, difference, run_name
 from alignscale.data import Examples, load
 from alignscale.data.examples import Encoding
 from alignscale.data.plan import Plan
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.environment import hardware, keep_freed_memory, versions
 from alignscale.files import write_atomic
+from alignscale.folder import describe_folder, open_folder
 from alignscale.frozen import Fixed, calibrate, fingerprint, initialise
 from alignscale.metrics import finite
 from alignscale.nets import Network, build
 from alignscale.report import write_report
-from alignscale.results import FORMAT, Result
+from alignscale.results import FORMAT, Result, read_result
 from alignscale.rules import make_rule
-from alignscale.validation import validate
+from alignscale.validation import check_data, validate
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite any more; the run's folder holds everything up to there."""
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Run:
     config: TrainConfig
     folder: Path
     name: str
+    command: str
     train: Examples
     test: Examples
     encoding: Encoding
@@ -69,8 +73,16 @@ class Run:
         about = {**self.about, "progress": progress}
         checkpoint.save(folder, step, self.net, self.engine.optimizer, about, self.config.checkpoint.keep)
 
-    def finish(self, steps: int, timings: list[float], diverged: bool = False) -> Result:
-        """Write result.json and report.html, and return the result."""
+    def diverge(self, step: int, timings: list[float], what: str) -> NoReturn:
+        """Write the result of a run whose ``what`` is not finite after ``step``, and raise Diverged."""
+        self.finish(step, timings, diverged=True)
+        raise Diverged(
+            f"{self.name}: the {what} is not finite at step {step}: expected a finite number; lower optim.lr (now "
+            f"{self.config.optim.lr:g}) or set a norm. The run's folder: {self.folder}"
+        )
+
+    def finish(self, step: int, timings: list[float], diverged: bool = False) -> Result:
+        """Write report.html and result.json, and return the result; ``diverged_at`` is the last step of a lost run."""
         last = self.curve[-1] if self.curve and not diverged else {}
         run = {
             "name": self.name,
@@ -81,20 +93,21 @@ class Run:
             "seed": self.config.seed,
             "parameters": sum(p.numel() for p in self.net.parameters()),
             "config": as_dict(self.config),
-            "steps": steps,
+            "steps": step,
             "epochs": self.config.epochs,
             "batch": self.config.batch_size,
             "seconds": self.seconds + sum(timings),
             "seconds_per_step": statistics.median(timings) if timings else None,
-            "test": {"accuracy": last.get("test_accuracy"), "loss": last.get("test_loss")},
-            "train": {"loss": last.get("train_loss")},
+            "test": {"accuracy": last.get("test_accuracy"), "loss": finite(last.get("test_loss"))},
+            "train": {"loss": finite(last.get("train_loss"))},
             "curve": [{key: finite(value) for key, value in point.items()} for point in self.curve],
+            "diverged_at": step if diverged else None,
         }
         result = {
             "format": FORMAT,
             "title": self.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": f"python launch/train.py run.dir={self.folder}",
+            "command": self.command,
             "hardware": hardware(self.encoding.device),
             "versions": versions(),
             "config": as_dict(self.config),
@@ -105,10 +118,11 @@ class Run:
         return result
 
 
-def prepare(config: TrainConfig, show: Callable[[str], None] = print) -> Run:
+def prepare(config: TrainConfig, show: Callable[[str], None], command: str) -> Run:
     """Check the options, make the data, the initial network, the rule and the engine, and restore a checkpoint.
 
-    Prints the resolved configuration, the derived numbers and the folder first. Raises ConfigError or CheckpointError.
+    Shows the resolved configuration, the derived numbers and the folder first. Raises ConfigError, CheckpointError, or
+    Diverged for a run that is known to diverge.
     """
     validate(config)
     keep_freed_memory()
@@ -116,25 +130,29 @@ def prepare(config: TrainConfig, show: Callable[[str], None] = print) -> Run:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
     train, test = load(config.data)
-    _check_data(config, train)
-    folder = Path(config.run.dir or Path(config.run.root) / run_name(config))
-    net = build(config.net, train.shape, train.classes, config.batch_size).to(device, DTYPES[config.precision])
+    check_data(config, train, test)
+    name = run_name(config)
+    folder = Path(config.run.dir or Path(config.run.root) / name).expanduser()
+    net = _network(config, train, device)
     encoding = Encoding(config.label_offset, DTYPES[config.precision], device)
     fixed = Fixed.from_seed(net, config.seed, stored=config.frozen.weights == "stored")
-    engine = _engine(config, net, fixed)
+    rule = make_rule(net, fixed, config.rule)
+    engine = LocalEngine(rule, make_optimizer(config.optim, rule.parameters()))
     plan = Plan(len(train), config.batch_size, config.seed)
-    about: dict[str, Any] = {"config": defining(config)}
-    run = Run(config, folder, run_name(config), train, test, encoding, plan, net, engine, about)
+    made_with = {"threads": torch.get_num_threads(), "device": str(device), **versions()}
+    about: dict[str, Any] = {"config": defining(config), "made_with": made_with}
+    run = Run(config, folder, name, command, train, test, encoding, plan, net, engine, about)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))
     show(f"folder: {folder}")
-    _open_folder(run)
+    open_folder(folder, config)
     initialise(net, config.seed)
     if config.net.norm == "calibrated":
         _calibrated(run, fixed)
     about["fingerprint"] = fingerprint(net, as_dict(config.net), config.seed)
     _resume(run, show)
-    _describe(run)
+    if run.finished is None:
+        describe_folder(folder, config, device)
     return run
 
 
@@ -144,102 +162,82 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _check_data(config: TrainConfig, train: Examples) -> None:
-    if config.batch_size > len(train):
-        raise ConfigError(f"batch_size={config.batch_size}: expected at most the {len(train)} training examples")
-    if config.net.norm == "calibrated" and config.calibration.examples > len(train):
+def _network(config: TrainConfig, train: Examples, device: torch.device) -> Network:
+    """The network, once it is known to fit: weights, their gradient and, where stored, the initial weights."""
+    dtype = DTYPES[config.precision]
+    with torch.device("meta"):
+        outline = build(config.net, train.shape, train.classes, config.batch_size)
+    copies = 3 if config.frozen.weights == "stored" else 2
+    needed = copies * dtype.itemsize * sum(p.numel() for p in outline.parameters()) / 2**30
+    found = hardware(device)["memory_gib"]
+    if device.type == "cpu" and needed > found:
         raise ConfigError(
-            f"calibration.examples={config.calibration.examples}: expected at most the {len(train)} training examples"
+            f"net.width={config.net.width}: weights, gradient and initial weights take {needed:.1f} GiB, found "
+            f"{found} GiB of memory; choose a smaller width, or frozen.weights=regenerated"
         )
-    if config.net.norm == "batch" and len(train) % config.batch_size == 1:
-        raise ConfigError(
-            f"batch_size={config.batch_size}: it leaves a last batch of one example of {len(train)}, which has no "
-            "batch moments; choose another, or net.norm=none or calibrated"
-        )
-    if isinstance(config.net, RNNConfig) and config.net.readout == "every":
-        raise ConfigError(
-            f"net.readout=every: wants a target at each step, and data={config.data.name} has one label an example; "
-            "expected net.readout=last"
-        )
-
-
-def _engine(config: TrainConfig, net: Network, fixed: Fixed) -> LocalEngine:
-    rule = make_rule(net, fixed, config.rule)
-    return LocalEngine(rule, make_optimizer(config.optim, rule.parameters()))
+    return build(config.net, train.shape, train.classes, config.batch_size).to(device, dtype)
 
 
 def _derived(run: Run) -> str:
     config, parameters = run.config, sum(p.numel() for p in run.net.parameters())
-    item = torch.empty((), dtype=run.encoding.dtype).element_size()
+    size = parameters * run.encoding.dtype.itemsize / 2**20
     lines = [
-        f"parameters: {parameters:,} in {len(run.net.layers)} layers ({parameters * item / 2**20:.1f} MiB)",
-        (
-            f"examples: {len(run.train):,} for training, {len(run.test):,} for testing, shape {run.train.shape}, "
-            f"{run.train.classes} classes"
-        ),
+        f"parameters: {parameters:,} in {len(run.net.layers)} layers ({size:.1f} MiB)",
+        f"examples: {len(run.train):,} for training, {len(run.test):,} for testing",
+        f"shape: {run.train.shape}, {run.train.classes} classes",
         f"steps: {run.plan.steps_per_epoch} an epoch, {run.plan.steps_per_epoch * config.epochs:,} in all",
         f"device: {run.encoding.device}, {torch.get_num_threads()} threads, {config.precision}",
     ]
-    if (
-        config.net.norm == "none"
-        and config.net.activation == "relu"
-        and config.net.gain < 1.2
-        and len(run.net.norms) > 2
-    ):
-        fade = (config.net.gain / 2**0.5) ** len(run.net.norms)
+    sites = len(run.net.norms)
+    if config.net.norm == "none" and config.net.activation == "relu" and config.net.gain < 1.2 and sites > 2:
         lines.append(
-            f"note: without a norm, gain {config.net.gain:g} leaves {fade:.3g} of the signal after "
-            f"{len(run.net.norms)} relu layers; net.gain=1.4142 keeps it"
+            f"note: without a norm, gain {config.net.gain:g} leaves {(config.net.gain / 2**0.5) ** sites:.3g} of the "
+            f"signal after {sites} relu layers; net.gain=1.4142 keeps it"
         )
     return "\n".join(lines)
-
-
-def _open_folder(run: Run) -> None:
-    """Make the folder, and with resume=never forget what an earlier run left in it."""
-    try:
-        (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if run.config.resume == "never":
-            for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(run.folder / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "norms.safetensors", "result.json", "report.html"):
-                (run.folder / name).unlink(missing_ok=True)
-        write_atomic(run.folder / ".writable", b"")
-        (run.folder / ".writable").unlink()
-    except OSError as problem:
-        raise ConfigError(
-            f"run folder {run.folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
-        ) from problem
-
-
-def _describe(run: Run) -> None:
-    """config.yaml and versions.json: written once the options are known to be those of the checkpoint."""
-    write_atomic(run.folder / "config.yaml", yaml.safe_dump(as_dict(run.config), sort_keys=False).encode())
-    about = {"versions": versions(), "hardware": hardware(run.encoding.device)}
-    write_atomic(run.folder / "versions.json", json.dumps(about, indent=1).encode())
 
 
 def _calibrated(run: Run, fixed: Fixed) -> None:
     """Moments of the norms: computed once in a run's life, then read from its folder."""
     path = run.folder / "norms.safetensors"
+    norms = run.net.norms
+    assert isinstance(norms, torch.nn.ModuleList)
     if path.exists():
-        run.net.norms.load_state_dict(load_file(path))  # type: ignore[attr-defined]
+        try:
+            norms.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as problem:
+            raise CheckpointError(
+                f"{path}: expected the moments of this network's norms, found: {problem}; resume=never makes them again"
+            ) from problem
         return
-    calibrate(
-        fixed.frozen, run.train.images[: run.config.calibration.examples].to(run.encoding.device, run.encoding.dtype)
-    )
-    write_atomic(path, save({name: buffer.cpu() for name, buffer in run.net.norms.state_dict().items()}))  # type: ignore[attr-defined]
+    images = run.train.images[: run.config.calibration.examples]
+    calibrate(fixed.frozen, images.to(run.encoding.device, run.encoding.dtype))
+    write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
 
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:
+    """Go on from the newest checkpoint, or return the result of a run that has ended."""
+    path = run.folder / "result.json"
+    try:
+        ended = read_result(path) if path.exists() else None
+    except ValueError:
+        ended = None  # a damaged result is written again, from the checkpoint
+    lost = ended["runs"][0].get("diverged_at") if ended else None
+    if lost is not None:
+        raise Diverged(
+            f"{run.name}: diverged before, at step {lost}; resume=never tries again. The folder: {run.folder}"
+        )
     found = checkpoint.complete(run.folder / "checkpoints")
     if not found:
         return
     manifest = checkpoint.restore(found[-1], run.net, run.engine.optimizer, run.about)
     run.start = manifest["step"]
     run.curve, run.seconds = manifest["progress"]["curve"], manifest["progress"]["seconds"]
-    result = run.folder / "result.json"
-    if result.exists() and run.start == run.plan.steps_per_epoch * run.config.epochs:
-        run.finished = json.loads(result.read_text())
+    if ended is not None and run.start == run.plan.steps_per_epoch * run.config.epochs:
+        run.finished = ended
         show("finished before; resume=never trains it again")
-    else:
-        show(f"resumed after step {run.start} from {found[-1]}")
+        return
+    show(f"resumed after step {run.start} from {found[-1]}")
+    changed = difference(manifest["made_with"], run.about["made_with"])
+    if changed:
+        show(f"warning: not as before, so the run ends equal to rounding, not to the bit: {'; '.join(changed)}")

@@ -15,18 +15,13 @@ from alignscale.rules.backprop import Backprop
 from alignscale.run import Run, prepare
 
 
-class Diverged(RuntimeError):
-    """The loss is not finite any more; the run's folder holds everything up to there."""
-
-
-def train(config: TrainConfig, show: Callable[[str], None] = print) -> Result:
+def train(config: TrainConfig, show: Callable[[str], None] = print, command: str = "alignscale.train.train") -> Result:
     """Train as ``config`` says and return the run's result, also found in its folder as result.json.
 
-    show: is given each line for the user. Raises ConfigError before any work for an option that is wrong,
-    CheckpointError
-    for a checkpoint that cannot be used, Diverged when the loss is not finite.
+    show: is given each line for the user. command: shown in the report. Raises ConfigError before any work for a wrong
+    option, CheckpointError for a checkpoint that cannot be used, Diverged when the loss is not finite.
     """
-    run = prepare(config, show)
+    run = prepare(config, show, command)
     if run.finished is not None:
         return run.finished
     per_epoch, stop = run.plan.steps_per_epoch, run.plan.steps_per_epoch * config.epochs
@@ -46,29 +41,27 @@ def train(config: TrainConfig, show: Callable[[str], None] = print) -> Result:
             metrics.step(done, loss, batch.size, timings[-1])
             epoch_loss += loss * batch.size / len(run.train)
             if not math.isfinite(loss):
-                run.finish(done, timings, diverged=True)
-                raise Diverged(
-                    f"{run.name}: the loss is {loss} at step {done}: expected a finite number; lower optim.lr "
-                    f"(now {config.optim.lr:g}) or set a norm. The run's folder: {run.folder}"
-                )
+                run.diverge(done, timings, "loss")
             if done % per_epoch == 0:
                 epoch = done // per_epoch
-                if epoch % config.evaluation.every_epochs == 0 or done == stop:
-                    measure(run, metrics, done, epoch_loss)
+                due = epoch % config.evaluation.every_epochs == 0 or done == stop
+                if due and not measure(run, metrics, done, epoch_loss):
+                    run.diverge(done, timings, "test loss")
                 if epoch % config.checkpoint.every_epochs == 0 or done == stop:
                     run.save(done, timings)
                 epoch_loss = 0.0
     return run.finish(stop, timings)
 
 
-def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None) -> None:
-    """Evaluate on the test set and add a point to the run's curve."""
+def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None) -> bool:
+    """Evaluate on the test set and add a point to the run's curve. Returns whether the test loss is finite."""
     test = evaluate(run.net, run.test, run.encoding, run.config.evaluation.batch_size)
     point = {"train_loss": train_loss, "test_accuracy": test["accuracy"], "test_loss": test["loss"]}
     point["update_cosine"] = update_cosine(run, step) if run.config.log.update_cosine else None
     epoch = step // run.plan.steps_per_epoch
     run.curve.append({"epoch": epoch, "step": step, **point})
     metrics.row("epoch", step, {"epoch": epoch, **point})
+    return math.isfinite(test["loss"])
 
 
 def update_cosine(run: Run, step: int) -> float | None:

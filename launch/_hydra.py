@@ -1,5 +1,6 @@
 """What the Hydra entry points share: the options registered by type, and errors shown as one clear line."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
 from alignscale.checkpoint import CheckpointError
 from alignscale.config import DATA, NETS, OPTIMS, ConfigError, GridConfig, TrainConfig
 from alignscale.rules import RULES
-from alignscale.train import Diverged
+from alignscale.run import Diverged
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 
@@ -35,6 +37,11 @@ def typed(config: DictConfig) -> Any:
     return OmegaConf.to_object(config)
 
 
+def command_line(script: str) -> str:
+    """The command as it was given, for reports."""
+    return shlex.join(["python", script, *sys.argv[1:]])
+
+
 def guarded(work: Callable[[], None]) -> None:
     """Do the work of an entry point; a user's mistake ends with one line and status 2, a divergence with 3.
 
@@ -44,6 +51,12 @@ def guarded(work: Callable[[], None]) -> None:
         work()
     except (ConfigError, CheckpointError) as problem:
         sys.exit(_say(problem, 2))
+    except (OSError, SafetensorError) as problem:
+        sys.exit(
+            _say(
+                f"a file could not be read or written: {problem}; free space or mend it, then give the same command", 1
+            )
+        )
     except Diverged as problem:
         sys.exit(_say(problem, 3))
     except KeyboardInterrupt:

@@ -3,23 +3,27 @@
 The same command goes on where it was stopped; finished runs are not trained again.
 """
 
-import shlex
 import sys
 from pathlib import Path
 
 import hydra
-from _hydra import CONFIGS, guarded, register, typed
+from _hydra import CONFIGS, command_line, guarded, register, typed
 from omegaconf import DictConfig
 
 from alignscale.compare import compare
-from alignscale.config import GridConfig
+from alignscale.config import ConfigError, GridConfig
 from alignscale.report import text_table
 
 
 def run(config: GridConfig) -> None:
     """Train the grid, print accuracy x width, and say where the report is."""
-    command = shlex.join(["python", "launch/compare.py", *sys.argv[1:]])
-    result = compare(config, command)
+    for option in sys.argv[1:]:
+        name, _, value = option.partition("=")
+        if name in ("net.width", "seed", "run.dir") or (name == "rule" and value not in config.compare.rules):
+            raise ConfigError(
+                f"{option}: the grid sets it; use compare.rules, compare.widths, compare.seeds, compare.folder"
+            )
+    result = compare(config, command_line("launch/compare.py"))
     folder = Path(config.compare.folder)
     print(f"\n{text_table(result)}\n\nreport: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
 

@@ -1,13 +1,14 @@
 """Claims about the order of examples."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignscale.data.plan import Plan, even_batches
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 9))
+@settings(deadline=None)
 def test_each_example_comes_once_an_epoch(examples: int, batch: int, seed: int) -> None:
     plan = Plan(examples, batch, seed)
     rows = torch.cat([rows for _, rows in plan.batches(plan.steps_per_epoch, 2 * plan.steps_per_epoch)])
@@ -15,6 +16,7 @@ def test_each_example_comes_once_an_epoch(examples: int, batch: int, seed: int) 
 
 
 @given(st.integers(1, 40), st.integers(1, 15), st.integers(0, 30), st.integers(0, 30))
+@settings(deadline=None)
 def test_a_resumed_stream_is_the_rest_of_the_whole(examples: int, batch: int, first: int, more: int) -> None:
     plan = Plan(examples, batch, 3)
     whole = [(step, rows.tolist()) for step, rows in plan.batches(0, first + more)]
@@ -29,6 +31,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 @given(st.integers(1, 500), st.integers(1, 130))
+@settings(deadline=None)
 def test_even_batches_cover_everything_in_order(examples: int, most: int) -> None:
     parts = even_batches(examples, most)
     assert [row for part in parts for row in range(examples)[part]] == list(range(examples))

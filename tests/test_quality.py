@@ -21,6 +21,7 @@ LAYERS = [
     {"frozen", "jacobian"},
     {"rules"},
     {"checkpoint", "engine", "evaluate"},
+    {"folder"},
     {"run"},
     {"train"},
     {"compare"},

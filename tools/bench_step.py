@@ -109,7 +109,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "batch": arguments.batch,
             "threads": torch.get_num_threads(),
             "rule": name,
-            "jacobian": None if name in ("plain", "backprop") else "live",
+            "jacobian": "live" if name in ("align_ada", "align_zero") else None,
             "seconds_median": statistics.median(seconds[name]),
             "ratio_to_backprop": ratio(seconds[name], seconds["backprop"]),
             "ratio_to_plain": ratio(seconds[name], seconds["plain"]),

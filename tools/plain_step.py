@@ -71,11 +71,12 @@ def plain_conv(config: ConvConfig, shape: tuple[int, ...], classes: int) -> Plai
         for index, (weight, bias, stride) in enumerate(zip(weights, biases, config.strides, strict=False)):
             if index:
                 a = F.relu(a)
-            total = max((-(-a.shape[2] // stride) - 1) * stride + 3 - a.shape[2], 0)
-            if total % 2:
-                z = F.conv2d(F.pad(a, (total // 2, total - total // 2) * 2), weight, stride=stride)
+            rows, columns = (max((-(-n // stride) - 1) * stride + 3 - n, 0) for n in a.shape[2:])
+            if rows % 2 or columns % 2:
+                sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+                z = F.conv2d(F.pad(a, sides), weight, stride=stride)
             else:
-                z = F.conv2d(a, weight, stride=stride, padding=total // 2)
+                z = F.conv2d(a, weight, stride=stride, padding=(rows // 2, columns // 2))
             a = z * ((config.gain if index else 1.0) / math.sqrt(9 * weight.shape[1])) + bias[:, None, None]
             if config.norm == "batch":
                 a = F.batch_norm(a.flatten(1), None, None, training=True, eps=1e-6).view_as(a)

@@ -41,6 +41,7 @@ class Layer(nn.Module, ABC):
     def __init__(self, shape: tuple[int, ...], bias: bool, gain: float, parameterisation: str) -> None:
         """Shape: of the weight. Its values are set by ``alignscale.frozen.initialise``."""
         super().__init__()
+        self.shape = shape
         self.fan_in = math.prod(shape[1:])
         deviation = gain / math.sqrt(self.fan_in)
         ntk = parameterisation == "ntk"
@@ -118,8 +119,7 @@ class Conv(Layer):
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
-        shape = self.weight.shape
-        gradient = conv2d_weight(self._pad(a), shape, _scaled(delta, self.scale), self.stride, self.padding)
+        gradient = conv2d_weight(self._pad(a), self.shape, _scaled(delta, self.scale), self.stride, self.padding)
         return gradient, delta.sum((0, 2, 3))
 
     def _pad(self, a: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class State(Layer):
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Delta itself; rows that a partial batch has not used have 0."""
-        return F.pad(delta, (0, 0, 0, len(self.weight) - len(delta))), None
+        return F.pad(delta, (0, 0, 0, self.shape[0] - len(delta))), None
 
 
 def _scaled(delta: Tensor, scale: float) -> Tensor:

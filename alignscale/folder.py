@@ -1,0 +1,77 @@
+"""The folder of a run, which holds all of it and belongs to one configuration.
+
+config.yaml, versions.json, metrics.jsonl, tensorboard/, checkpoints/, norms.safetensors, result.json, report.html.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+
+from alignscale.config import ConfigError, TrainConfig, as_dict, defining, difference, without_display
+from alignscale.environment import hardware, versions
+from alignscale.files import write_atomic
+
+OURS = ("metrics.jsonl", "norms.safetensors", "result.json", "report.html", "config.yaml", "versions.json")
+
+
+def open_folder(folder: Path, config: TrainConfig) -> None:
+    """Make the folder of a new run, or make sure that the one there is this run's; with resume=never empty it first.
+
+    Raises ConfigError if it belongs to another configuration or to something else, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        if strange and not (folder / "config.yaml").exists():
+            raise ConfigError(
+                f"run folder {folder}: expected a new folder or a run's, found {', '.join(sorted(strange)[:3])} and no "
+                "config.yaml; choose another run.dir"
+            )
+        if config.resume == "never":
+            _empty(folder)
+        else:
+            _same_run(folder / "config.yaml", config)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        for partial in (folder / "checkpoints").glob(".step-*.partial"):
+            shutil.rmtree(partial)  # half a checkpoint of a killed process
+        if not (folder / "config.yaml").exists():
+            write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+    except OSError as problem:
+        raise ConfigError(
+            f"run folder {folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
+        ) from problem
+
+
+def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> None:
+    """config.yaml and versions.json, as this session of the run has them."""
+    write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+    about = {"versions": versions(), "hardware": hardware(device)}
+    write_atomic(folder / "versions.json", json.dumps(about, indent=1).encode())
+
+
+def _same_run(path: Path, config: TrainConfig) -> None:
+    if not path.exists():
+        return
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"{path}: expected a run's configuration, found: {problem}; use another run.dir") from problem
+    changed = difference(without_display(options), defining(config)) if isinstance(options, dict) else ["not a mapping"]
+    if changed:
+        raise ConfigError(
+            f"{path}: the run was made with other options than these: {'; '.join(changed)}. Use the old ones, or "
+            "another run.dir, or resume=never to start again"
+        )
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for path in (folder / "checkpoints").glob("step-*"):
+        shutil.rmtree(path)
+    for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        path.unlink()
+    for name in OURS:
+        (folder / name).unlink(missing_ok=True)

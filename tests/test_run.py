@@ -1,0 +1,132 @@
+"""Claims about what a run refuses, goes on from and leaves alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from run_cases import config, silent
+
+from alignscale.checkpoint import CheckpointError, complete
+from alignscale.config import ConfigError, EvaluationConfig, MLPConfig, RuleConfig
+from alignscale.train import train
+
+
+def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = train(config(tmp_path / "run"), silent)
+    lines: list[str] = []
+    assert train(config(tmp_path / "run"), lines.append) == first
+    assert "finished before; resume=never trains it again" in lines
+
+
+def test_changed_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    before = (tmp_path / "run/config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 3"):
+        train(config(tmp_path / "run", epochs=1, seed=3), silent)
+    assert (tmp_path / "run/config.yaml").read_text() == before
+
+
+def test_resume_never_starts_again(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=3), silent)
+    train(config(tmp_path / "run", epochs=1, seed=3, resume="never"), silent)
+    assert [path.name for path in complete(tmp_path / "run/checkpoints")] == ["step-000000006"]
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1] / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="the file is damaged"):
+        train(config(tmp_path / "run", epochs=1), silent)
+
+
+def test_checkpoint_of_another_initial_network_is_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "fingerprint": "0" * 16}))
+    with pytest.raises(CheckpointError, match="expected the initial network"):
+        train(config(tmp_path / "run", epochs=1), silent)
+
+
+def test_moments_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    options = config(tmp_path / "run", net=MLPConfig(width=16, depth=2, norm="calibrated"), epochs=1)
+    options.calibration.examples = 50
+    train(options, silent)
+    for path in complete(tmp_path / "run/checkpoints"):
+        shutil.rmtree(path)  # as if the run had died before its first checkpoint
+    options.seed = 1
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        train(options, silent)
+    options.seed = 0
+    (tmp_path / "run/norms.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="resume=never makes them again"):
+        train(options, silent)
+
+
+def test_damaged_result_is_written_again(tmp_path: Path) -> None:
+    first = train(config(tmp_path / "run", epochs=1), silent)
+    (tmp_path / "run/result.json").write_text("{")
+    assert train(config(tmp_path / "run", epochs=1), silent)["runs"][0]["curve"] == first["runs"][0]["curve"]
+    assert json.loads((tmp_path / "run/result.json").read_text())["runs"]
+
+
+def test_resume_on_other_threads_warns(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["made_with"]["threads"] = 7
+    path.write_text(json.dumps(manifest))
+    (tmp_path / "run/result.json").unlink()
+    lines: list[str] = []
+    train(config(tmp_path / "run", epochs=1), lines.append)
+    assert any(line.startswith("warning: not as before") and "threads: 7 -> 1" in line for line in lines)
+
+
+def test_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/mine").write_text("precious")
+    with pytest.raises(ConfigError, match="expected a new folder or a run's"):
+        train(config(tmp_path, resume="never"), silent)
+    assert (tmp_path / "checkpoints/mine").read_text() == "precious"
+
+
+def test_network_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"net\.width=9999999: weights, gradient and initial weights take"):
+        train(config(tmp_path / "run", net=MLPConfig(width=9_999_999)), silent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 200}, "batch_size=200: expected at most the 107 training examples"),
+        ({"batch_size": 53, "net": MLPConfig(norm="batch")}, "a batch of one example of 107"),
+        ({"batch_size": 1, "net": MLPConfig(norm="batch")}, "a batch of one example of 107"),
+        (
+            {"evaluation": EvaluationConfig(batch_size=1), "net": MLPConfig(norm="batch")},
+            "a batch of one example of 31",
+        ),
+        ({"net": MLPConfig(norm="calibrated")}, "calibration.examples=1000: expected at most the 107"),
+        ({"device": "tpu"}, "device=tpu: expected one of auto, cpu, cuda"),
+    ],
+)
+def test_options_that_do_not_fit_the_data_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path / "run", **changes), silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_rule_lists_the_valid_ones(tmp_path: Path) -> None:
+    options = config(tmp_path / "run")
+    options.rule = RuleConfig(name="alignada")
+    with pytest.raises(ConfigError, match="rule=alignada: expected one of align_ada, align_prop, align_zero, backprop"):
+        train(options, silent)
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="expected a folder that can be written"):
+        train(config(tmp_path / "file/run"), silent)
