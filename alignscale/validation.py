@@ -147,7 +147,7 @@ def check_data(config: TrainConfig, train: Sized, test: Sized) -> None:
             )
         if len(test) // -(-len(test) // config.evaluation.batch_size) == 1:
             raise ConfigError(
-                f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of one example of {len(test)}, "
+                f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of 1 of {len(test)} examples, "
                 "which has no batch moments; choose another, or net.norm=none or calibrated"
             )
     if isinstance(config.net, RNNConfig) and config.net.readout == "every":

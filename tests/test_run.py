@@ -107,7 +107,7 @@ def test_network_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path) -
         ({"batch_size": 1, "net": MLPConfig(norm="batch")}, "a batch of one example of 107"),
         (
             {"evaluation": EvaluationConfig(batch_size=1), "net": MLPConfig(norm="batch")},
-            "a batch of one example of 31",
+            "a batch of 1 of 31 examples",
         ),
         ({"net": MLPConfig(norm="calibrated")}, "calibration.examples=1000: expected at most the 107"),
         ({"device": "tpu"}, "device=tpu: expected one of auto, cpu, cuda"),
