@@ -3,9 +3,8 @@
 They stand alone because rules take gates from one network and use them in another.
 
 Each is three functions: ``forward(x) -> (a, residue)``, ``gate(residue)`` and ``pullback(signal, gate)``. The residue
-is
-the cheapest tensor that determines the gate. relu's gate is any tensor that is positive where the unit is open, so its
-own output serves, and so do unpacked bits; the other gates are the derivative itself.
+is the cheapest tensor that determines the gate. relu's gate is any tensor that is positive where the unit is open, so
+its own output serves, and so do unpacked bits; the other gates are the derivative itself.
 """
 
 import math
