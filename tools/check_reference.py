@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tensorflow_adam import TensorFlowAdam
 
 from alignscale.config import ConvConfig, RNNConfig
+from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, Frozen
 from alignscale.nets import Network, build
 from alignscale.rules import RULES, make_rule
@@ -285,7 +286,7 @@ def main() -> int:
         )
         return 1
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_atomic(arguments.json, json.dumps(rows, indent=1).encode())
     failed = sum(not row["passed"] for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} cases within tolerance")
     return 1 if failed or not rows else 0
