@@ -86,7 +86,8 @@ def parameterisation(entry: dict[str, Any], weights: list[Tensor]) -> str:
 def drawn_at_one(weights: list[Tensor]) -> bool:
     """Whether weights were drawn with deviation 1 rather than 1 / sqrt(fan_in), by the one where these differ most."""
     largest = max(weights, key=lambda weight: weight[0].numel())
-    return largest.square().mean().sqrt().item() > largest[0].numel() ** -0.25
+    fan_in = largest[0].numel()
+    return fan_in <= 4 or largest.square().mean().sqrt().item() > fan_in**-0.25  # too few numbers to tell below that
 
 
 def conv_case(entry: dict[str, Any], arrays: Arrays, folder: Path) -> Case:
