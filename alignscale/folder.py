@@ -34,11 +34,11 @@ def open_folder(folder: Path, config: TrainConfig) -> None:
             _empty(folder)
         else:
             _same_run(folder / "config.yaml", config)
-        (folder / "checkpoints").mkdir(exist_ok=True)
         for partial in (folder / "checkpoints").glob(".step-*.partial"):
             shutil.rmtree(partial)  # half a checkpoint of a killed process
         if not (folder / "config.yaml").exists():
             write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+        (folder / "checkpoints").mkdir(exist_ok=True)  # after config.yaml, by which a killed run's folder is known
     except OSError as problem:
         raise ConfigError(
             f"run folder {folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
