@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignscale.config import ConfigError, difference
+from alignscale.choices import ConfigError
+from alignscale.config import difference
 from alignscale.files import sync_folder, write_atomic
 from alignscale.nets.network import Network
 

@@ -9,14 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignscale.config import (
-    CompareConfig,
-    ConfigError,
-    GridConfig,
-    RuleConfig,
-    TrainConfig,
-    run_name,
-)
+from alignscale.choices import ConfigError, RuleConfig
+from alignscale.config import CompareConfig, GridConfig, TrainConfig, run_name
 from alignscale.files import write_atomic
 from alignscale.report import write_report
 from alignscale.results import FORMAT, Result, flatten, read_result

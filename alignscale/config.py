@@ -1,5 +1,7 @@
 """Every option of a run as plain dataclasses, and what identifies a run. ``validation.py`` checks their values.
 
+The parts that are chosen by name are in choices.py.
+
 Stands alone (no torch) so that launchers and cluster tools can read and check a configuration without loading a
 numerical library. Hydra composes these classes in ``launch/``; library users construct them directly.
 """
@@ -7,142 +9,19 @@ numerical library. Hydra composes these classes in ``launch/``; library users co
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A user's option is wrong; the message names the option, the value found and the valid values."""
-
-
-@dataclass
-class RuleConfig:
-    """A learning rule by name. A rule with options of its own subclasses this in its own file."""
-
-    name: str
-
-
-@dataclass
-class NetConfig:
-    """Options that every network has; ``gain`` multiplies the weights of each layer that reads an activation.
-
-    ``gain`` is 1 in the public code of the paper, where a batch norm follows every layer. Without a norm relu wants
-    sqrt(2), or a deep network's signal halves at each layer. ``blocks`` says where the blocks end that the Align rules
-    take from the initial network: ``theory`` (at every pre-activation) or ``public`` (as the paper's public code).
-    """
-
-    name: str
-    width: int
-    activation: str = "relu"
-    norm: str = "none"
-    parameterisation: str = "ntk"
-    gain: float = 1.0
-    blocks: str = "theory"
-
-
-@dataclass
-class MLPConfig(NetConfig):
-    """``depth`` hidden layers of ``width`` units on the flattened image."""
-
-    name: str = "mlp"
-    width: int = 512
-    depth: int = 3
-    gain: float = math.sqrt(2.0)
-
-
-@dataclass
-class ConvConfig(NetConfig):
-    """3x3 convolutions, one per stride, SAME padding, then the mean over the map and a linear readout."""
-
-    name: str = "conv"
-    width: int = 128
-    norm: str = "batch"
-    strides: list[int] = field(default_factory=lambda: [1, 2, 2])
-
-
-@dataclass
-class RNNConfig(NetConfig):
-    """A recurrent network that reads an image row by row, or a sequence step by step; gain 1, or the state grows.
-
-    ``readout``: ``last`` (logits after the last step) or ``every`` (at each step). ``initial_state``: ``zero`` or
-    ``trained`` (one trained row per place in the batch, as the paper's public code; needs full batches).
-    """
-
-    name: str = "rnn"
-    width: int = 128
-    readout: str = "last"
-    initial_state: str = "zero"
-
-
-NETS: dict[str, NetConfig] = {
-    "mlp": MLPConfig(),
-    "conv3": ConvConfig(name="conv3", strides=[1, 2, 2]),
-    "conv7": ConvConfig(name="conv7", strides=[1, 1, 1, 2, 1, 2, 1]),
-    "imagenet_conv7": ConvConfig(name="imagenet_conv7", width=512, strides=[4, 2, 1, 2, 1, 2, 1]),
-    "rnn": RNNConfig(),
-}
-
-
-@dataclass
-class DataConfig:
-    """A data set by name; its classes and shape come from the data."""
-
-    name: str
-
-
-@dataclass
-class DigitsConfig(DataConfig):
-    """scikit-learn's handwritten digits, 1437 for training and 360 for testing."""
-
-    name: str = "digits"
-
-
-@dataclass
-class SyntheticConfig(DataConfig):
-    """Noisy class prototypes of any shape (channels, height, width), drawn from ``seed``."""
-
-    name: str = "synthetic"
-    shape: list[int] = field(default_factory=lambda: [3, 16, 16])
-    classes: int = 10
-    train: int = 2000
-    test: int = 500
-    noise: float = 1.0
-    seed: int = 0
-
-
-DATA: dict[str, DataConfig] = {"digits": DigitsConfig(), "synthetic": SyntheticConfig()}
-
-
-@dataclass
-class OptimConfig:
-    """An optimizer of torch by name."""
-
-    name: str
-    lr: float
-
-
-@dataclass
-class SGDConfig(OptimConfig):
-    """Gradient descent; in the NTK parameterisation good rates are of order 1, whatever the width."""
-
-    name: str = "sgd"
-    lr: float = 1.0
-    momentum: float = 0.0
-
-
-@dataclass
-class AdamConfig(OptimConfig):
-    """Adam: every weight moves by about ``lr`` a step, so it wants ``net.parameterisation=standard`` or a low rate."""
-
-    name: str = "adam"
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
-
-OPTIMS: dict[str, OptimConfig] = {"sgd": SGDConfig(), "adam": AdamConfig()}
+from alignscale.choices import (
+    ConstantConfig,
+    DataConfig,
+    LossConfig,
+    MSEConfig,
+    NetConfig,
+    OptimConfig,
+    RuleConfig,
+    ScheduleConfig,
+)
 
 
 @dataclass
@@ -161,28 +40,43 @@ class CalibrationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The test set in near-equal batches of at most ``batch_size``, in key order (norm batch depends on both)."""
+    """Of ``splits`` (train, validation, test; test always), every ``every_epochs``: top-1, top-5 and loss, exact.
 
+    In near-equal batches of at most ``batch_size``, in key order (norm batch depends on both).
+    """
+
+    splits: list[str] = field(default_factory=lambda: ["test"])
     batch_size: int = 120
     every_epochs: int = 1
 
 
 @dataclass
 class CheckpointConfig:
-    """A checkpoint every ``every_epochs`` and at the end; the newest ``keep`` are kept."""
+    """A checkpoint every ``every_epochs``, ``every_steps`` and ``every_minutes`` (0: not by these), and at the end.
+
+    The newest ``keep`` are kept, and that with the highest accuracy on the split ``best``.
+    """
 
     every_epochs: int = 1
+    every_steps: int = 0
+    every_minutes: float = 0.0
     keep: int = 2
+    best: str = "test"
 
 
 @dataclass
 class LogConfig:
-    """``every_steps``: training rows in metrics.jsonl; ``update_cosine``: cosine with backprop's update, each epoch."""
+    """``every_steps``: training rows in metrics.jsonl; ``update_cosine``: cosine with backprop's update, each epoch.
+
+    ``wandb``: send the rows to Weights & Biases as well, to its project ``wandb_project`` (needs the extra wandb).
+    """
 
     every_steps: int = 10
     progress: bool = True
     tensorboard: bool = True
     update_cosine: bool = True
+    wandb: bool = False
+    wandb_project: str = "alignscale"
 
 
 @dataclass
@@ -195,12 +89,20 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    """One training run. ``label_offset`` is taken off the one-hot labels (the paper's public code: 0.1)."""
+    """One training run.
+
+    ``batch_size``: examples in an update, computed in ``accumulation`` parts that are as equal as they can be (norm
+    batch then takes the moments of each part). ``precision``: of the computation; with bf16 the weights, the optimizer
+    and the loss stay in fp32. ``deterministic``: the same bits on every run on a machine, whatever that costs; one
+    thread unless ``threads`` says how many.
+    """
 
     rule: RuleConfig
     net: NetConfig
     data: DataConfig
     optim: OptimConfig
+    loss: LossConfig = field(default_factory=MSEConfig)
+    schedule: ScheduleConfig = field(default_factory=ConstantConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -211,10 +113,11 @@ class TrainConfig:
     seed: int = 0
     epochs: int = 10
     batch_size: int = 50
-    label_offset: float = 0.1
+    accumulation: int = 1
     precision: str = "fp32"
     device: str = "auto"
     threads: int = 0
+    deterministic: bool = False
     resume: str = "auto"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from alignscale.config import AdamConfig, OptimConfig, SGDConfig
+from alignscale.choices import AdamConfig, OptimConfig, SGDConfig
 from alignscale.rules import Rule
 from alignscale.types import Batch, StepOutput
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from alignscale.config import ConfigError, TrainConfig, as_dict, defining, difference, without_display
+from alignscale.choices import ConfigError
+from alignscale.config import TrainConfig, as_dict, defining, difference, without_display
 from alignscale.environment import hardware, versions
 from alignscale.files import write_atomic
 

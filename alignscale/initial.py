@@ -30,6 +30,8 @@ class Stream(IntEnum):
     MAGNITUDE = 3
     ORDER = 4
     DATA = 5
+    VIEW = 6
+    SUBSET = 7
 
 
 def philox(

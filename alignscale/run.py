@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save
 
 from alignscale import checkpoint
 from alignscale.checkpoint import CheckpointError
-from alignscale.config import ConfigError, TrainConfig, as_dict, defining, difference, run_name
+from alignscale.choices import ConfigError
+from alignscale.config import TrainConfig, as_dict, defining, difference, run_name
 from alignscale.data import Examples, load
 from alignscale.data.examples import Encoding
 from alignscale.data.plan import Plan

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sized
 from typing import Any
 
-from alignscale.config import (
+from alignscale.choices import (
     AdamConfig,
     ConfigError,
     ConvConfig,
@@ -18,8 +18,8 @@ from alignscale.config import (
     RNNConfig,
     SGDConfig,
     SyntheticConfig,
-    TrainConfig,
 )
+from alignscale.config import TrainConfig
 
 ACTIVATIONS = ("relu", "gelu", "tanh", "erf")
 NORMS = ("none", "batch", "calibrated")

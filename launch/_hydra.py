@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
 from alignscale.checkpoint import CheckpointError
-from alignscale.config import DATA, NETS, OPTIMS, ConfigError, GridConfig, TrainConfig
+from alignscale.choices import DATA, NETS, OPTIMS, ConfigError
+from alignscale.config import GridConfig, TrainConfig
 from alignscale.rules import RULES
 from alignscale.run import Diverged
 

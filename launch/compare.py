@@ -10,8 +10,9 @@ import hydra
 from _hydra import CONFIGS, command_line, guarded, register, typed
 from omegaconf import DictConfig
 
+from alignscale.choices import ConfigError
 from alignscale.compare import compare
-from alignscale.config import ConfigError, GridConfig
+from alignscale.config import GridConfig
 from alignscale.report import text_table
 
 

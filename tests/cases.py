@@ -9,7 +9,7 @@ import torch
 from oracle_rules import World
 from torch import Tensor
 
-from alignscale.config import ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.choices import ConvConfig, MLPConfig, NetConfig, RNNConfig
 from alignscale.frozen import Fixed, calibrate, initialise
 from alignscale.nets import Network, build
 from alignscale.rules import Rule, make_rule

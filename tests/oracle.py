@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignscale.config import ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.choices import ConvConfig, MLPConfig, NetConfig, RNNConfig
 
 Weights = Sequence[tuple[Tensor, Tensor | None]]
 Updates = list[tuple[Tensor | None, Tensor | None]]

@@ -13,7 +13,7 @@ from oracle import Weights, make_net
 from oracle_rules import ORACLES, World
 from torch import Tensor
 
-from alignscale.config import ConvConfig, RNNConfig
+from alignscale.choices import ConvConfig, RNNConfig
 
 STRIDES = {"conv3": [1, 2, 2], "conv7": [1, 1, 1, 2, 1, 2, 1]}
 CLASSES, BATCH, SIDE, LENGTH = 10, 6, 8, 5

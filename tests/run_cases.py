@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from alignscale.checkpoint import complete
-from alignscale.config import LogConfig, MLPConfig, RunConfig, SGDConfig, SyntheticConfig, TrainConfig
+from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
+from alignscale.config import LogConfig, RunConfig, TrainConfig
 from alignscale.rules import RULES
 
 QUIET = LogConfig(progress=False)

@@ -6,18 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from alignscale.choices import ConfigError, MLPConfig, OptimConfig, RuleConfig, SGDConfig, SyntheticConfig
 from alignscale.compare import compare, expand
-from alignscale.config import (
-    CompareConfig,
-    ConfigError,
-    GridConfig,
-    LogConfig,
-    MLPConfig,
-    OptimConfig,
-    RuleConfig,
-    SGDConfig,
-    SyntheticConfig,
-)
+from alignscale.config import CompareConfig, GridConfig, LogConfig
 from alignscale.results import read_result
 from alignscale.rules.feedback import SignSymmetricConfig
 

@@ -11,7 +11,7 @@ from oracle_rules import deltas_by_probes
 from torch import Tensor
 
 from alignscale import frozen
-from alignscale.config import ConfigError, ConvConfig, MLPConfig, NetConfig
+from alignscale.choices import ConfigError, ConvConfig, MLPConfig, NetConfig
 from alignscale.nets import build
 from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layers import Conv, Layer, Linear

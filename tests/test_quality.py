@@ -16,7 +16,7 @@ SOURCES = [*PACKAGE, *(REPOSITORY / "launch").rglob("*.py"), *(REPOSITORY / "too
 
 # Who may import whom: a module imports from its own row or from rows above. A package stands for all its modules.
 LAYERS = [
-    {"config", "validation", "types", "environment", "files", "results"},
+    {"choices", "config", "validation", "types", "environment", "files", "results"},
     {"analysis", "data", "distributed", "figures", "initial", "loss", "metrics", "nets", "parallel", "report", "theme"},
     {"frozen", "jacobian"},
     {"rules"},

@@ -11,7 +11,7 @@ from cases import PUBLIC, RULE_NAMES, STEP, TABLE, Built, Case, close, make, sha
 from oracle_rules import ORACLES
 from torch import Tensor
 
-from alignscale.config import ConfigError, RuleConfig
+from alignscale.choices import ConfigError, RuleConfig
 from alignscale.loss import mse, mse_error
 from alignscale.rules import RULES, make_rule
 from alignscale.rules.feedback import SignSymmetricConfig

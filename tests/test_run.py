@@ -8,7 +8,8 @@ import pytest
 from run_cases import config, silent
 
 from alignscale.checkpoint import CheckpointError, complete
-from alignscale.config import ConfigError, EvaluationConfig, MLPConfig, RuleConfig
+from alignscale.choices import ConfigError, MLPConfig, RuleConfig
+from alignscale.config import EvaluationConfig
 from alignscale.train import train
 
 

@@ -10,7 +10,7 @@ import torch
 from plain_step import plain_conv, plain_mlp, plain_rnn
 from width_distance import distances, slope
 
-from alignscale.config import NETS, ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.choices import NETS, ConvConfig, MLPConfig, NetConfig, RNNConfig
 from alignscale.frozen import initialise
 from alignscale.nets import build
 

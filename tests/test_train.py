@@ -14,7 +14,7 @@ import yaml
 from run_cases import config, same, silent, weights
 
 from alignscale.checkpoint import complete
-from alignscale.config import DATA, NETS, AdamConfig, MLPConfig, SGDConfig
+from alignscale.choices import DATA, NETS, AdamConfig, MLPConfig, SGDConfig
 from alignscale.run import Diverged
 from alignscale.train import train
 

@@ -5,19 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from alignscale.config import (
-    NETS,
-    AdamConfig,
-    ConfigError,
-    RNNConfig,
-    RuleConfig,
-    SGDConfig,
-    SyntheticConfig,
-    TrainConfig,
-    difference,
-    digest,
-    run_name,
-)
+from alignscale.choices import NETS, AdamConfig, ConfigError, RNNConfig, RuleConfig, SGDConfig, SyntheticConfig
+from alignscale.config import TrainConfig, difference, digest, run_name
 from alignscale.validation import validate
 
 

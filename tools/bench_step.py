@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plain_step import plain_step
 
-from alignscale.config import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.environment import keep_freed_memory
 from alignscale.files import write_atomic

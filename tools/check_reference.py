@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tensorflow_adam import TensorFlowAdam
 
-from alignscale.config import ConvConfig, RNNConfig
+from alignscale.choices import ConvConfig, RNNConfig
 from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, Frozen
 from alignscale.nets import Network, build

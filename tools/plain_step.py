@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignscale.config import ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.choices import ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
 from alignscale.types import Batch
 
 Plain = tuple[list[Tensor], Callable[[Tensor], Tensor]]

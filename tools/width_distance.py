@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from alignscale.config import MLPConfig, SGDConfig
+from alignscale.choices import MLPConfig, SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, initialise

@@ -1,17 +1,68 @@
-"""Data sets by name: training and test examples."""
+"""Data sets by name: training, validation and test examples."""
 
-from alignscale.config import ConfigError, DataConfig, DigitsConfig, SyntheticConfig
+import torch
+from torch import Tensor
+
+from alignscale.choices import (
+    ArchiveConfig,
+    ConfigError,
+    DataConfig,
+    DigitsConfig,
+    ImageFolderConfig,
+    SyntheticConfig,
+)
 from alignscale.data.digits import digits
 from alignscale.data.examples import Examples
 from alignscale.data.synthetic import synthetic
+from alignscale.initial import Stream, permutation
 
-__all__ = ["Examples", "load"]
+__all__ = ["Examples", "load", "split"]
 
 
-def load(config: DataConfig) -> tuple[Examples, Examples]:
-    """Training and test examples of the data set that ``config`` names. Raises ConfigError for an unknown one."""
+def load(config: DataConfig) -> dict[str, Examples]:
+    """The splits ``train``, ``test`` and perhaps ``validation`` of the data set that ``config`` names.
+
+    Raises ConfigError for an option that does not fit the data, DataError for a file that is missing or damaged.
+    """
+    return split(config, *_read(config))
+
+
+def _read(config: DataConfig) -> tuple[Examples, Examples]:
     if isinstance(config, DigitsConfig):
         return digits(config)
     if isinstance(config, SyntheticConfig):
         return synthetic(config)
-    raise ConfigError(f"data={config.name}: expected a DigitsConfig or SyntheticConfig, found {type(config).__name__}")
+    if isinstance(config, ArchiveConfig):
+        from alignscale.data.torchvision import archive  # takes long to import
+
+        return archive(config)
+    if isinstance(config, ImageFolderConfig):
+        from alignscale.data.torchvision import image_folder
+
+        return image_folder(config)
+    raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
+
+
+def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Examples]:
+    """Hold ``config.validation`` examples out of the training set, cut the rest, and leave the test set whole."""
+    if config.validation >= len(train):
+        raise ConfigError(f"data.validation={config.validation}: expected less than the {len(train)} training examples")
+    splits = {"test": test}
+    order = balanced_order(train.labels)
+    if config.validation:
+        splits["validation"] = train.part(order[: config.validation].sort().values)
+        order = order[config.validation :]
+    limit = config.train_limit or len(order)
+    if limit > len(order):
+        raise ConfigError(f"data.train_limit={limit}: expected at most the {len(order)} training examples")
+    whole = len(order) == limit == len(train)
+    return {"train": train if whole else train.part(order[:limit].sort().values), **splits}
+
+
+def balanced_order(labels: Tensor) -> Tensor:
+    """An order of all examples, always the same, whose every beginning has the classes as equal as they can be."""
+    order = permutation(0, Stream.SUBSET, 0, len(labels))
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    counts = torch.bincount(labels)
+    turn = torch.cat([torch.arange(int(count)) for count in counts])  # of an example within its class
+    return by_class[torch.argsort(turn, stable=True)]

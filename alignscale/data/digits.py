@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from alignscale.config import DigitsConfig
+from alignscale.choices import DigitsConfig
 from alignscale.data.examples import Examples
 
 TRAIN = 1437
@@ -19,6 +19,6 @@ def digits(config: DigitsConfig) -> tuple[Examples, Examples]:
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))  # a stream that numpy never changes
     images, labels = images[order], labels[order]
     return (
-        Examples(images[:TRAIN], labels[:TRAIN], 10, "digits-train"),
-        Examples(images[TRAIN:], labels[TRAIN:], 10, "digits-test"),
+        Examples.whole(images[:TRAIN], labels[:TRAIN], 10, "digits-train"),
+        Examples.whole(images[TRAIN:], labels[TRAIN:], 10, "digits-test"),
     )

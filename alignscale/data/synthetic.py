@@ -2,7 +2,7 @@
 
 import torch
 
-from alignscale.config import SyntheticConfig
+from alignscale.choices import SyntheticConfig
 from alignscale.data.examples import Examples
 from alignscale.initial import Stream, normal
 
@@ -16,6 +16,6 @@ def synthetic(config: SyntheticConfig) -> tuple[Examples, Examples]:
     images = prototypes[labels] + config.noise * noise
     train, test = slice(0, config.train), slice(config.train, None)
     return (
-        Examples(images[train], labels[train], config.classes, "synthetic-train"),
-        Examples(images[test], labels[test], config.classes, "synthetic-test"),
+        Examples.whole(images[train], labels[train], config.classes, "synthetic-train"),
+        Examples.whole(images[test], labels[test], config.classes, "synthetic-test"),
     )

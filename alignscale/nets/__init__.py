@@ -1,6 +1,6 @@
 """Networks: built by name from their configuration."""
 
-from alignscale.config import ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.choices import ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
 from alignscale.nets.conv import conv
 from alignscale.nets.mlp import mlp
 from alignscale.nets.network import Network

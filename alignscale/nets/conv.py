@@ -1,6 +1,6 @@
 """Convolutional networks of the paper: 3x3 layers with given strides, a mean over the map, a linear readout."""
 
-from alignscale.config import ConvConfig
+from alignscale.choices import ConvConfig
 from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layered import LayeredNet
 from alignscale.nets.layers import Conv, Layer, Linear

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from alignscale.config import MLPConfig
+from alignscale.choices import MLPConfig
 from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layered import LayeredNet
 from alignscale.nets.layers import Layer, Linear

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from alignscale.config import RNNConfig
+from alignscale.choices import RNNConfig
 from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layers import Linear, State
 from alignscale.nets.network import Deltas, Network

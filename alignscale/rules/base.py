@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignscale.config import ConfigError, RuleConfig
+from alignscale.choices import ConfigError, RuleConfig
 from alignscale.frozen import Fixed
 from alignscale.loss import mse, mse_error
 from alignscale.nets.network import Deltas, Network

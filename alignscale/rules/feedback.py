@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alignscale.config import ConfigError, RuleConfig
+from alignscale.choices import ConfigError, RuleConfig
 from alignscale.frozen import Fixed
 from alignscale.nets.network import Deltas, Network
 from alignscale.rules.base import LocalRule, register
