@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,14 +30,21 @@ class CheckpointError(RuntimeError):
 
 
 def save(
-    folder: Path, step: int, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    net: Network,
+    optimizer: torch.optim.Optimizer,
+    about: dict[str, Any],
+    keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write ``folder/step-<step>`` and then remove all but the newest ``keep``.
+    """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and that of step ``best``.
 
-    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``made_with`` and ``progress``.
+    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``data``
+    (digests of the splits), ``made_with`` and ``progress``.
     Raises OSError (a full disk, say) with the checkpoints before it untouched.
     """
-    final = folder / f"step-{step:09d}"
+    final = folder / _name(step)
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -45,7 +53,10 @@ def save(
         sums = {}
         for name, values in tensors.items():
             path = partial / f"{name}.safetensors"
-            save_file({key: value.detach().contiguous().cpu() for key, value in values.items()}, path)
+            try:
+                save_file({key: value.detach().contiguous().cpu() for key, value in values.items()}, path)
+            except SafetensorError as problem:
+                raise OSError(f"{path}: {problem}") from problem
             sums[path.name] = _checksum(path)
             _sync(path)
         manifest = {"format": FORMAT, "step": step, "files": sums, **about}
@@ -58,8 +69,21 @@ def save(
         raise
     sync_folder(folder)
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != _name(best):
+            _remove(old)
     return final
+
+
+def _name(step: int | None) -> str:
+    return f"step-{step:09d}" if step is not None else ""
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away under another name first: half of one must never look whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    path.rename(partial)
+    shutil.rmtree(partial)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -74,10 +98,10 @@ def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: d
     another configuration.
     """
     manifest = read_manifest(path)
-    changed = difference(manifest["config"], about["config"])
+    changed = difference({"data": manifest["data"], **manifest["config"]}, {"data": about["data"], **about["config"]})
     if changed:
         raise ConfigError(
-            f"{path}: the run was made with other options than these: {'; '.join(changed)}. "
+            f"{path}: the run was made with other options or data than these: {'; '.join(changed)}. "
             "Use the old ones, or another run.dir, or resume=never to start again"
         )
     if manifest["fingerprint"] != about["fingerprint"]:
@@ -86,16 +110,22 @@ def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: d
             "the checkpoint belongs to another seed, architecture or generator version; use the version that wrote it, "
             "or resume=never"
         )
-    for name, expected in manifest["files"].items():
-        found = _checksum(path / name) if (path / name).is_file() else "no file"
-        if found != expected:
-            raise CheckpointError(
-                f"{path / name}: expected SHA-256 {expected[:12]}, found {found[:12]}: the file is damaged; "
-                f"delete {path} to go on from the checkpoint before it, or use resume=never"
-            )
-    net.load_state_dict(load_file(path / "model.safetensors"))
-    _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+    net.load_state_dict(read(path, manifest, "model"))
+    _restore_optimizer(optimizer, read(path, manifest, "optimizer"))
     return manifest
+
+
+def read(path: Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's ``part``: model or optimizer. Raises CheckpointError for a damaged file."""
+    name = f"{part}.safetensors"
+    expected = manifest["files"][name]
+    found = _checksum(path / name) if (path / name).is_file() else "no file"
+    if found != expected:
+        raise CheckpointError(
+            f"{path / name}: expected SHA-256 {expected[:12]}, found {found[:12]}: the file is damaged; "
+            f"delete {path} to go on from the checkpoint before it, or use resume=never"
+        )
+    return load_file(path / name)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -109,7 +139,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; delete {path}")
-    missing = {"step", "files", "config", "fingerprint", "progress", "made_with"} - manifest.keys()
+    missing = {"step", "files", "config", "data", "fingerprint", "progress", "made_with"} - manifest.keys()
     if missing:
         raise CheckpointError(f"{path / MANIFEST}: expected {', '.join(sorted(missing))}, found none; delete {path}")
     return manifest

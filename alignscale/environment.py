@@ -1,10 +1,12 @@
-"""What a run ran on: versions, hardware and the state of the source, for versions.json and reports."""
+"""What a run ran on (versions, hardware, the state of the source), and torch's settings while it runs."""
 
 import ctypes
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     found["torch"] = torch.__version__
-    return {**found, "source": _commit()}
+    return {**found, "source": _git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") or "unknown"}
+
+
+def source() -> dict[str, Any]:
+    """The checkout that the package is imported from: commit, branch and what differs from the commit."""
+    found = {"commit": _git("rev-parse", "HEAD"), "branch": _git("rev-parse", "--abbrev-ref", "HEAD")}
+    if found["commit"] is None:
+        return {"commit": None, "note": "not a git checkout"}
+    return {**found, "changed": (_git("status", "--porcelain") or "").splitlines(), "diff": _git("diff", "HEAD")}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -57,19 +67,35 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _commit() -> str:
-    """Short commit, with ``+`` where tracked files differ from it; ``unknown`` outside a checkout."""
+def _git(*arguments: str) -> str | None:
+    """What git says of the package's checkout; None outside one."""
     try:
-        command = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty=+",
-            "--abbrev=12",
-            "--exclude=*",
-        ]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return None
+    return done.stdout.strip()
+
+
+@contextmanager
+def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
+    """torch's number of threads (0: its own), and with ``deterministic`` the same bits each time; as before after it.
+
+    Deterministic: one thread unless ``threads`` says otherwise, only algorithms that always sum in the same order, no
+    search for the fastest one, no TF32. On a GPU it has to be set before CUDA starts.
+    """
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, cuda.allow_tf32)
+    strict = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, cuda.allow_tf32 = True, False, False, False
+    if threads or deterministic:
+        torch.set_num_threads(threads or 1)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        count, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, cuda.allow_tf32 = before
+        torch.set_num_threads(count)

@@ -3,8 +3,13 @@
 config.yaml, versions.json, metrics.jsonl, tensorboard/, checkpoints/, norms.safetensors, result.json, report.html.
 """
 
+import fcntl
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,44 +17,71 @@ import yaml
 
 from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig, as_dict, defining, difference, without_display
-from alignscale.environment import hardware, versions
+from alignscale.environment import hardware, source, versions
 from alignscale.files import write_atomic
 
-OURS = ("metrics.jsonl", "norms.safetensors", "result.json", "report.html", "config.yaml", "versions.json")
+OURS = ("metrics.jsonl", "norms.safetensors", "result.json", "report.html", "config.yaml", "versions.json", "wandb.id")
 
 
-def open_folder(folder: Path, config: TrainConfig) -> None:
-    """Make the folder of a new run, or make sure that the one there is this run's; with resume=never empty it first.
+@contextmanager
+def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
+    """Hold the folder of a run: made when new, else made sure that it is this run's; emptied first by resume=never.
 
-    Raises ConfigError if it belongs to another configuration or to something else, or cannot be written.
+    Raises ConfigError if it belongs to another configuration or to something else, is held by another run, or cannot
+    be written. The hold ends with the block, or with the process, however that ends.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        if strange and not (folder / "config.yaml").exists():
-            raise ConfigError(
-                f"run folder {folder}: expected a new folder or a run's, found {', '.join(sorted(strange)[:3])} and no "
-                "config.yaml; choose another run.dir"
-            )
-        if config.resume == "never":
-            _empty(folder)
-        else:
-            _same_run(folder / "config.yaml", config)
-        for partial in (folder / "checkpoints").glob(".step-*.partial"):
-            shutil.rmtree(partial)  # half a checkpoint of a killed process
-        if not (folder / "config.yaml").exists():
-            write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
-        (folder / "checkpoints").mkdir(exist_ok=True)  # after config.yaml, by which a killed run's folder is known
+        lock = (folder / ".lock").open("a+")
     except OSError as problem:
+        raise _unwritable(folder, problem) from problem
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            _claim(folder, config)
+        except BlockingIOError as problem:
+            lock.seek(0)
+            raise ConfigError(
+                f"run folder {folder}: in use by another run ({lock.read().strip()}); wait for it to end, or choose "
+                "another run.dir"
+            ) from problem
+        except OSError as problem:
+            raise _unwritable(folder, problem) from problem
+        yield
+
+
+def _unwritable(folder: Path, problem: OSError) -> ConfigError:
+    return ConfigError(
+        f"run folder {folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
+    )
+
+
+def _claim(folder: Path, config: TrainConfig) -> None:
+    strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if strange and not (folder / "config.yaml").exists():
         raise ConfigError(
-            f"run folder {folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
-        ) from problem
+            f"run folder {folder}: expected a new folder or a run's, found {', '.join(sorted(strange)[:3])} and no "
+            "config.yaml; choose another run.dir"
+        )
+    if config.resume == "never":
+        _empty(folder)
+    else:
+        _same_run(folder / "config.yaml", config)
+    for partial in [*folder.glob(".*.partial"), *(folder / "checkpoints").glob(".*.partial")]:
+        # half a file or checkpoint of a killed process
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    if not (folder / "config.yaml").exists():
+        write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+    (folder / "checkpoints").mkdir(exist_ok=True)  # after config.yaml, by which a killed run's folder is known
 
 
 def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> None:
     """config.yaml and versions.json, as this session of the run has them."""
     write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
-    about = {"versions": versions(), "hardware": hardware(device)}
+    about = {"versions": versions(), "hardware": hardware(device), "source": source()}
     write_atomic(folder / "versions.json", json.dumps(about, indent=1).encode())
 
 

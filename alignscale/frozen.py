@@ -88,10 +88,19 @@ class Fixed:
     magnitude: Callable[[int, int], Tensor]
 
     @classmethod
-    def from_seed(cls, net: Network, seed: int, stored: bool = True) -> "Fixed":
-        """As ``initialise(net, seed)`` sets the net. stored: kept from first use; else generated anew at each use."""
+    def from_seed(cls, net: Network, seed: int, stored: bool = True, dtype: torch.dtype | None = None) -> "Fixed":
+        """As ``initialise(net, seed)`` sets the net, in ``dtype`` or else that of its weights.
+
+        stored: kept from first use; else generated anew at each use.
+        """
         keep = functools.cache if stored else lambda function: function
-        weight = keep(lambda index: initial_weight(net, seed, index))
+
+        def weights(stream: Stream) -> Weight:
+            return keep(
+                lambda index: initial_weight(net, seed, index, stream).to(dtype or net.layers[index].weight.dtype)
+            )
+
+        weight = weights(Stream.WEIGHT)
 
         def direct(site: int) -> Tensor:
             readout = net.layers[net.readout].weight
@@ -99,14 +108,14 @@ class Fixed:
             numbers = normal(
                 seed, Stream.DIRECT_FEEDBACK, site, (*shape, net.layers[net.readout].shape[0]), device=readout.device
             )
-            return numbers.to(readout.dtype).div_(math.sqrt(math.prod(shape)))
+            return numbers.to(readout.dtype).div_(math.sqrt(math.prod(shape))).to(dtype or readout.dtype)
 
         def magnitude(index: int, draw: int) -> Tensor:
             return initial_weight(net, seed, index, Stream.MAGNITUDE, draw).abs_()
 
         return cls(
             Frozen(net, lambda index: (weight(index), None)),
-            keep(lambda index: initial_weight(net, seed, index, Stream.FEEDBACK)),
+            weights(Stream.FEEDBACK),
             keep(direct),
             magnitude,
         )

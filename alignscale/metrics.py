@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
+import secrets
+import socket
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from alignscale.config import LogConfig
@@ -17,18 +21,17 @@ from alignscale.files import write_atomic
 
 
 class Metrics:
-    """Rows go to ``folder/metrics.jsonl``, one JSON object a line, and their numbers to TensorBoard."""
+    """Rows go to ``folder/metrics.jsonl``, one JSON object a line, and their numbers to TensorBoard and perhaps W&B."""
 
-    def __init__(self, folder: Path, config: LogConfig, name: str, first: int, steps: int) -> None:
-        """first: update to go on from; rows that a killed run wrote at or after it are dropped."""
+    def __init__(self, folder: Path, config: LogConfig, name: str, first: int, steps: int, options: Any = None) -> None:
+        """first: update to go on from; rows that a killed run wrote after it are dropped. options: shown by W&B."""
         path = folder / "metrics.jsonl"
         kept = [line for line in _rows(path) if json.loads(line)["step"] <= first] if first else []
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
         self.every = config.every_steps
         self.file = path.open("a", buffering=1)
-        self.events = EventFileWriter(str(folder / "tensorboard")) if config.tensorboard else None
-        if self.events:  # makes TensorBoard forget what a killed run wrote after its last checkpoint
-            self.events.add_event(Event(step=first + 1, session_log=SessionLog(status=SessionLog.START)))
+        self.events = _Events(folder / "tensorboard", first) if config.tensorboard else None
+        self.wandb = _wandb(config, folder, name, first, options) if config.wandb else None
         self.bar = tqdm(
             total=steps,
             initial=first,
@@ -38,6 +41,10 @@ class Metrics:
             disable=not config.progress,
             file=sys.stderr,
         )
+        self._clear()
+
+    def _clear(self) -> None:
+        self.examples, self.right, self.seconds = 0, 0, 0.0
 
     def __enter__(self) -> "Metrics":
         """The metrics, to be closed at the end of the block."""
@@ -48,28 +55,73 @@ class Metrics:
     ) -> None:
         """Close the files and the bar."""
         self.bar.close()
-        self.file.close()
-        if self.events:
-            self.events.close()
+        for sink in (self.file, self.events):
+            if sink:
+                sink.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
 
-    def step(self, step: int, loss: float, examples: int, seconds: float) -> None:
-        """After update ``step``: advance the bar, and write a row when one is due."""
+    def step(self, step: int, loss: float, right: int, examples: int, seconds: float, lr: float) -> None:
+        """After update ``step``: advance the bar, and write a row when one is due.
+
+        right: of this batch's examples. seconds: of the step with the data it waited for.
+        """
         self.bar.update()
+        self.examples, self.right, self.seconds = self.examples + examples, self.right + right, self.seconds + seconds
         if step % self.every == 0:
-            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self.row("train", step, {"loss": loss, "examples_per_second": examples / seconds})
+            accuracy, rate = self.right / self.examples, self.examples / self.seconds
+            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.0f} examples/s", refresh=False)
+            self.row("train", step, {"loss": loss, "accuracy": accuracy, "lr": lr, "examples_per_second": rate})
+            self._clear()
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Write one row; a number that is not finite is null in JSON, and absent from TensorBoard."""
+        """Write one row; a number that is not finite is null in JSON, and absent elsewhere."""
         values = {key: finite(value) for key, value in values.items()}
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
         if self.events:
-            numbers = [
-                Summary.Value(tag=f"{kind}/{k}", simple_value=v)
-                for k, v in values.items()
-                if isinstance(v, int | float)
-            ]
-            self.events.add_event(Event(step=step, summary=Summary(value=numbers)))
+            self.events.write(
+                step, summary=Summary(value=[Summary.Value(tag=k, simple_value=numbers[k]) for k in numbers])
+            )
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+
+class _Events:
+    """A file of TensorBoard's, written at once: its own writer has a thread, in which errors are lost."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self.file = (folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}").open("wb")
+        self.records = RecordWriter(self.file)
+        self.write(0, file_version="brain.Event:2")
+        # makes TensorBoard forget what a killed run wrote after its last checkpoint
+        self.write(first + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, **what: Any) -> None:
+        self.records.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _wandb(config: LogConfig, folder: Path, name: str, first: int, options: Any) -> Any:
+    """A run of W&B's with this run's name, which goes on when this run does and starts anew when it does."""
+    import wandb  # an extra, and slow to import
+
+    path = folder / "wandb.id"
+    if first == 0 or not path.exists():
+        write_atomic(path, secrets.token_hex(4).encode())
+    return wandb.init(
+        project=config.wandb_project,
+        name=name,
+        id=path.read_text(),
+        dir=folder,
+        config=options,
+        resume="allow",
+        settings=wandb.Settings(silent=not config.progress),
+    )
 
 
 def finite(value: Any) -> Any:

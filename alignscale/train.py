@@ -3,73 +3,96 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
-from alignscale.analysis.updates import mean_cosine, weight_updates
-from alignscale.config import TrainConfig
+import torch
+
+from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import stream
 from alignscale.evaluate import evaluate
+from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.metrics import Metrics
+from alignscale.prepare import prepare
 from alignscale.results import Result
-from alignscale.rules import Rule
 from alignscale.rules.backprop import Backprop
-from alignscale.run import Run, prepare
+from alignscale.run import Run
+from alignscale.schedule import factor
 
 
-def train(config: TrainConfig, show: Callable[[str], None] = print, command: str = "alignscale.train.train") -> Result:
+def train(config: TrainConfig, show: Callable[[str], None] = print, command: str = "alignscale.train") -> Result:
     """Train as ``config`` says and return the run's result, also found in its folder as result.json.
 
     show: is given each line for the user. command: shown in the report. Raises ConfigError before any work for a wrong
-    option, CheckpointError for a checkpoint that cannot be used, Diverged when the loss is not finite.
+    option, DataError for a data file that cannot be used, CheckpointError for such a checkpoint, Diverged when the loss
+    is not finite, Interrupted after a checkpoint when SIGINT or SIGTERM came, OSError when the disk is full.
     """
-    run = prepare(config, show, command)
-    if run.finished is not None:
-        return run.finished
-    per_epoch, stop = run.plan.steps_per_epoch, run.plan.steps_per_epoch * config.epochs
-    timings: list[float] = []
-    epoch_loss = 0.0
-    with Metrics(run.folder, config.log, run.name, run.start, stop) as metrics:
-        if run.start == 0:
-            measure(run, metrics, 0, None)
-        for batch in stream(run.train, run.plan, run.encoding, run.start, stop):
-            begin = time.perf_counter()
-            output = run.engine(batch)
-            run.engine.backward(output.surrogate)
-            run.engine.step()
-            loss = output.loss.item()
-            timings.append(time.perf_counter() - begin)
-            done = batch.step + 1
-            metrics.step(done, loss, batch.size, timings[-1])
-            epoch_loss += loss * batch.size / len(run.train)
-            if not math.isfinite(loss):
-                run.diverge(done, timings, "loss")
-            if done % per_epoch == 0:
-                epoch = done // per_epoch
-                due = epoch % config.evaluation.every_epochs == 0 or done == stop
-                if due and not measure(run, metrics, done, epoch_loss):
-                    run.diverge(done, timings, "test loss")
-                if epoch % config.checkpoint.every_epochs == 0 or done == stop:
-                    run.save(done, timings)
-                epoch_loss = 0.0
-    return run.finish(stop, timings)
+    with ExitStack() as held:
+        run = prepare(config, show, command, held)
+        if run.finished is not None:
+            return run.finished
+        options = (run.folder, config.log, run.name, run.start, run.stop, as_dict(config))
+        with Interrupts() as interrupts, Metrics(*options) as metrics:
+            steps(run, metrics, interrupts)
+        return run.finish(run.stop)
 
 
-def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None) -> bool:
-    """Evaluate on the test set and add a point to the run's curve. Returns whether the test loss is finite."""
-    test = evaluate(run.net, run.test, run.encoding, run.config.evaluation.batch_size)
-    point = {"train_loss": train_loss, "test_accuracy": test["accuracy"], "test_loss": test["loss"]}
+def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
+    """Every update from ``run.start`` on, with what is due after it."""
+    config, per_epoch, examples = run.config, run.plan.steps_per_epoch, run.splits["train"]
+    batches = stream(
+        examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views
+    )
+    if run.start == 0:
+        measure(run, metrics, 0, None, 0.0)
+    begin = time.perf_counter()
+    for step, parts in batches:
+        done, size = step + 1, parts[0].size
+        lr = config.optim.lr * factor(config.schedule, step, per_epoch, run.stop)
+        loss, right = run.learner.update(parts, lr)
+        run.timings.append(time.perf_counter() - begin)
+        metrics.step(done, loss, right, size, run.timings[-1], lr)
+        run.epoch_loss += loss * size / len(examples)
+        if not math.isfinite(loss):
+            run.diverge(done, "loss", parts[0])
+        due = run.due(done)
+        if done % per_epoch == 0:
+            if done // per_epoch % config.evaluation.every_epochs == 0 or done == run.stop:
+                if not measure(run, metrics, done, run.epoch_loss, lr):
+                    run.diverge(done, "test loss", parts[0])
+                due = due or run.best() is run.curve[-1]
+            run.epoch_loss = 0.0
+        if due or interrupts.signum:
+            run.save(done)
+        if interrupts.signum and done < run.stop:
+            raise Interrupted(
+                f"{run.name}: stopped by signal {interrupts.signum} after step {done} of {run.stop} and a checkpoint; "
+                "the same command goes on from it",
+                interrupts.signum,
+            )
+        begin = time.perf_counter()
+
+
+def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float) -> bool:
+    """Evaluate and add a point to the run's curve. Returns whether the losses are finite."""
+    point: dict[str, Any] = {"train_loss": train_loss, "lr": lr}
+    for split in dict.fromkeys(("test", *run.config.evaluation.splits)):
+        found = evaluate(run.learner.net, run.splits[split], run.learner.encoding, run.config.evaluation.batch_size)
+        loss_key = "train_end_loss" if split == "train" else f"{split}_loss"  # train_loss is the mean over the epoch
+        point |= {f"{split}_accuracy": found["accuracy"], f"{split}_top5": found["top5"], loss_key: found["loss"]}
     point["update_cosine"] = update_cosine(run, step) if run.config.log.update_cosine else None
     epoch = step // run.plan.steps_per_epoch
     run.curve.append({"epoch": epoch, "step": step, **point})
     metrics.row("epoch", step, {"epoch": epoch, **point})
-    return math.isfinite(test["loss"])
+    return all(math.isfinite(point[key]) for key in point if key.endswith("_loss") and point[key] is not None)
 
 
 def update_cosine(run: Run, step: int) -> float | None:
     """Cosine of the rule's update with backprop's, mean over layers, on the first training examples in key order."""
-    rule: Rule = run.engine.rule
-    if isinstance(rule, Backprop):
+    learner, train = run.learner, run.splits["train"]
+    if isinstance(learner.rule, Backprop):
         return 1.0
-    batch = run.encoding.batch(run.train, run.first_rows, step)
-    backprop = Backprop(run.net, rule.fixed, rule.config)
-    value = mean_cosine(weight_updates(rule, run.net, batch), weight_updates(backprop, run.net, batch))
+    first = torch.arange(min(run.config.batch_size, len(train)))
+    values = learner.cosines(learner.encoding.batch(train, first, step))
+    value = sum(values) / len(values)
     return value if math.isfinite(value) else None

@@ -3,20 +3,26 @@
 Stands alone (no torch) beside config.py, for launchers and cluster tools.
 """
 
+import importlib.util
 import math
 import os
 import re
-from collections.abc import Sized
 from typing import Any
 
 from alignscale.choices import (
     AdamConfig,
     ConfigError,
     ConvConfig,
+    CosineConfig,
+    CrossEntropyConfig,
+    DataConfig,
+    ImageFolderConfig,
     MLPConfig,
+    MSEConfig,
     NetConfig,
     RNNConfig,
     SGDConfig,
+    StepConfig,
     SyntheticConfig,
 )
 from alignscale.config import TrainConfig
@@ -25,7 +31,7 @@ ACTIVATIONS = ("relu", "gelu", "tanh", "erf")
 NORMS = ("none", "batch", "calibrated")
 PARAMETERISATIONS = ("ntk", "standard")
 BLOCKS = ("theory", "public")
-PRECISIONS = ("fp32", "fp64")
+PRECISIONS = ("fp32", "bf16", "fp64")
 
 
 def _choice(option: str, value: Any, valid: tuple[str, ...]) -> None:
@@ -48,41 +54,31 @@ def _positive(option: str, value: float) -> None:
         raise ConfigError(f"{option}={value}: expected a finite number above 0")
 
 
+def _fraction(option: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{option}={value}: expected a number from 0 to below 1")
+
+
 def validate(config: TrainConfig) -> None:
     """Check every value that does not depend on the data. Raises ConfigError for the first that is wrong."""
     _validate_net(config.net)
-    if isinstance(config.data, SyntheticConfig):
-        if len(config.data.shape) != 3:
-            raise ConfigError(f"data.shape={config.data.shape}: expected [channels, height, width]")
-        for length in config.data.shape:
-            _count("data.shape", length, 1)
-        _count("data.classes", config.data.classes, 2)
-        for option in ("train", "test"):
-            _count(f"data.{option}", getattr(config.data, option), 1)
-        _at_least("data.noise", config.data.noise, 0)
-        _seed("data.seed", config.data.seed)
-    _positive("optim.lr", config.optim.lr)
-    if isinstance(config.optim, SGDConfig) and not 0 <= config.optim.momentum < 1:
-        raise ConfigError(f"optim.momentum={config.optim.momentum}: expected a number from 0 to below 1")
-    if isinstance(config.optim, AdamConfig):
-        for option in ("beta1", "beta2"):
-            if not 0 <= getattr(config.optim, option) < 1:
-                raise ConfigError(f"optim.{option}={getattr(config.optim, option)}: expected from 0 to below 1")
-        _positive("optim.eps", config.optim.eps)
+    _validate_data(config.data)
+    _validate_optim(config)
     _validate_trained_state(config)
     _choice("frozen.weights", config.frozen.weights, ("stored", "regenerated"))
     _choice("precision", config.precision, PRECISIONS)
     _choice("device", config.device, ("auto", "cpu", "cuda"))
     _choice("resume", config.resume, ("auto", "never"))
     _seed("seed", config.seed)
-    for option, least in (("epochs", 1), ("batch_size", 1), ("threads", 0)):
+    for option, least in (("epochs", 1), ("batch_size", 1), ("accumulation", 1), ("threads", 0)):
         _count(option, getattr(config, option), least)
+    if config.accumulation > config.batch_size:
+        raise ConfigError(
+            f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
+            "it divides"
+        )
     _count("calibration.examples", config.calibration.examples, 2)
-    _count("evaluation.batch_size", config.evaluation.batch_size, 1)
-    _count("evaluation.every_epochs", config.evaluation.every_epochs, 1)
-    _count("checkpoint.every_epochs", config.checkpoint.every_epochs, 1)
-    _count("checkpoint.keep", config.checkpoint.keep, 1)
-    _count("log.every_steps", config.log.every_steps, 1)
+    _validate_outputs(config)
     most = 4 * (os.cpu_count() or 1)
     if config.threads > most:
         raise ConfigError(
@@ -92,12 +88,97 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(
             f"name={config.name}: expected letters, digits, '.', '_' and '-': it begins the folder's name"
         )
-    if not math.isfinite(config.label_offset):
-        raise ConfigError(f"label_offset={config.label_offset}: expected a finite number")
+
+
+def _validate_data(data: DataConfig) -> None:
+    for option, least in (("train_limit", 0), ("validation", 0), ("views", 1), ("shift", 0)):
+        _count(f"data.{option}", getattr(data, option), least)
+    _choice("data.normalisation", data.normalisation, ("none", "channel"))
+    moves = data.shift > 0 or data.flip
+    if moves != (data.views > 1):
+        raise ConfigError(
+            f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift "
+            "or flip, and view 0 has neither; expected both, or neither"
+        )
+    if isinstance(data, ImageFolderConfig):
+        _count("data.size", data.size, 1)
+        if data.channels not in (1, 3):
+            raise ConfigError(f"data.channels={data.channels}: expected 1 (grey) or 3 (colour)")
+    if isinstance(data, SyntheticConfig):
+        if len(data.shape) != 3:
+            raise ConfigError(f"data.shape={data.shape}: expected [channels, height, width]")
+        for length in data.shape:
+            _count("data.shape", length, 1)
+        _count("data.classes", data.classes, 2)
+        for option in ("train", "test"):
+            _count(f"data.{option}", getattr(data, option), 1)
+        _at_least("data.noise", data.noise, 0)
+        _seed("data.seed", data.seed)
+
+
+def _validate_optim(config: TrainConfig) -> None:
+    optim, loss, schedule = config.optim, config.loss, config.schedule
+    _positive("optim.lr", optim.lr)
+    _at_least("optim.weight_decay", optim.weight_decay, 0)
+    _at_least("optim.clip_norm", optim.clip_norm, 0)
+    _choice("optim.decay_towards", optim.decay_towards, ("zero", "initial"))
+    if isinstance(optim, SGDConfig):
+        _fraction("optim.momentum", optim.momentum)
+        if optim.nesterov and optim.momentum == 0:
+            raise ConfigError("optim.nesterov=true: expected optim.momentum above 0, found 0")
+    if isinstance(optim, AdamConfig):
+        _choice("optim.name", optim.name, ("adam", "adamw"))
+        _fraction("optim.beta1", optim.beta1)
+        _fraction("optim.beta2", optim.beta2)
+        _positive("optim.eps", optim.eps)
+    if isinstance(loss, MSEConfig):
+        _choice("loss.reduction", loss.reduction, ("mean", "sum"))
+    if isinstance(loss, CrossEntropyConfig):
+        _fraction("loss.label_smoothing", loss.label_smoothing)
+    _at_least("schedule.warmup", schedule.warmup, 0)
+    if schedule.warmup > config.epochs:
+        raise ConfigError(f"schedule.warmup={schedule.warmup}: expected at most epochs={config.epochs}")
+    if isinstance(schedule, StepConfig):
+        _positive("schedule.factor", schedule.factor)
+        for milestone in schedule.milestones:
+            _at_least("schedule.milestones", milestone, 0)
+    if isinstance(schedule, CosineConfig):
+        _at_least("schedule.final", schedule.final, 0)
+
+
+def _validate_outputs(config: TrainConfig) -> None:
+    """Evaluation, checkpoints and logging."""
+    evaluation, checkpoint = config.evaluation, config.checkpoint
+    _count("evaluation.batch_size", evaluation.batch_size, 1)
+    _count("evaluation.every_epochs", evaluation.every_epochs, 1)
+    valid = ("train", "test") if config.data.validation == 0 else ("train", "validation", "test")
+    why = "" if config.data.validation else " (validation needs data.validation above 0)"
+    for split in evaluation.splits:
+        if split not in valid:
+            raise ConfigError(f"evaluation.splits: {split}: expected some of {', '.join(valid)}{why}")
+    if checkpoint.best not in {"test", *evaluation.splits}:
+        raise ConfigError(
+            f"checkpoint.best={checkpoint.best}: expected a split that is evaluated, one of "
+            f"{', '.join(dict.fromkeys(('test', *evaluation.splits)))}; add it to evaluation.splits{why}"
+        )
+    _count("checkpoint.every_epochs", checkpoint.every_epochs, 0)
+    _count("checkpoint.every_steps", checkpoint.every_steps, 0)
+    _at_least("checkpoint.every_minutes", checkpoint.every_minutes, 0)
+    _count("checkpoint.keep", checkpoint.keep, 1)
+    _count("log.every_steps", config.log.every_steps, 1)
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"
+        )
 
 
 def _validate_trained_state(config: TrainConfig) -> None:
     trained = isinstance(config.net, RNNConfig) and config.net.initial_state == "trained"
+    if trained and config.accumulation > 1:
+        raise ConfigError(
+            f"accumulation={config.accumulation}: expected 1 with net.initial_state=trained, whose rows belong to the "
+            "places in a batch"
+        )
     if trained and config.evaluation.batch_size > config.batch_size:
         raise ConfigError(
             f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
@@ -131,25 +212,28 @@ def _validate_net(net: NetConfig) -> None:
         _choice("net.initial_state", net.initial_state, ("zero", "trained"))
 
 
-def check_data(config: TrainConfig, train: Sized, test: Sized) -> None:
-    """Check the options that depend on the number of examples. Raises ConfigError for the first that is wrong."""
-    if config.batch_size > len(train):
-        raise ConfigError(f"batch_size={config.batch_size}: expected at most the {len(train)} training examples")
-    if config.net.norm == "calibrated" and config.calibration.examples > len(train):
+def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:
+    """Check the options that depend on the number of examples in each split. Raises ConfigError for the first wrong."""
+    train = sizes["train"]
+    if config.batch_size > train:
+        raise ConfigError(f"batch_size={config.batch_size}: expected at most the {train} training examples")
+    if config.net.norm == "calibrated" and config.calibration.examples > train:
         raise ConfigError(
-            f"calibration.examples={config.calibration.examples}: expected at most the {len(train)} training examples"
+            f"calibration.examples={config.calibration.examples}: expected at most the {train} training examples"
         )
     if config.net.norm == "batch":
-        if config.batch_size == 1 or len(train) % config.batch_size == 1:
-            raise ConfigError(
-                f"batch_size={config.batch_size}: it makes a batch of one example of {len(train)}, which has no batch "
-                "moments; choose another, or net.norm=none or calibrated"
-            )
-        if len(test) // -(-len(test) // config.evaluation.batch_size) == 1:
-            raise ConfigError(
-                f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of 1 of {len(test)} examples, "
-                "which has no batch moments; choose another, or net.norm=none or calibrated"
-            )
+        for batch in (config.batch_size, train % config.batch_size or config.batch_size):
+            if batch // -(-batch // -(-batch // config.accumulation)) == 1:
+                raise ConfigError(
+                    f"batch_size={config.batch_size}, accumulation={config.accumulation}: they make a batch of one "
+                    f"example of {train}, which has no batch moments; choose others, or net.norm=none or calibrated"
+                )
+        for split in dict.fromkeys(("test", *config.evaluation.splits)):
+            if sizes[split] // -(-sizes[split] // config.evaluation.batch_size) == 1:
+                raise ConfigError(
+                    f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of 1 of {sizes[split]} "
+                    "examples, which has no batch moments; choose another, or net.norm=none or calibrated"
+                )
     if isinstance(config.net, RNNConfig) and config.net.readout == "every":
         raise ConfigError(
             f"net.readout=every: wants a target at each step, and data={config.data.name} has one label an example; "

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import DATA, NETS, OPTIMS, ConfigError
 from alignscale.config import GridConfig, TrainConfig
+from alignscale.data.examples import DataError
+from alignscale.interrupts import Interrupted
 from alignscale.rules import RULES
 from alignscale.run import Diverged
 
@@ -50,7 +52,7 @@ def guarded(work: Callable[[], None]) -> None:
     """
     try:
         work()
-    except (ConfigError, CheckpointError) as problem:
+    except (ConfigError, DataError, CheckpointError) as problem:
         sys.exit(_say(problem, 2))
     except (OSError, SafetensorError) as problem:
         sys.exit(
@@ -60,6 +62,9 @@ def guarded(work: Callable[[], None]) -> None:
         )
     except Diverged as problem:
         sys.exit(_say(problem, 3))
+    except Interrupted as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(128 + problem.signum)
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 130))
 

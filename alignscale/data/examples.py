@@ -20,6 +20,7 @@ class Examples:
 
     images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64. shard, rows: the file or
     part of the data set that an example is in, and its place (N,) there; with them its key is ``shard/row``.
+    skipped: files that were left out.
     """
 
     images: Tensor
@@ -27,6 +28,7 @@ class Examples:
     classes: int
     shard: str
     rows: Tensor
+    skipped: int = 0
 
     @classmethod
     def whole(cls, images: Tensor, labels: Tensor, classes: int, shard: str) -> "Examples":
@@ -35,7 +37,9 @@ class Examples:
 
     def part(self, places: Tensor) -> "Examples":
         """The examples at ``places``, which keep their keys."""
-        return Examples(self.images[places], self.labels[places], self.classes, self.shard, self.rows[places])
+        return Examples(
+            self.images[places], self.labels[places], self.classes, self.shard, self.rows[places], self.skipped
+        )
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -49,7 +53,7 @@ class Examples:
     @property
     def digest(self) -> str:
         """Number and CRC-32 of the examples: equal when two runs saw the same data."""
-        sums = [zlib.crc32(part.contiguous().numpy()) for part in (self.images, self.labels, self.rows)]
+        sums = [zlib.crc32(part.contiguous().numpy().data) for part in (self.images, self.labels, self.rows)]
         return f"{len(self)}-" + "".join(f"{one:08x}" for one in sums)
 
 
@@ -87,7 +91,8 @@ class Encoding:
         affine = None
         if scale != 1.0 or data.normalisation == "channel":
             gain = torch.ones(channels, dtype=torch.float64) / std
-            affine = tuple(x.view(-1, 1, 1).to(device, master) for x in (gain / scale, -mean * gain))
+            first, second = (x.view(-1, 1, 1).to(device, master) for x in (gain / scale, -mean * gain))
+            affine = (first, second)
         moves = Moves(data.shift, data.flip) if data.views > 1 else None
         return cls(loss, dtype, master, device, affine, moves)
 

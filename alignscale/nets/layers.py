@@ -5,6 +5,7 @@ A layer does three things: forward, transpose, weight gradient; each is a functi
 They stand alone because every learning rule is made of these three maps, taken from different networks. In the NTK
 parameterisation (Jacot et al. 2018) weights are drawn from N(0, 1) and the forward pass multiplies by
 gain / sqrt(fan_in); in the standard one they are drawn with that deviation and the forward pass multiplies by nothing.
+A layer computes in the precision of what it reads; its weight and the gradient of it keep theirs.
 """
 
 import math
@@ -22,7 +23,7 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, layer: "Layer", a: Tensor, delta: Tensor) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.dtype = layer, weight.dtype
         ctx.save_for_backward(a, delta)
         return weight.new_zeros(())
 
@@ -30,7 +31,8 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         a, delta = ctx.saved_tensors
         gradient, bias_gradient = ctx.layer.weight_gradient(a, delta * scale[0])
-        return gradient, bias_gradient, None, None, None
+        bias_gradient = None if bias_gradient is None else bias_gradient.to(ctx.dtype)
+        return gradient.to(ctx.dtype), bias_gradient, None, None, None
 
 
 class Layer(nn.Module, ABC):
@@ -77,11 +79,11 @@ class Linear(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _scale_and_shift(F.linear(a, weight), self.scale, bias)
+        return _scale_and_shift(F.linear(a, weight.to(a.dtype)), self.scale, bias)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""
-        return _scaled(delta, self.scale) @ weight
+        return _scaled(delta, self.scale) @ weight.to(delta.dtype)
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in) and (out,)."""
@@ -107,13 +109,13 @@ class Conv(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
-        z = F.conv2d(self._pad(a), weight, stride=self.stride, padding=self.padding)
+        z = F.conv2d(self._pad(a), weight.to(a.dtype), stride=self.stride, padding=self.padding)
         return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None])
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
         size = [delta.shape[0], *self.padded]
-        signal = conv2d_input(size, weight, _scaled(delta, self.scale), self.stride, self.padding)
+        signal = conv2d_input(size, weight.to(delta.dtype), _scaled(delta, self.scale), self.stride, self.padding)
         # A negative pad crops into a contiguous tensor, which elementwise kernels read ten times faster than a view.
         return F.pad(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
@@ -135,8 +137,8 @@ class State(Layer):
         self.scale, self.initial_std = 1.0, 0.0
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The weight; ``a`` is not read."""
-        return weight
+        """The weight; of ``a`` only the dtype is read."""
+        return weight.to(a.dtype)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """Nothing lies below a state: delta itself."""
@@ -152,7 +154,7 @@ def _scaled(delta: Tensor, scale: float) -> Tensor:
 
 
 def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    return _scaled(z, scale) if bias is None else torch.add(bias, z, alpha=scale)
+    return _scaled(z, scale) if bias is None else torch.add(bias.to(z.dtype), z, alpha=scale)
 
 
 def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:

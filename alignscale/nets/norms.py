@@ -90,11 +90,11 @@ class CalibratedNorm(Norm):
     def forward(self, z: Tensor, at: int | None = None) -> tuple[Tensor, NormState | None]:
         """(z - mean) / sqrt(var + eps) with the fixed moments."""
         place = slice(None) if at is None else at
-        return (z - self.mean[place]) * self.inverse_std[place], None
+        return ((z - self.mean[place]) * self.inverse_std[place]).to(z.dtype), None
 
     def pullback(self, delta: Tensor, state: NormState | None, at: int | None = None) -> Tensor:
         """Delta / std with the fixed moments."""
-        return delta * self.inverse_std[slice(None) if at is None else at]
+        return (delta * self.inverse_std[slice(None) if at is None else at]).to(delta.dtype)
 
 
 def make_norm(name: str, site: tuple[int, ...]) -> Norm:

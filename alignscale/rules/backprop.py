@@ -3,7 +3,6 @@
 The baseline, by autograd.
 """
 
-from alignscale.loss import mse
 from alignscale.rules.base import Rule, register
 from alignscale.types import Batch, StepOutput
 
@@ -15,5 +14,5 @@ class Backprop(Rule):
     def forward(self, batch: Batch) -> StepOutput:
         """The forward pass, with autograd's graph."""
         logits = self.net.trace(batch.images).logits
-        loss = mse(logits, batch.targets, batch.size)
+        loss = self.loss.value(logits, batch.targets, batch.size)
         return StepOutput(loss, loss.detach(), logits.detach())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignscale.choices import ConfigError, RuleConfig
 from alignscale.frozen import Fixed
-from alignscale.loss import mse, mse_error
+from alignscale.loss import MSE, Loss
 from alignscale.nets.network import Deltas, Network
 from alignscale.types import Batch, StepOutput, Trace
 
@@ -24,10 +24,11 @@ class Rule(nn.Module, ABC):
     options: ClassVar[type[RuleConfig]] = RuleConfig
     """The class of the rule's own options."""
 
-    def __init__(self, net: Network, fixed: Fixed, config: RuleConfig) -> None:
+    def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Fixed: the initial network and the random feedback."""
         super().__init__()
         self.net = net
+        self.loss = loss
         self.fixed = fixed
         self.config = config
 
@@ -46,8 +47,8 @@ class LocalRule(Rule, ABC):
         """Trace, error, deltas, surrogate."""
         with torch.no_grad():
             trace = self.net.trace(batch.images)
-            loss = mse(trace.logits, batch.targets, batch.size)
-            error = mse_error(trace.logits, batch.targets, batch.size)
+            loss = self.loss.value(trace.logits, batch.targets, batch.size)
+            error = self.loss.error(trace.logits, batch.targets, batch.size).to(trace.logits.dtype)
             if not self.reads_trace:
                 trace = Trace([], [], [], trace.logits)
             local, deltas = self.assign(batch, trace, error)
@@ -77,8 +78,11 @@ def register(name: str) -> Callable[[type[Rule]], type[Rule]]:
     return add
 
 
-def make_rule(net: Network, fixed: Fixed, config: RuleConfig) -> Rule:
-    """The rule that ``config`` names. Raises ConfigError, with the valid names, if there is none."""
+def make_rule(net: Network, fixed: Fixed, config: RuleConfig, loss: Loss | None = None) -> Rule:
+    """The rule that ``config`` names, by default with the paper's loss.
+
+    Raises ConfigError, with the valid names, if there is none.
+    """
     if config.name not in RULES:
         raise ConfigError(f"rule={config.name}: expected one of {', '.join(sorted(RULES))}")
-    return RULES[config.name](net, fixed, config)
+    return RULES[config.name](net, fixed, config, loss or MSE())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alignscale.choices import ConfigError, RuleConfig
 from alignscale.frozen import Fixed
+from alignscale.loss import Loss
 from alignscale.nets.network import Deltas, Network
 from alignscale.rules.base import LocalRule, register
 from alignscale.types import Batch, Trace
@@ -57,9 +58,9 @@ class SignSymmetric(LocalRule):
 
     options = SignSymmetricConfig
 
-    def __init__(self, net: Network, fixed: Fixed, config: RuleConfig) -> None:
+    def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Raises ConfigError for an unknown magnitude."""
-        super().__init__(net, fixed, config)
+        super().__init__(net, fixed, config, loss)
         if not isinstance(config, SignSymmetricConfig) or config.magnitude not in MAGNITUDES:
             found = getattr(config, "magnitude", "(absent)")
             raise ConfigError(f"rule.magnitude={found}: expected one of {', '.join(MAGNITUDES)}")

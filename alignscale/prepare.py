@@ -1,0 +1,180 @@
+"""From a configuration to a run that is ready to train, in the one order that keeps the initial network safe.
+
+Seed first, then calibration, then the fingerprint, and only then a checkpoint.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from alignscale import checkpoint
+from alignscale.checkpoint import CheckpointError
+from alignscale.choices import ConfigError
+from alignscale.config import TrainConfig, as_dict, defining, difference, run_name
+from alignscale.data import Examples, load
+from alignscale.data.examples import Encoding
+from alignscale.data.plan import Plan
+from alignscale.environment import hardware, keep_freed_memory, torch_settings, versions
+from alignscale.files import write_atomic
+from alignscale.folder import describe_folder, opened
+from alignscale.frozen import fingerprint
+from alignscale.learner import PRECISIONS, Learner
+from alignscale.nets import build
+from alignscale.results import read_result
+from alignscale.run import Diverged, Run
+from alignscale.validation import check_data, validate
+
+USES = {"train": "training", "validation": "validation", "test": "testing"}
+
+
+def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held: ExitStack) -> Run:
+    """Check the options, make the data, the initial network, the rule and the engine, and restore a checkpoint.
+
+    Shows the resolved configuration, the derived numbers and the folder first. held: is given torch's settings and the
+    hold on the folder, which end with it. Raises ConfigError, DataError, CheckpointError, or Diverged for a run that is
+    known to diverge.
+    """
+    validate(config)
+    keep_freed_memory()
+    held.enter_context(torch_settings(config.threads, config.deterministic))
+    device = _device(config.device)
+    splits = load(config.data)
+    check_data(config, {split: len(examples) for split, examples in splits.items()})
+    name = run_name(config)
+    folder = Path(config.run.dir or Path(config.run.root) / name).expanduser()
+    train = splits["train"]
+    _check_memory(config, train, device)
+    plan = Plan(len(train), config.batch_size, config.seed)
+    learner = make_learner(config, train, device)
+    made_with = {"threads": torch.get_num_threads(), "device": str(device), **versions()}
+    data = {split: examples.digest for split, examples in splits.items()}
+    about: dict[str, Any] = {"config": defining(config), "data": data, "made_with": made_with}
+    run = Run(config, folder, name, command, splits, plan, learner, about)
+    show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
+    show(_derived(run))
+    show(f"folder: {folder}")
+    held.enter_context(opened(folder, config))
+    if config.net.norm == "calibrated":
+        _calibrated(run)
+    run.about["fingerprint"] = fingerprint(learner.net, as_dict(config.net), config.seed)
+    if config.resume == "auto":
+        _resume(run, show)
+    describe_folder(folder, config, device)
+    return run
+
+
+def make_learner(config: TrainConfig, train: Examples, device: torch.device) -> Learner:
+    """The learner of a run at its start, which reads examples as the run does."""
+    learner = Learner(
+        config.net,
+        train.shape,
+        train.classes,
+        config.rule,
+        config.optim,
+        config.loss,
+        seed=config.seed,
+        precision=config.precision,
+        device=device,
+        frozen_weights=config.frozen.weights,
+        state_rows=config.batch_size,
+    )
+    learner.encoding = Encoding.of(config.data, train, learner.loss, *PRECISIONS[config.precision], device)
+    return learner
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: torch sees no CUDA device; expected auto or cpu on this machine")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _check_memory(config: TrainConfig, train: Examples, device: torch.device) -> None:
+    with torch.device("meta"):
+        outline = build(config.net, train.shape, train.classes, config.batch_size)
+    copies = 3 if config.frozen.weights == "stored" else 2
+    itemsize = PRECISIONS[config.precision][1].itemsize
+    needed = copies * itemsize * sum(p.numel() for p in outline.parameters()) / 2**30
+    found = hardware(device)["memory_gib"]
+    if device.type == "cpu" and needed > found:
+        raise ConfigError(
+            f"net.width={config.net.width}: weights, gradient and initial weights take {needed:.1f} GiB, found "
+            f"{found} GiB of memory; choose a smaller width, or frozen.weights=regenerated"
+        )
+
+
+def _derived(run: Run) -> str:
+    config, learner, train = run.config, run.learner, run.splits["train"]
+    parameters = sum(p.numel() for p in learner.net.parameters())
+    size = parameters * learner.encoding.master.itemsize / 2**20
+    counts = [f"{len(run.splits[split]):,} for {use}" for split, use in USES.items() if split in run.splits]
+    lines = [
+        f"parameters: {parameters:,} in {len(learner.net.layers)} layers ({size:.1f} MiB)",
+        f"examples: {', '.join(counts)}",
+        f"shape: {train.shape}, {train.classes} classes",
+        f"steps: {run.plan.steps_per_epoch} an epoch, {run.stop:,} in all",
+        f"device: {learner.encoding.device}, {torch.get_num_threads()} threads, {config.precision}",
+    ]
+    skipped = sum(examples.skipped for examples in run.splits.values())
+    if skipped:
+        lines.append(f"warning: {skipped} files hold no readable image and are left out (data.skip_undecodable)")
+    sites = len(learner.net.norms)
+    if config.net.norm == "none" and config.net.activation == "relu" and config.net.gain < 1.2 and sites > 2:
+        lines.append(
+            f"note: without a norm, gain {config.net.gain:g} leaves {(config.net.gain / 2**0.5) ** sites:.3g} of the "
+            f"signal after {sites} relu layers; net.gain=1.4142 keeps it"
+        )
+    if config.net.norm == "batch" and config.accumulation > 1:
+        lines.append(f"note: norm batch takes the moments of each of the {config.accumulation} parts of a batch")
+    return "\n".join(lines)
+
+
+def _calibrated(run: Run) -> None:
+    """Moments of the norms: computed once in a run's life, then read from its folder."""
+    path = run.folder / "norms.safetensors"
+    norms = run.learner.net.norms
+    assert isinstance(norms, torch.nn.ModuleList)
+    if path.exists():
+        try:
+            norms.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as problem:
+            raise CheckpointError(
+                f"{path}: expected the moments of this network's norms, found: {problem}; resume=never makes them again"
+            ) from problem
+        return
+    run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
+    write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
+
+
+def _resume(run: Run, show: Callable[[str], None]) -> None:
+    """Go on from the newest checkpoint, or return the result of a run that has ended."""
+    path = run.folder / "result.json"
+    try:
+        ended = read_result(path) if path.exists() else None
+    except ValueError:
+        ended = None  # a damaged result is written again, from the checkpoint
+    lost = ended["runs"][0].get("diverged_at") if ended else None
+    if lost is not None:
+        raise Diverged(
+            f"{run.name}: diverged before, at step {lost}; resume=never tries again. The folder: {run.folder}"
+        )
+    found = checkpoint.complete(run.folder / "checkpoints")
+    if not found:
+        return
+    manifest = checkpoint.restore(found[-1], run.learner.net, run.learner.engine.optimizer, run.about)
+    progress = manifest["progress"]
+    run.start, run.curve, run.seconds = manifest["step"], progress["curve"], progress["seconds"]
+    run.seconds_per_step, run.epoch_loss = progress["seconds_per_step"], progress["epoch_loss"]
+    if ended is not None and run.start == run.stop:
+        run.finished = ended
+        show("finished before; resume=never trains it again")
+        return
+    show(f"resumed after step {run.start} from {found[-1]}")
+    changed = difference(manifest["made_with"], run.about["made_with"])
+    if changed:
+        show(f"warning: not as before, so the run ends equal to rounding, not to the bit: {'; '.join(changed)}")
