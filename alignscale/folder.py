@@ -32,6 +32,7 @@ def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_strange(folder)
         lock = (folder / ".lock").open("a+")
     except OSError as problem:
         raise _unwritable(folder, problem) from problem
@@ -59,13 +60,16 @@ def _unwritable(folder: Path, problem: OSError) -> ConfigError:
     )
 
 
-def _claim(folder: Path, config: TrainConfig) -> None:
+def _refuse_strange(folder: Path) -> None:
     strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     if strange and not (folder / "config.yaml").exists():
         raise ConfigError(
             f"run folder {folder}: expected a new folder or a run's, found {', '.join(sorted(strange)[:3])} and no "
             "config.yaml; choose another run.dir"
         )
+
+
+def _claim(folder: Path, config: TrainConfig) -> None:
     if config.resume == "never":
         _empty(folder)
     else:

@@ -12,7 +12,7 @@ from oracle_rules import ORACLES
 from torch import Tensor
 
 from alignscale.choices import ConfigError, RuleConfig
-from alignscale.loss import mse, mse_error
+from alignscale.loss import MSE
 from alignscale.rules import RULES, make_rule
 from alignscale.rules.feedback import SignSymmetricConfig
 
@@ -206,9 +206,9 @@ def test_the_error_is_the_gradient_of_the_loss_and_parts_add_up(shape: tuple[int
     logits.requires_grad_()
     per_example = (logits - targets).square().mean(-1).flatten(1).sum(1) if len(shape) == 3 else None
     expected = (logits - targets).square().mean() if per_example is None else per_example.mean()
-    close(mse(logits, targets, 4), expected, 1e-14)
-    close(mse_error(logits, targets, 4), torch.autograd.grad(expected, logits)[0], 1e-14)
-    close(mse(logits[:1], targets[:1], 4) + mse(logits[1:], targets[1:], 4), expected, 1e-14)
+    close(MSE().value(logits, targets, 4), expected, 1e-14)
+    close(MSE().error(logits, targets, 4), torch.autograd.grad(expected, logits)[0], 1e-14)
+    close(MSE().value(logits[:1], targets[:1], 4) + MSE().value(logits[1:], targets[1:], 4), expected, 1e-14)
 
 
 def test_updates_are_divided_by_the_global_batch() -> None:

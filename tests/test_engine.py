@@ -1,0 +1,91 @@
+"""Claims about updates: decay, clipping and accumulation, against torch's optimizers on the same gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import RULE_NAMES, Case, close, make
+from torch import Tensor
+
+from alignscale.choices import AdamConfig, ConfigError, OptimConfig, SGDConfig
+from alignscale.engine import LocalEngine, make_optimizer
+from alignscale.types import Batch
+
+TORCH: dict[str, tuple[OptimConfig, Callable[[list[Tensor], float], torch.optim.Optimizer]]] = {
+    "sgd": (SGDConfig(lr=0.1), lambda p, decay: torch.optim.SGD(p, 0.1, weight_decay=decay)),
+    "momentum": (
+        SGDConfig(lr=0.1, momentum=0.9, nesterov=True),
+        lambda p, decay: torch.optim.SGD(p, 0.1, 0.9, weight_decay=decay, nesterov=True),
+    ),
+    "adam": (
+        AdamConfig(lr=0.1, beta1=0.8),
+        lambda p, decay: torch.optim.Adam(p, 0.1, (0.8, 0.999), weight_decay=decay),
+    ),
+    "adamw": (
+        AdamConfig(name="adamw", lr=0.1),
+        lambda p, decay: torch.optim.AdamW(p, 0.1, weight_decay=decay),
+    ),
+}
+
+
+def gradients(step: int, shapes: list[torch.Size]) -> list[Tensor]:
+    dice = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=dice, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("towards", ["zero", "initial"])
+@pytest.mark.parametrize("clip", [0.0, 0.7])
+@pytest.mark.parametrize("name", TORCH)
+def test_updates_are_torchs(name: str, towards: str, clip: float) -> None:
+    """Decay towards the initial weights is decay towards 0 of the distance from them."""
+    config, theirs = TORCH[name]
+    config = type(config)(**{**vars(config), "weight_decay": 0.3, "decay_towards": towards, "clip_norm": clip})
+    built = make(Case("mlp"))
+    parameters = list(built.net.parameters())
+    start = [p.detach().clone() for p in parameters]
+    origin = start if towards == "initial" else [torch.zeros_like(p) for p in start]
+    expected = [(p - o).requires_grad_() for p, o in zip(start, origin, strict=True)]
+    optimizer = theirs(expected, 0.3)
+    rule = built.rule("align_ada")
+    engine = LocalEngine(rule, make_optimizer(config, parameters), config, origin)
+    for step in range(4):
+        for mine, other, gradient in zip(
+            parameters, expected, gradients(step, [p.shape for p in parameters]), strict=True
+        ):
+            mine.grad, other.grad = gradient.clone(), gradient.clone()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(expected, clip)
+        optimizer.step()
+        engine.step()
+    for mine, other, o in zip(parameters, expected, origin, strict=True):
+        close(mine.detach(), other.detach() + o, 1e-13)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("net", ["mlp", "conv3", "rnn"])
+def test_a_batch_in_parts_gives_the_update_of_the_whole(net: str, rule: str) -> None:
+    whole, parts = make(Case(net)), make(Case(net))
+    batch = whole.batch
+    for built, cuts in ((whole, [slice(0, 4)]), (parts, [slice(0, 1), slice(1, 4)])):
+        engine = LocalEngine(built.rule(rule), make_optimizer(SGDConfig(lr=0.1), built.net.parameters()))
+        for cut in cuts:
+            part = Batch(batch.images[cut], batch.targets[cut], batch.keys[cut], batch.size, batch.step)
+            engine.backward(engine(part).surrogate)
+        engine.step()
+    for one, other in zip(whole.net.parameters(), parts.net.parameters(), strict=True):
+        close(one.detach(), other.detach(), 1e-12)
+
+
+def test_a_forgotten_gradient_leaves_no_trace() -> None:
+    built = make(Case("mlp"))
+    before = [p.detach().clone() for p in built.net.parameters()]
+    engine = LocalEngine(built.rule("align_ada"), make_optimizer(SGDConfig(momentum=0.9), built.net.parameters()))
+    engine.backward(engine(built.batch).surrogate)
+    engine.forget()
+    engine.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, built.net.parameters(), strict=True))
+
+
+def test_an_optimizer_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="optim=lion: expected an SGDConfig or AdamConfig, found OptimConfig"):
+        make_optimizer(OptimConfig("lion", 0.1), [])
