@@ -40,7 +40,7 @@ def save(
 ) -> Path:
     """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and that of step ``best``.
 
-    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``data``
+    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``examples``
     (digests of the splits), ``made_with`` and ``progress``.
     Raises OSError (a full disk, say) with the checkpoints before it untouched.
     """
@@ -98,7 +98,8 @@ def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: d
     another configuration.
     """
     manifest = read_manifest(path)
-    changed = difference({"data": manifest["data"], **manifest["config"]}, {"data": about["data"], **about["config"]})
+    before, now = ({"examples": one["examples"], **one["config"]} for one in (manifest, about))
+    changed = difference(before, now)
     if changed:
         raise ConfigError(
             f"{path}: the run was made with other options or data than these: {'; '.join(changed)}. "
@@ -139,7 +140,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; delete {path}")
-    missing = {"step", "files", "config", "data", "fingerprint", "progress", "made_with"} - manifest.keys()
+    missing = {"step", "files", "config", "examples", "fingerprint", "progress", "made_with"} - manifest.keys()
     if missing:
         raise CheckpointError(f"{path / MANIFEST}: expected {', '.join(sorted(missing))}, found none; delete {path}")
     return manifest

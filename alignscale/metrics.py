@@ -7,6 +7,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,8 +24,20 @@ from alignscale.files import write_atomic
 class Metrics:
     """Rows go to ``folder/metrics.jsonl``, one JSON object a line, and their numbers to TensorBoard and perhaps W&B."""
 
-    def __init__(self, folder: Path, config: LogConfig, name: str, first: int, steps: int, options: Any = None) -> None:
-        """first: update to go on from; rows that a killed run wrote after it are dropped. options: shown by W&B."""
+    def __init__(
+        self,
+        folder: Path,
+        config: LogConfig,
+        name: str,
+        first: int,
+        steps: int,
+        counts: Sequence[int] = (0, 0),
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """first: update to go on from; rows that a killed run wrote after it are dropped. counts: as they were there.
+
+        options: shown by W&B.
+        """
         path = folder / "metrics.jsonl"
         kept = [line for line in _rows(path) if json.loads(line)["step"] <= first] if first else []
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
@@ -41,10 +54,12 @@ class Metrics:
             disable=not config.progress,
             file=sys.stderr,
         )
-        self._clear()
+        self.examples, self.right, self.seconds = *counts, 0.0
 
-    def _clear(self) -> None:
-        self.examples, self.right, self.seconds = 0, 0, 0.0
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Examples since the last row, and how many of them were right: for a run that goes on from here."""
+        return self.examples, self.right
 
     def __enter__(self) -> "Metrics":
         """The metrics, to be closed at the end of the block."""
@@ -72,7 +87,7 @@ class Metrics:
             accuracy, rate = self.right / self.examples, self.examples / self.seconds
             self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.0f} examples/s", refresh=False)
             self.row("train", step, {"loss": loss, "accuracy": accuracy, "lr": lr, "examples_per_second": rate})
-            self._clear()
+            self.examples, self.right, self.seconds = 0, 0, 0.0
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one row; a number that is not finite is null in JSON, and absent elsewhere."""

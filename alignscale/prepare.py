@@ -53,8 +53,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     plan = Plan(len(train), config.batch_size, config.seed)
     learner = make_learner(config, train, device)
     made_with = {"threads": torch.get_num_threads(), "device": str(device), **versions()}
-    data = {split: examples.digest for split, examples in splits.items()}
-    about: dict[str, Any] = {"config": defining(config), "data": data, "made_with": made_with}
+    digests = {split: examples.digest for split, examples in splits.items()}
+    about: dict[str, Any] = {"config": defining(config), "examples": digests, "made_with": made_with}
     run = Run(config, folder, name, command, splits, plan, learner, about)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))
@@ -170,6 +170,7 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
     progress = manifest["progress"]
     run.start, run.curve, run.seconds = manifest["step"], progress["curve"], progress["seconds"]
     run.seconds_per_step, run.epoch_loss = progress["seconds_per_step"], progress["epoch_loss"]
+    run.counts = progress["counts"]
     if ended is not None and run.start == run.stop:
         run.finished = ended
         show("finished before; resume=never trains it again")

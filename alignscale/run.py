@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,7 @@ class Run:
     seconds: float = 0.0
     seconds_per_step: float | None = None
     epoch_loss: float = 0.0
+    counts: Sequence[int] = (0, 0)
     timings: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     saved: float = field(default_factory=time.monotonic)
@@ -80,6 +82,7 @@ class Run:
             "seconds": self.seconds + sum(self.timings),
             "seconds_per_step": self._typical(),
             "epoch_loss": self.epoch_loss,
+            "counts": self.counts,
         }
         best = self.best()
         checkpoint.save(

@@ -31,7 +31,7 @@ def train(config: TrainConfig, show: Callable[[str], None] = print, command: str
         run = prepare(config, show, command, held)
         if run.finished is not None:
             return run.finished
-        options = (run.folder, config.log, run.name, run.start, run.stop, as_dict(config))
+        options = (run.folder, config.log, run.name, run.start, run.stop, run.counts, as_dict(config))
         with Interrupts() as interrupts, Metrics(*options) as metrics:
             steps(run, metrics, interrupts)
         return run.finish(run.stop)
@@ -52,7 +52,7 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         loss, right = run.learner.update(parts, lr)
         run.timings.append(time.perf_counter() - begin)
         metrics.step(done, loss, right, size, run.timings[-1], lr)
-        run.epoch_loss += loss * size / len(examples)
+        run.counts, run.epoch_loss = metrics.counts, run.epoch_loss + loss * size / len(examples)
         if not math.isfinite(loss):
             run.diverge(done, "loss", parts[0])
         due = run.due(done)

@@ -1,14 +1,20 @@
-"""A run small enough for tests of training."""
+"""Runs small enough for tests of training."""
 
+import os
+import signal
+import sys
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from alignscale.checkpoint import complete
-from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
-from alignscale.config import LogConfig, RunConfig, TrainConfig
+from alignscale.choices import CosineConfig, MLPConfig, SGDConfig, SyntheticConfig
+from alignscale.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
+from alignscale.interrupts import Interrupted
 from alignscale.rules import RULES
+from alignscale.train import train
 
 QUIET = LogConfig(progress=False)
 
@@ -34,3 +40,30 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def long_run(folder: Path) -> TrainConfig:
+    """900 updates, with all that has a state: momentum, a schedule, parts of a batch, views, partial epochs."""
+    data = SyntheticConfig(shape=[1, 4, 4], train=107, test=31, classes=4, views=3, shift=1)
+    return config(
+        folder,
+        "sign_symmetric",
+        data=data,
+        epochs=150,
+        accumulation=2,
+        optim=SGDConfig(lr=0.05, momentum=0.9, clip_norm=1.0, weight_decay=1e-3, decay_towards="initial"),
+        schedule=CosineConfig(warmup=2),
+        checkpoint=CheckpointConfig(every_steps=7, every_epochs=0, keep=3),
+    )
+
+
+def long_run_that_may_be_stopped(folder: Path, begun: Event) -> None:
+    """Train in a process of its own that may be killed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        begun.set()
+        train(long_run(folder), silent)
+    except Interrupted as stopped:
+        sys.exit(128 + stopped.signum)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

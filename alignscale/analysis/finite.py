@@ -15,6 +15,8 @@ def first_not_finite(net: Network, images: Tensor) -> str:
     weights = [name for name, layer in zip(names, net.layers, strict=True) if not all_finite(layer.parameters())]
     if weights:
         return f"the weights of {weights[0]}"
+    if not torch.isfinite(images).all():
+        return "the images"
     found: list[str] = []
 
     def look(name: str, output: Tensor) -> None:

@@ -1,0 +1,116 @@
+"""Claims about stopped runs: at whatever moment and however they stop, they go on to the bits of one that did not."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_cases import config, long_run, long_run_that_may_be_stopped, same, silent, weights
+
+from alignscale.checkpoint import complete, read_manifest
+from alignscale.choices import ConfigError, MLPConfig
+from alignscale.config import CheckpointConfig
+from alignscale.train import train
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "examples_per_second"} for line in lines]
+
+
+def test_a_run_stopped_at_20_random_moments_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+    whole = train(long_run(tmp_path / "whole"), silent)
+    parts = tmp_path / "parts"
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["run_cases", "torch._dynamo"])
+    dice, stopped = random.Random(0), 0
+    while stopped < 20:
+        begun = processes.Event()
+        process = processes.Process(target=long_run_that_may_be_stopped, args=(parts, begun))
+        process.start()
+        assert begun.wait(60)
+        time.sleep(dice.uniform(0, 0.4))
+        number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(20)
+        assert process.exitcode in (-number, 128 + number), "ended before it was stopped, or did not stop"
+        assert not (parts / "result.json").exists()
+        stopped += 1
+    lines: list[str] = []
+    ended = train(long_run(parts), lines.append)
+    assert any(line.startswith("resumed after step") for line in lines)
+    assert same(weights(tmp_path / "whole"), weights(parts))
+    assert ended["runs"][0]["curve"] == whole["runs"][0]["curve"]
+    assert rows(parts) == rows(tmp_path / "whole")
+    assert not list(parts.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_after_a_checkpoint_with_its_own_status(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "launch/train.py", "net=mlp", "net.width=16", "epochs=2000", "log.progress=false"]
+    process = subprocess.Popen(
+        [*command, f"run.dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (tmp_path / "run/checkpoints").exists() or not complete(tmp_path / "run/checkpoints"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "and a checkpoint; the same command goes on from it" in errors
+    assert "Traceback" not in errors
+    step = read_manifest(complete(tmp_path / "run/checkpoints")[-1])["step"]
+    assert f"after step {step} of" in errors
+
+
+def test_checkpoints_come_by_steps_and_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    options = config(tmp_path / "run", checkpoint=CheckpointConfig(every_steps=5, every_epochs=0, keep=2))
+    run = train(options, silent)["runs"][0]
+    kept = {int(path.name[5:]) for path in complete(tmp_path / "run/checkpoints")}
+    assert kept == {15, 18, run["best"]["step"]}
+    best = max(run["curve"][1:], key=lambda point: point["test_accuracy"])
+    assert run["best"] == {
+        "split": "test",
+        "accuracy": best["test_accuracy"],
+        "epoch": best["epoch"],
+        "step": best["step"],
+    }
+
+
+def test_checkpoints_come_by_minutes(tmp_path: Path) -> None:
+    options = config(
+        tmp_path / "run", epochs=1, checkpoint=CheckpointConfig(every_minutes=1e-9, every_epochs=0, keep=9)
+    )
+    train(options, silent)
+    assert [path.name[-1] for path in complete(tmp_path / "run/checkpoints")] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_other_data_under_the_same_options_are_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["examples"]["train"] = "107-0"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"examples\.train: 107-0 -> 107-"):
+        train(config(tmp_path / "run", epochs=1), silent)
+
+
+def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    with pytest.raises(ConfigError, match=r"net\.gain: 1\.41.* -> 1\.0; net\.width: 16 -> 32"):
+        train(config(tmp_path / "run", epochs=1, net=MLPConfig(width=32, depth=2, gain=1.0)), silent)
