@@ -36,12 +36,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     about: dict[str, Any],
     keep: int,
-    best: int | None = None,
 ) -> Path:
-    """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and that of step ``best``.
+    """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and the best.
 
     about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``examples``
-    (digests of the splits), ``made_with`` and ``progress``.
+    (digests of the splits), ``made_with`` and ``progress``, whose ``best`` is the step of the best checkpoint.
     Raises OSError (a full disk, say) with the checkpoints before it untouched.
     """
     final = folder / _name(step)
@@ -69,7 +68,7 @@ def save(
         raise
     sync_folder(folder)
     for old in complete(folder)[:-keep]:
-        if old.name != _name(best):
+        if old.name != _name(about["progress"]["best"]):
             _remove(old)
     return final
 
@@ -91,11 +90,31 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
-def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> dict[str, Any]:
-    """Set ``net`` and ``optimizer`` to a checkpoint and return its manifest.
+def find(folder: Path, which: str) -> Path:
+    """The checkpoint ``last``, ``best`` or of a step in ``folder``. Raises CheckpointError if there is none."""
+    found = complete(folder)
+    if which == "last" and found:
+        return found[-1]
+    step = read_manifest(found[-1])["progress"]["best"] if which == "best" and found else which
+    path = folder / _name(int(step) if str(step).isdecimal() else None)
+    if path not in found:
+        names = ", ".join(str(int(path.name[5:])) for path in found) or "none"
+        raise CheckpointError(f"checkpoint {which}: expected last, best or one of the steps in {folder}: {names}")
+    return path
 
-    Raises CheckpointError for a damaged file or another initial network, ConfigError, with the difference, for
-    another configuration.
+
+def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> dict[str, Any]:
+    """Set ``net`` and ``optimizer`` to a checkpoint and return its manifest, ``verified``."""
+    manifest = verified(path, about)
+    net.load_state_dict(read(path, manifest, "model"))
+    _restore_optimizer(optimizer, read(path, manifest, "optimizer"))
+    return manifest
+
+
+def verified(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a checkpoint of the run that ``about`` identifies.
+
+    Raises CheckpointError for another initial network, ConfigError, with the difference, for other options or data.
     """
     manifest = read_manifest(path)
     before, now = ({"examples": one["examples"], **one["config"]} for one in (manifest, about))
@@ -111,8 +130,6 @@ def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: d
             "the checkpoint belongs to another seed, architecture or generator version; use the version that wrote it, "
             "or resume=never"
         )
-    net.load_state_dict(read(path, manifest, "model"))
-    _restore_optimizer(optimizer, read(path, manifest, "optimizer"))
     return manifest
 
 

@@ -29,11 +29,18 @@ def versions() -> dict[str, str]:
 
 
 def source() -> dict[str, Any]:
-    """The checkout that the package is imported from: commit, branch and what differs from the commit."""
-    found = {"commit": _git("rev-parse", "HEAD"), "branch": _git("rev-parse", "--abbrev-ref", "HEAD")}
-    if found["commit"] is None:
-        return {"commit": None, "note": "not a git checkout"}
-    return {**found, "changed": (_git("status", "--porcelain") or "").splitlines(), "diff": _git("diff", "HEAD")}
+    """The checkout that the package is imported from: commit, branch and changed files; None outside of one."""
+    changed = _git("status", "--porcelain")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "changed": None if changed is None else changed.splitlines(),
+    }
+
+
+def source_diff() -> str:
+    """What tracked files of that checkout differ in from its commit, as git shows it; empty for nothing."""
+    return _git("diff", "HEAD") or ""
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def _git(*arguments: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip("\n")
 
 
 @contextmanager

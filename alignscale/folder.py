@@ -10,15 +10,18 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from alignscale.choices import ConfigError
+from alignscale.choices import DATA, LOSSES, NETS, OPTIMS, SCHEDULES, ConfigError
 from alignscale.config import TrainConfig, as_dict, defining, difference, without_display
 from alignscale.environment import hardware, source, versions
 from alignscale.files import write_atomic
+from alignscale.rules import RULES
 
 OURS = ("metrics.jsonl", "norms.safetensors", "result.json", "report.html", "config.yaml", "versions.json", "wandb.id")
 
@@ -87,6 +90,27 @@ def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> 
     write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
     about = {"versions": versions(), "hardware": hardware(device), "source": source()}
     write_atomic(folder / "versions.json", json.dumps(about, indent=1).encode())
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in ``folder``. Raises ConfigError if there is none, or not one of this version."""
+    path = folder / "config.yaml"
+    chosen: dict[str, dict[str, Any]] = {"net": NETS, "data": DATA, "optim": OPTIMS, "loss": LOSSES}
+    chosen |= {"schedule": SCHEDULES, "rule": {name: rule.options(name=name) for name, rule in RULES.items()}}
+    try:
+        options = yaml.safe_load(path.read_text())
+        for field in fields(TrainConfig):
+            value = options[field.name]
+            if field.name in chosen:
+                options[field.name] = replace(chosen[field.name][value["name"]], **value)
+            elif isinstance(value, dict):
+                assert callable(field.default_factory)
+                options[field.name] = replace(field.default_factory(), **value)
+        return TrainConfig(**options)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as problem:
+        raise ConfigError(
+            f"{path}: expected the configuration of a run of this version, found: {problem!r}"
+        ) from problem
 
 
 def _same_run(path: Path, config: TrainConfig) -> None:

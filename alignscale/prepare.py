@@ -5,6 +5,7 @@ Seed first, then calibration, then the fingerprint, and only then a checkpoint.
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from alignscale.data.examples import Encoding
 from alignscale.data.plan import Plan
 from alignscale.environment import hardware, keep_freed_memory, torch_settings, versions
 from alignscale.files import write_atomic
-from alignscale.folder import describe_folder, opened
+from alignscale.folder import describe_folder, opened, read_config
 from alignscale.frozen import fingerprint
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets import build
@@ -53,16 +54,14 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     plan = Plan(len(train), config.batch_size, config.seed)
     learner = make_learner(config, train, device)
     made_with = {"threads": torch.get_num_threads(), "device": str(device), **versions()}
-    digests = {split: examples.digest for split, examples in splits.items()}
-    about: dict[str, Any] = {"config": defining(config), "examples": digests, "made_with": made_with}
-    run = Run(config, folder, name, command, splits, plan, learner, about)
+    run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with})
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))
     show(f"folder: {folder}")
     held.enter_context(opened(folder, config))
     if config.net.norm == "calibrated":
         _calibrated(run)
-    run.about["fingerprint"] = fingerprint(learner.net, as_dict(config.net), config.seed)
+    run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
     describe_folder(folder, config, device)
@@ -86,6 +85,41 @@ def make_learner(config: TrainConfig, train: Examples, device: torch.device) -> 
     )
     learner.encoding = Encoding.of(config.data, train, learner.loss, *PRECISIONS[config.precision], device)
     return learner
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's network as it was after update ``step``, with the data that it reads."""
+
+    config: TrainConfig
+    splits: dict[str, Examples]
+    learner: Learner
+    step: int
+
+
+def restored(folder: Path, which: str = "last") -> Restored:
+    """What the run in ``folder`` was at its checkpoint ``which``: last, best or a step.
+
+    Raises ConfigError, DataError or CheckpointError where a part of the run is missing or damaged.
+    """
+    config = read_config(folder)
+    path = checkpoint.find(folder / "checkpoints", which)
+    splits = load(config.data)
+    learner = make_learner(config, splits["train"], _device("auto"))
+    if config.net.norm == "calibrated":
+        _load_norms(folder / "norms.safetensors", learner)
+    manifest = checkpoint.verified(path, _identity(config, splits, learner))
+    learner.net.load_state_dict(checkpoint.read(path, manifest, "model"))
+    return Restored(config, splits, learner, manifest["step"])
+
+
+def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner) -> dict[str, Any]:
+    """What a checkpoint must have been made with to be this run's."""
+    return {
+        "config": defining(config),
+        "examples": {split: examples.digest for split, examples in splits.items()},
+        "fingerprint": fingerprint(learner.net, as_dict(config.net), config.seed),
+    }
 
 
 def _device(name: str) -> torch.device:
@@ -137,18 +171,21 @@ def _derived(run: Run) -> str:
 def _calibrated(run: Run) -> None:
     """Moments of the norms: computed once in a run's life, then read from its folder."""
     path = run.folder / "norms.safetensors"
-    norms = run.learner.net.norms
-    assert isinstance(norms, torch.nn.ModuleList)
     if path.exists():
-        try:
-            norms.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as problem:
-            raise CheckpointError(
-                f"{path}: expected the moments of this network's norms, found: {problem}; resume=never makes them again"
-            ) from problem
+        _load_norms(path, run.learner)
         return
     run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
-    write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
+    norms = torch.nn.ModuleList(run.learner.net.norms).state_dict()
+    write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.items()}))
+
+
+def _load_norms(path: Path, learner: Learner) -> None:
+    try:
+        torch.nn.ModuleList(learner.net.norms).load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as problem:
+        raise CheckpointError(
+            f"{path}: expected the moments of this network's norms, found: {problem}; resume=never makes them again"
+        ) from problem
 
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:

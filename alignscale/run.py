@@ -77,14 +77,15 @@ class Run:
         """Write a checkpoint after update ``step``. Raises Diverged if a weight is not finite."""
         if not all_finite(self.learner.net.parameters()):
             self.diverge(step, "weight", None)
+        best = self.best()
         progress = {
+            "best": None if best is None else best["step"],
             "curve": self.curve,
             "seconds": self.seconds + sum(self.timings),
             "seconds_per_step": self._typical(),
             "epoch_loss": self.epoch_loss,
             "counts": self.counts,
         }
-        best = self.best()
         checkpoint.save(
             self.folder / "checkpoints",
             step,
@@ -92,7 +93,6 @@ class Run:
             self.learner.engine.optimizer,
             {**self.about, "progress": progress},
             self.config.checkpoint.keep,
-            None if best is None else best["step"],
         )
         self.saved = time.monotonic()
 
