@@ -1,5 +1,7 @@
 """Data sets by name: training, validation and test examples."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,8 @@ def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Exam
     splits = {"test": test}
     order = balanced_order(train.labels)
     if config.validation:
-        splits["validation"] = train.part(order[: config.validation].sort().values)
+        held_out = train.part(order[: config.validation].sort().values)
+        splits["validation"] = replace(held_out, skipped=0)  # counted once, with the training set
         order = order[config.validation :]
     limit = config.train_limit or len(order)
     if limit > len(order):
