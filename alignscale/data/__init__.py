@@ -13,6 +13,7 @@ from alignscale.choices import (
     ImageFolderConfig,
     SyntheticConfig,
 )
+from alignscale.data.archives import archive
 from alignscale.data.digits import digits
 from alignscale.data.examples import Examples
 from alignscale.data.synthetic import synthetic
@@ -35,11 +36,9 @@ def _read(config: DataConfig) -> tuple[Examples, Examples]:
     if isinstance(config, SyntheticConfig):
         return synthetic(config)
     if isinstance(config, ArchiveConfig):
-        from alignscale.data.torchvision import archive  # takes long to import
-
         return archive(config)
     if isinstance(config, ImageFolderConfig):
-        from alignscale.data.torchvision import image_folder
+        from alignscale.data.image_folder import image_folder  # needs PIL
 
         return image_folder(config)
     raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
