@@ -52,6 +52,7 @@ OWNERS = {
     "matplotlib": ("alignscale/figures.py", "alignscale/report.py", "tools/"),
     "omegaconf": ("launch/",),
     "submitit": ("launch/",),
+    "torchvision": ("alignscale/data/torchvision.py", "tools/"),
     "webdataset": ("alignscale/data/webdataset.py", "tools/"),
 }
 

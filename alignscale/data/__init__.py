@@ -1,5 +1,7 @@
 """Data sets by name: training, validation and test examples."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from alignscale.choices import (
     ImageFolderConfig,
     SyntheticConfig,
 )
+from alignscale.data.archives import archive
 from alignscale.data.digits import digits
 from alignscale.data.examples import Examples
 from alignscale.data.synthetic import synthetic
@@ -33,11 +36,9 @@ def _read(config: DataConfig) -> tuple[Examples, Examples]:
     if isinstance(config, SyntheticConfig):
         return synthetic(config)
     if isinstance(config, ArchiveConfig):
-        from alignscale.data.torchvision import archive  # takes long to import
-
         return archive(config)
     if isinstance(config, ImageFolderConfig):
-        from alignscale.data.torchvision import image_folder
+        from alignscale.data.image_folder import image_folder  # needs PIL
 
         return image_folder(config)
     raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
@@ -50,7 +51,8 @@ def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Exam
     splits = {"test": test}
     order = balanced_order(train.labels)
     if config.validation:
-        splits["validation"] = train.part(order[: config.validation].sort().values)
+        held_out = train.part(order[: config.validation].sort().values)
+        splits["validation"] = replace(held_out, skipped=0)  # counted once, with the training set
         order = order[config.validation :]
     limit = config.train_limit or len(order)
     if limit > len(order):

@@ -121,13 +121,15 @@ def pixel_scale(images: Tensor) -> float:
 
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel of (N, C, H, W), pixels in [0, 1]: (C,) float64; 1 for a deviation of 0."""
+    scale = pixel_scale(images)
+    origin = images[0, :, :1, :1].double() / scale  # seen from it a constant channel is all 0, and its deviation too
     total = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for part in images.split(1000):
-        x = part.double() / pixel_scale(images)
+        x = part.double() / scale - origin
         total += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
     mean, square = total / (images.numel() / images.shape[1])
     std = (square - mean.square()).clamp(min=0).sqrt()
-    return mean, torch.where(std > 0, std, 1.0)
+    return origin.flatten() + mean, torch.where(std > 0, std, 1.0)
 
 
 def stream(

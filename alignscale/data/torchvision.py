@@ -1,0 +1,40 @@
+"""torchvision's data sets module, imported where it can be.
+
+It stands alone because torchvision from PyPI is built for CUDA, and beside a CPU-only torch its import stops at two
+compiled operators that nothing here calls.
+"""
+
+import sys
+from types import ModuleType
+
+import torch
+
+from alignscale.choices import ConfigError
+
+
+def datasets() -> ModuleType:
+    """``torchvision.datasets``. Raises ConfigError where torchvision is not installed."""
+    try:
+        return _imported()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torchvision":
+            raise
+        raise ConfigError(
+            "data: expected torchvision, which these data sets need, found none; pip install 'alignscale[stream]', "
+            "or make setup in a clone"
+        ) from error
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # the half that was imported
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return _imported()
+
+
+def _imported() -> ModuleType:
+    from torchvision import datasets as found  # slow to import, and only its data sets need it
+
+    return found
