@@ -19,11 +19,20 @@ import yaml
 
 from alignscale.choices import DATA, LOSSES, NETS, OPTIMS, SCHEDULES, ConfigError
 from alignscale.config import TrainConfig, as_dict, defining, difference, without_display
-from alignscale.environment import hardware, source, versions
+from alignscale.environment import hardware, source, source_diff, versions
 from alignscale.files import write_atomic
 from alignscale.rules import RULES
 
-OURS = ("metrics.jsonl", "norms.safetensors", "result.json", "report.html", "config.yaml", "versions.json", "wandb.id")
+OURS = (
+    "metrics.jsonl",
+    "norms.safetensors",
+    "result.json",
+    "report.html",
+    "config.yaml",
+    "versions.json",
+    "source.diff",
+    "wandb.id",
+)
 
 
 @contextmanager
@@ -86,10 +95,13 @@ def _claim(folder: Path, config: TrainConfig) -> None:
 
 
 def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> None:
-    """config.yaml and versions.json, as this session of the run has them."""
+    """config.yaml, versions.json and source.diff, as this session of the run has them."""
     write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
     about = {"versions": versions(), "hardware": hardware(device), "source": source()}
     write_atomic(folder / "versions.json", json.dumps(about, indent=1).encode())
+    changes = source_diff()
+    if changes:
+        write_atomic(folder / "source.diff", changes.encode())
 
 
 def read_config(folder: Path) -> TrainConfig:

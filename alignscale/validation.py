@@ -9,207 +9,130 @@ import os
 import re
 from typing import Any
 
-from alignscale.choices import (
-    AdamConfig,
-    ConfigError,
-    ConvConfig,
-    CosineConfig,
-    CrossEntropyConfig,
-    DataConfig,
-    ImageFolderConfig,
-    MLPConfig,
-    MSEConfig,
-    NetConfig,
-    RNNConfig,
-    SGDConfig,
-    StepConfig,
-    SyntheticConfig,
-)
-from alignscale.config import TrainConfig
+from alignscale.choices import ConfigError, DataConfig, MLPConfig, RNNConfig, SGDConfig
+from alignscale.config import TrainConfig, as_dict
+from alignscale.results import flatten
 
-ACTIVATIONS = ("relu", "gelu", "tanh", "erf")
-NORMS = ("none", "batch", "calibrated")
-PARAMETERISATIONS = ("ntk", "standard")
-BLOCKS = ("theory", "public")
-PRECISIONS = ("fp32", "bf16", "fp64")
-
-
-def _choice(option: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{option}={value}: expected one of {', '.join(valid)}")
-
-
-def _count(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{option}={value}: expected a whole number of at least {least}")
-
-
-def _at_least(option: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"{option}={value}: expected a finite number of at least {least:g}")
-
-
-def _positive(option: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{option}={value}: expected a finite number above 0")
-
-
-def _fraction(option: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ConfigError(f"{option}={value}: expected a number from 0 to below 1")
+ONE_OF = {
+    "checkpoint.best": ("train", "validation", "test"),
+    "data.channels": (1, 3),
+    "data.normalisation": ("none", "channel"),
+    "device": ("auto", "cpu", "cuda"),
+    "evaluation.splits": ("train", "validation", "test"),
+    "frozen.weights": ("stored", "regenerated"),
+    "loss.reduction": ("mean", "sum"),
+    "net.activation": ("relu", "gelu", "tanh", "erf"),
+    "net.blocks": ("theory", "public"),
+    "net.initial_state": ("zero", "trained"),
+    "net.norm": ("none", "batch", "calibrated"),
+    "net.parameterisation": ("ntk", "standard"),
+    "net.readout": ("last", "every"),
+    "optim.decay_towards": ("zero", "initial"),
+    "precision": ("fp32", "bf16", "fp64"),
+    "resume": ("auto", "never"),
+}
+AT_LEAST = {
+    **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
+    **dict.fromkeys(("data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1),
+    **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width"), 1),
+    **dict.fromkeys(("calibration.examples", "data.classes"), 2),
+    **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
+    **dict.fromkeys(("data.noise", "data.shift", "data.train_limit", "data.validation", "optim.clip_norm"), 0),
+    **dict.fromkeys(("optim.weight_decay", "schedule.final", "schedule.milestones", "schedule.warmup"), 0),
+}
+ABOVE_0 = ("net.gain", "optim.lr", "optim.eps", "schedule.factor")
+FRACTIONS = ("optim.momentum", "optim.beta1", "optim.beta2", "loss.label_smoothing")
+SEEDS = ("seed", "data.seed")
 
 
 def validate(config: TrainConfig) -> None:
     """Check every value that does not depend on the data. Raises ConfigError for the first that is wrong."""
-    _validate_net(config.net)
-    _validate_data(config.data)
-    _validate_optim(config)
-    _validate_trained_state(config)
-    _choice("frozen.weights", config.frozen.weights, ("stored", "regenerated"))
-    _choice("precision", config.precision, PRECISIONS)
-    _choice("device", config.device, ("auto", "cpu", "cuda"))
-    _choice("resume", config.resume, ("auto", "never"))
-    _seed("seed", config.seed)
-    for option, least in (("epochs", 1), ("batch_size", 1), ("accumulation", 1), ("threads", 0)):
-        _count(option, getattr(config, option), least)
-    if config.accumulation > config.batch_size:
-        raise ConfigError(
-            f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
-            "it divides"
+    for option, values in flatten(as_dict(config)).items():
+        for value in values if isinstance(values, list) else [values]:
+            wanted = _wanted(option, value)
+            if wanted:
+                raise ConfigError(f"{option}={values}: expected {wanted}")
+    for conflict in (_data_conflict(config.data), _net_conflict(config), _output_conflict(config), _conflict(config)):
+        if conflict:
+            raise ConfigError(conflict)
+
+
+def _wanted(option: str, value: Any) -> str | None:
+    """What a value should have been, in words; None if it may be so."""
+    if option in ONE_OF and value not in ONE_OF[option]:
+        return f"one of {', '.join(map(str, ONE_OF[option]))}"
+    if option in AT_LEAST and not (math.isfinite(value) and value >= AT_LEAST[option]):
+        return f"a {'whole' if isinstance(value, int) else 'finite'} number of at least {AT_LEAST[option]}"
+    if option in ABOVE_0 and not (math.isfinite(value) and value > 0):
+        return "a finite number above 0"
+    if option in FRACTIONS and not 0 <= value < 1:
+        return "a number from 0 to below 1"
+    if option in SEEDS and not 0 <= value < 2**63:
+        return "a whole number from 0 to 2^63 - 1"
+    if option == "name" and not re.fullmatch(r"\w[\w.-]*", value):
+        return "letters, digits, '.', '_' and '-': it begins the folder's name"
+    if option == "threads" and value > (most := 4 * (os.cpu_count() or 1)):
+        return f"at most {most} on this machine, or 0 for torch's own number"
+    return None
+
+
+def _data_conflict(data: DataConfig) -> str | None:
+    shape = getattr(data, "shape", [0, 0, 0])
+    if len(shape) != 3:
+        return f"data.shape={shape}: expected [channels, height, width]"
+    if (data.shift > 0 or data.flip) != (data.views > 1):
+        return (
+            f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift or "
+            "flip, and view 0 has neither; expected both, or neither"
         )
-    _count("calibration.examples", config.calibration.examples, 2)
-    _validate_outputs(config)
-    most = 4 * (os.cpu_count() or 1)
-    if config.threads > most:
-        raise ConfigError(
-            f"threads={config.threads}: expected at most {most} on this machine, or 0 for torch's own number"
+    return None
+
+
+def _net_conflict(config: TrainConfig) -> str | None:
+    net = config.net
+    if isinstance(net, MLPConfig) and net.blocks == "public":
+        return "net.blocks=public: the paper's public code has no mlp; expected theory"
+    if getattr(net, "strides", None) == []:
+        return "net.strides=[]: expected at least one stride, one for each convolution"
+    if isinstance(net, RNNConfig) and net.initial_state == "trained":
+        if config.accumulation > 1:
+            return (
+                f"accumulation={config.accumulation}: expected 1 with net.initial_state=trained, whose rows belong to "
+                "the places in a batch"
+            )
+        if config.evaluation.batch_size > config.batch_size:
+            return (
+                f"evaluation.batch_size={config.evaluation.batch_size}: expected at most "
+                f"batch_size={config.batch_size}, the rows of net.initial_state=trained"
+            )
+    return None
+
+
+def _output_conflict(config: TrainConfig) -> str | None:
+    evaluated = dict.fromkeys(("test", *config.evaluation.splits))
+    if "validation" in (*evaluated, config.checkpoint.best) and config.data.validation == 0:
+        return "evaluation.splits, checkpoint.best: validation needs data.validation above 0, or train or test instead"
+    if config.checkpoint.best not in evaluated:
+        return (
+            f"checkpoint.best={config.checkpoint.best}: expected a split that is evaluated, one of "
+            f"{', '.join(evaluated)}; add it to evaluation.splits"
         )
-    if not re.fullmatch(r"\w[\w.-]*", config.name):
-        raise ConfigError(
-            f"name={config.name}: expected letters, digits, '.', '_' and '-': it begins the folder's name"
-        )
-
-
-def _validate_data(data: DataConfig) -> None:
-    for option, least in (("train_limit", 0), ("validation", 0), ("views", 1), ("shift", 0)):
-        _count(f"data.{option}", getattr(data, option), least)
-    _choice("data.normalisation", data.normalisation, ("none", "channel"))
-    moves = data.shift > 0 or data.flip
-    if moves != (data.views > 1):
-        raise ConfigError(
-            f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift "
-            "or flip, and view 0 has neither; expected both, or neither"
-        )
-    if isinstance(data, ImageFolderConfig):
-        _count("data.size", data.size, 1)
-        if data.channels not in (1, 3):
-            raise ConfigError(f"data.channels={data.channels}: expected 1 (grey) or 3 (colour)")
-    if isinstance(data, SyntheticConfig):
-        if len(data.shape) != 3:
-            raise ConfigError(f"data.shape={data.shape}: expected [channels, height, width]")
-        for length in data.shape:
-            _count("data.shape", length, 1)
-        _count("data.classes", data.classes, 2)
-        for option in ("train", "test"):
-            _count(f"data.{option}", getattr(data, option), 1)
-        _at_least("data.noise", data.noise, 0)
-        _seed("data.seed", data.seed)
-
-
-def _validate_optim(config: TrainConfig) -> None:
-    optim, loss, schedule = config.optim, config.loss, config.schedule
-    _positive("optim.lr", optim.lr)
-    _at_least("optim.weight_decay", optim.weight_decay, 0)
-    _at_least("optim.clip_norm", optim.clip_norm, 0)
-    _choice("optim.decay_towards", optim.decay_towards, ("zero", "initial"))
-    if isinstance(optim, SGDConfig):
-        _fraction("optim.momentum", optim.momentum)
-        if optim.nesterov and optim.momentum == 0:
-            raise ConfigError("optim.nesterov=true: expected optim.momentum above 0, found 0")
-    if isinstance(optim, AdamConfig):
-        _choice("optim.name", optim.name, ("adam", "adamw"))
-        _fraction("optim.beta1", optim.beta1)
-        _fraction("optim.beta2", optim.beta2)
-        _positive("optim.eps", optim.eps)
-    if isinstance(loss, MSEConfig):
-        _choice("loss.reduction", loss.reduction, ("mean", "sum"))
-    if isinstance(loss, CrossEntropyConfig):
-        _fraction("loss.label_smoothing", loss.label_smoothing)
-    _at_least("schedule.warmup", schedule.warmup, 0)
-    if schedule.warmup > config.epochs:
-        raise ConfigError(f"schedule.warmup={schedule.warmup}: expected at most epochs={config.epochs}")
-    if isinstance(schedule, StepConfig):
-        _positive("schedule.factor", schedule.factor)
-        for milestone in schedule.milestones:
-            _at_least("schedule.milestones", milestone, 0)
-    if isinstance(schedule, CosineConfig):
-        _at_least("schedule.final", schedule.final, 0)
-
-
-def _validate_outputs(config: TrainConfig) -> None:
-    """Evaluation, checkpoints and logging."""
-    evaluation, checkpoint = config.evaluation, config.checkpoint
-    _count("evaluation.batch_size", evaluation.batch_size, 1)
-    _count("evaluation.every_epochs", evaluation.every_epochs, 1)
-    valid = ("train", "test") if config.data.validation == 0 else ("train", "validation", "test")
-    why = "" if config.data.validation else " (validation needs data.validation above 0)"
-    for split in evaluation.splits:
-        if split not in valid:
-            raise ConfigError(f"evaluation.splits: {split}: expected some of {', '.join(valid)}{why}")
-    if checkpoint.best not in {"test", *evaluation.splits}:
-        raise ConfigError(
-            f"checkpoint.best={checkpoint.best}: expected a split that is evaluated, one of "
-            f"{', '.join(dict.fromkeys(('test', *evaluation.splits)))}; add it to evaluation.splits{why}"
-        )
-    _count("checkpoint.every_epochs", checkpoint.every_epochs, 0)
-    _count("checkpoint.every_steps", checkpoint.every_steps, 0)
-    _at_least("checkpoint.every_minutes", checkpoint.every_minutes, 0)
-    _count("checkpoint.keep", checkpoint.keep, 1)
-    _count("log.every_steps", config.log.every_steps, 1)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"
+        return "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"
+    return None
+
+
+def _conflict(config: TrainConfig) -> str | None:
+    if isinstance(config.optim, SGDConfig) and config.optim.nesterov and config.optim.momentum == 0:
+        return "optim.nesterov=true: expected optim.momentum above 0, found 0"
+    if config.schedule.warmup > config.epochs:
+        return f"schedule.warmup={config.schedule.warmup}: expected at most epochs={config.epochs}"
+    if config.accumulation > config.batch_size:
+        return (
+            f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that it "
+            "divides"
         )
-
-
-def _validate_trained_state(config: TrainConfig) -> None:
-    trained = isinstance(config.net, RNNConfig) and config.net.initial_state == "trained"
-    if trained and config.accumulation > 1:
-        raise ConfigError(
-            f"accumulation={config.accumulation}: expected 1 with net.initial_state=trained, whose rows belong to the "
-            "places in a batch"
-        )
-    if trained and config.evaluation.batch_size > config.batch_size:
-        raise ConfigError(
-            f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
-            "the rows of net.initial_state=trained"
-        )
-
-
-def _seed(option: str, value: int) -> None:
-    if not 0 <= value < 2**63:
-        raise ConfigError(f"{option}={value}: expected a whole number from 0 to 2^63 - 1")
-
-
-def _validate_net(net: NetConfig) -> None:
-    _count("net.width", net.width, 1)
-    _choice("net.activation", net.activation, ACTIVATIONS)
-    _choice("net.norm", net.norm, NORMS)
-    _choice("net.parameterisation", net.parameterisation, PARAMETERISATIONS)
-    _choice("net.blocks", net.blocks, BLOCKS)
-    _positive("net.gain", net.gain)
-    if isinstance(net, MLPConfig):
-        _count("net.depth", net.depth, 1)
-        if net.blocks == "public":
-            raise ConfigError("net.blocks=public: the paper's public code has no mlp; expected theory")
-    if isinstance(net, ConvConfig):
-        if not net.strides:
-            raise ConfigError("net.strides=[]: expected at least one stride, one for each convolution")
-        for stride in net.strides:
-            _count("net.strides", stride, 1)
-    if isinstance(net, RNNConfig):
-        _choice("net.readout", net.readout, ("last", "every"))
-        _choice("net.initial_state", net.initial_state, ("zero", "trained"))
+    return None
 
 
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:
