@@ -82,8 +82,8 @@ def _data_conflict(data: DataConfig) -> str | None:
         return f"data.shape={shape}: expected [channels, height, width]"
     if (data.shift > 0 or data.flip) != (data.views > 1):
         return (
-            f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift or "
-            "flip, and view 0 has neither; expected both, or neither"
+            f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift "
+            "or flip, and view 0 has neither; expected both, or neither"
         )
     return None
 
@@ -129,8 +129,8 @@ def _conflict(config: TrainConfig) -> str | None:
         return f"schedule.warmup={config.schedule.warmup}: expected at most epochs={config.epochs}"
     if config.accumulation > config.batch_size:
         return (
-            f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that it "
-            "divides"
+            f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
+            "it divides"
         )
     return None
 
