@@ -121,7 +121,7 @@ def read_config(folder: Path) -> TrainConfig:
         return TrainConfig(**options)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as problem:
         raise ConfigError(
-            f"{path}: expected the configuration of a run of this version, found: {problem!r}"
+            f"{path}: expected a run's configuration, found: {problem!r}; give the folder of a run of this version"
         ) from problem
 
 

@@ -5,7 +5,18 @@ from collections.abc import Callable
 
 import pytest
 
-from alignscale.choices import NETS, AdamConfig, ConfigError, RNNConfig, RuleConfig, SGDConfig, SyntheticConfig
+from alignscale.choices import (
+    NETS,
+    AdamConfig,
+    ConfigError,
+    CrossEntropyConfig,
+    ImageFolderConfig,
+    RNNConfig,
+    RuleConfig,
+    SGDConfig,
+    StepConfig,
+    SyntheticConfig,
+)
 from alignscale.config import TrainConfig, difference, digest, run_name
 from alignscale.validation import validate
 
@@ -51,6 +62,26 @@ def change(path: str, value: object) -> Callable[[TrainConfig], None]:
         ("name", "../../x", "name=../../x: expected letters"),
         ("net", RNNConfig(initial_state="trained"), "evaluation.batch_size=120: expected at most batch_size=50"),
         ("net", dataclasses.replace(NETS["mlp"], blocks="public"), "net.blocks=public"),
+        ("net.strides", [1, 0], r"net.strides=\[1, 0\]: expected a whole number of at least 1"),
+        ("optim.nesterov", True, "optim.nesterov=true: expected optim.momentum above 0"),
+        ("optim.weight_decay", -0.1, "optim.weight_decay=-0.1: expected a finite number of at least 0"),
+        ("optim.decay_towards", "one", "optim.decay_towards=one: expected one of zero, initial"),
+        ("optim.clip_norm", float("inf"), "optim.clip_norm=inf: expected a finite number of at least 0"),
+        ("loss.reduction", "max", "loss.reduction=max: expected one of mean, sum"),
+        ("loss", CrossEntropyConfig(label_smoothing=1.0), "loss.label_smoothing=1.0: expected a number from 0"),
+        ("schedule.warmup", 11, "schedule.warmup=11: expected at most epochs=10"),
+        ("schedule", StepConfig(milestones=[-1]), r"schedule.milestones=\[-1\]: expected a whole number of at least 0"),
+        ("schedule", StepConfig(factor=0), "schedule.factor=0: expected a finite number above 0"),
+        ("accumulation", 51, "accumulation=51: expected at most batch_size=50"),
+        ("data.views", 2, "data.views=2, data.shift=0, data.flip=False: .* expected both, or neither"),
+        ("data.shift", 2, "data.views=1, data.shift=2"),
+        ("data.normalisation", "pixel", "data.normalisation=pixel: expected one of none, channel"),
+        ("data", ImageFolderConfig(channels=4), "data.channels=4: expected one of 1, 3"),
+        ("data", ImageFolderConfig(size=0), "data.size=0: expected a whole number of at least 1"),
+        ("evaluation.splits", ["dev"], r"evaluation.splits=\['dev'\]: expected one of train, validation, test"),
+        ("evaluation.splits", ["validation"], "validation needs data.validation above 0"),
+        ("checkpoint.best", "train", "checkpoint.best=train: expected a split that is evaluated, one of test"),
+        ("checkpoint.every_minutes", -1.0, "checkpoint.every_minutes=-1.0"),
     ],
 )
 def test_wrong_value_is_named_with_the_valid_ones(path: str, value: object, message: str) -> None:
