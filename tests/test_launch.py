@@ -57,11 +57,11 @@ def test_compare_refuses_an_unknown_rule_before_any_work(tmp_path: Path) -> None
 
 
 def test_rule_of_the_readme_is_one_file(tmp_path: Path) -> None:
-    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert source is not None
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (source,) = [block for block in blocks if "@register" in block]
     for name in ("alignscale", "launch", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "alignscale/rules/align_sign.py").write_text(source[1])
+    (tmp_path / "alignscale/rules/align_sign.py").write_text(source)
     done = run("launch/train.py", *FAST, "rule=align_sign", root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "run-align_sign-conv3-w4-s0" in done.stdout

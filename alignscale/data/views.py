@@ -37,11 +37,11 @@ def _draws(moves: Moves, rows: Tensor, view: int) -> tuple[Tensor, Tensor, Tenso
 def moved(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
     """Images (B, C, H, W), each mirrored and moved as the (B,) tensors say; pixels from outside are 0."""
     _, _, height, width = images.shape
-    y = torch.arange(height) - down[:, None]
-    x = torch.arange(width) - right[:, None]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    x = torch.where(mirrored[:, None], width - 1 - x, x)
-    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    example = torch.arange(len(images))[:, None, None]
-    picked = images[example, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
-    return (picked * inside[:, None]).contiguous()
+    result = torch.zeros_like(images)
+    source, target = images.numpy(), result.numpy()  # slices of numpy's cost a tenth of an indexed read
+    for place, (y, x, mirror) in enumerate(zip(down.tolist(), right.tolist(), mirrored.tolist(), strict=True)):
+        rows, columns = (slice(max(-by, 0), max(size - max(by, 0), 0)) for by, size in ((y, height), (x, width)))
+        image = source[place, :, :, ::-1] if mirror else source[place]
+        piece = image[:, rows, columns]
+        target[place, :, max(y, 0) : max(y, 0) + piece.shape[1], max(x, 0) : max(x, 0) + piece.shape[2]] = piece
+    return result

@@ -1,0 +1,128 @@
+"""What training costs beside its steps: the loop around a step, and the start from the command to the first step.
+
+The loop: a run is trained as ``launch/train.py`` would, with the time of every update (forward pass, pullback, weight
+gradients, optimizer) taken out of the time between one update's end and the next one's. What is left is data, metrics,
+logging and the progress bar; evaluation and checkpoints, which come once an epoch, are left out. It is given in
+milliseconds and as a part of a step of ``--step-ms``.
+The start: the command in a process of its own, until its first training row is on disk.
+
+    python tools/bench_loop.py
+    python tools/bench_loop.py --batch 128 --shape 3 32 32 --views 10 --json loop.json
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
+from alignscale.config import EvaluationConfig, LogConfig, RunConfig, TrainConfig
+from alignscale.files import write_atomic
+from alignscale.learner import Learner
+from alignscale.rules import RULES
+from alignscale.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def loop(batch: int, shape: list[int], views: int, steps: int, every: int, folder: Path) -> dict[str, Any]:
+    """Milliseconds around a step: median and mean over one long epoch."""
+    moves = {"views": views, "shift": 4, "flip": True} if views > 1 else {}
+    config = TrainConfig(
+        rule=RULES["align_ada"].options(name="align_ada"),
+        net=MLPConfig(width=64, depth=1),
+        data=SyntheticConfig(shape=shape, train=batch * steps, test=batch, **moves),  # type: ignore[arg-type]
+        optim=SGDConfig(lr=1e-3),
+        evaluation=EvaluationConfig(batch_size=batch),
+        log=LogConfig(every_steps=every),
+        run=RunConfig(dir=str(folder)),
+        epochs=max(2, views),
+        batch_size=batch,
+        resume="never",
+    )
+    ends: list[tuple[float, float]] = []
+    update = Learner.update
+
+    def timed(self: Learner, *arguments: Any) -> tuple[float, int]:
+        begin = time.perf_counter()
+        result = update(self, *arguments)
+        ends.append((begin, time.perf_counter()))
+        return result
+
+    Learner.update = timed  # type: ignore[method-assign]
+    try:
+        train(config, lambda line: None)
+    finally:
+        Learner.update = update  # type: ignore[method-assign]
+    pairs = itertools.pairwise(ends)
+    # between two epochs stand the evaluation and the checkpoint
+    around = [1000 * (b[0] - a[1]) for index, (a, b) in enumerate(pairs, 1) if index % steps]
+    inside = [1000 * (end - begin) for begin, end in ends]
+    return {
+        "around_ms_median": statistics.median(around),
+        "around_ms_mean": statistics.fmean(around),
+        "update_ms_median": statistics.median(inside),
+    }
+
+
+def start(folder: Path, options: Sequence[str]) -> float:
+    """Seconds from the command to its first training row."""
+    rows = folder / "metrics.jsonl"
+    command = [sys.executable, str(ROOT / "launch/train.py"), f"run.dir={folder}", "log.every_steps=1", *options]
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (rows.exists() and '"train"' in rows.read_text()):
+            if process.poll() not in (None, 0):
+                raise RuntimeError(f"{' '.join(command)}: ended with status {process.returncode}")
+            time.sleep(0.002)
+        seconds = time.perf_counter() - begin
+        process.kill()
+    return seconds
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Time the loop around a step, and the start of a command.")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--shape", type=int, nargs=3, default=[3, 32, 32], metavar=("C", "H", "W"))
+    parser.add_argument("--views", type=int, default=1, help="more than 1 adds shifts and flips")
+    parser.add_argument("--steps", type=int, default=400, help="steps in an epoch")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between two rows of the metrics")
+    parser.add_argument("--step-ms", type=float, default=50.0, help="the step that the loop's cost is compared with")
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        found = loop(options.batch, options.shape, options.views, options.steps, options.log_every, place / "loop")
+        seconds = [start(place / f"start-{number}", ["net=mlp"]) for number in range(options.starts)]
+    found |= {
+        "around_percent": 100 * found["around_ms_mean"] / options.step_ms,
+        "step_ms": options.step_ms,
+        "start_seconds_median": statistics.median(seconds),
+        "start_seconds": seconds,
+    }
+    print(
+        f"around a step: {found['around_ms_median']:.3f} ms (median), {found['around_ms_mean']:.3f} ms (mean), "
+        f"{found['around_percent']:.2f} % of a step of {options.step_ms:g} ms"
+    )
+    print(f"start to first step: {found['start_seconds_median']:.2f} s (median of {options.starts})")
+    if options.json:
+        write_atomic(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
