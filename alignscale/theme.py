@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 from alignscale.results import Series
 
@@ -54,9 +54,14 @@ LOOKS = {
 
 
 def looks(lines: Sequence[Series]) -> dict[Series, Look]:
-    """The look of each series: its rule's own, or for a rule unknown here (or met on a second net) one that is free."""
-    used = {line.rule for line in lines}
-    spare = itertools.cycle([look for rule, look in LOOKS.items() if rule not in used] or list(LOOKS.values())[1:])
+    """The look of each series: its rule's own for the first, for others one that is free.
+
+    Where none is free any more, one rule's colour goes with another's marker and dashes.
+    """
+    used, own = {line.rule for line in lines}, list(LOOKS.values())[1:]
+    mixed = (zip(own, own[turn:] + own[:turn], strict=True) for turn in range(1, len(own)))
+    mixtures = [Look(one.color, other.marker, other.dash) for pairs in mixed for one, other in pairs]
+    spare = itertools.cycle([look for rule, look in LOOKS.items() if rule not in used] + mixtures)
     chosen: dict[Series, Look] = {}
     for line in lines:
         first = line.rule not in {other.rule for other in chosen}
@@ -67,5 +72,5 @@ def looks(lines: Sequence[Series]) -> dict[Series, Look]:
 def style_sheet() -> str:
     """The page's style sheet: one set of rules over the roles, which take the theme's colours as CSS variables."""
     light, dark = ("".join(f"--{role}:{color};" for role, color in one.items()) for one in (LIGHT, DARK))
-    rules = resources.files("alignscale").joinpath("report.css").read_text(encoding="utf-8")
+    rules = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{rules}"
