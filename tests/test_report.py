@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,21 @@ from tools import plot_runs
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison's page, with its JSON and one of the runs' reports beside it."""
+    """A comparison's page that has everything, with its JSON and one of the runs' reports beside it."""
     data, folder = comparison(seeds=2), tmp_path_factory.mktemp("comparison")
-    (folder / "runs/align_ada-32-0").mkdir(parents=True)
-    report.write_report(make_result([make_run()]), folder / "runs/align_ada-32-0/report.html")
-    (folder / "result.json").write_text(json.dumps(data), encoding="utf-8")
-    report.write_report(data, folder / "report.html")
+    data["runs"] = [measure_more(run) for run in data["runs"]]
+    for result, place in (
+        (make_result(data["runs"][2:3], "One run"), folder / data["runs"][2]["folder"]),
+        (data, folder),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        report.write_report(result, place / "report.html")
     return folder / "report.html"
+
+
+def run_page(page: Path) -> Path:
+    return next(page.parent.glob("runs/*/report.html"))
 
 
 def html_of(data: dict[str, Any], folder: Path) -> str:
@@ -316,35 +325,82 @@ def show(browser: Any, path: Path, width: int = 1200, scheme: str = "light") -> 
     browser.get(path.as_uri())
 
 
+MARKS = """
+const colours = arguments[0];
+const drawn = e => {
+    const style = getComputedStyle(e), box = e.getBoundingClientRect();
+    return box.width + box.height > 3 && [style.stroke, style.fill].some(colour => colours.includes(colour));
+};
+return [...document.querySelectorAll('figure svg')].map(svg =>
+    [...svg.querySelectorAll('[id*=axes_]')].map(axes => [...axes.querySelectorAll('path, use')].filter(drawn).length));
+"""
+TOO_WIDE = """
+const inside = e => e.parentElement && e.parentElement.closest('.box');
+return [...document.querySelectorAll('body *')].filter(e => !inside(e))
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80));
+"""
+
+
+def rgb(color: str) -> str:
+    return f"rgb({', '.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
 @pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
-def test_browser_draws_every_figure_without_an_error(browser: Any, page: Path, width: int) -> None:
-    show(browser, page, width)
+@pytest.mark.parametrize("kind", ["comparison", "run"])
+def test_browser_draws_every_figure_without_an_error(
+    browser: Any, page: Path, kind: str, width: int, scheme: str
+) -> None:
+    show(browser, page if kind == "comparison" else run_page(page), width, scheme)
+    palette = theme.LIGHT if scheme == "light" else theme.DARK
+    roles = {look.color for look in theme.LOOKS.values()}
+    marks = browser.execute_script(MARKS, [rgb(palette[role]) for role in roles])
+    assert [len(figure) for figure in marks] == ([1, 1, 3, 3, 3, 3, 3, 3] if kind == "comparison" else [1] * 6)
+    assert all(count >= 6 for figure in marks for count in figure)
     sizes = browser.execute_script(
-        "return [...document.querySelectorAll('figure svg')].map(s => [...s.querySelectorAll('[id*=axes_]')]"
-        ".map(a => a.getBoundingClientRect()).concat([s.getBoundingClientRect()]).map(b => [b.width, b.height]))"
+        "return [...document.querySelectorAll('figure svg, figure [id*=axes_]')]"
+        ".map(e => e.getBoundingClientRect()).map(box => [box.width, box.height])"
     )
-    assert len(sizes) == 6
-    assert all(w > 50 and h > 50 for figure in sizes for w, h in figure)
+    assert all(w > 50 and h > 50 for w, h in sizes)
+    assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") in (
+        [],
+        ["data:,"],
+    )
     assert browser.get_log("browser") == []
 
 
 @pytest.mark.browser
-def test_browser_finds_the_target_of_every_link(browser: Any, page: Path) -> None:
-    show(browser, page)
+@pytest.mark.parametrize("kind", ["comparison", "run"])
+def test_browser_follows_every_link_to_what_it_names(browser: Any, page: Path, kind: str) -> None:
+    source = page if kind == "comparison" else run_page(page)
+    show(browser, source)
     links = browser.execute_script("return [...document.querySelectorAll('a')].map(a => a.href)")
-    targets = [Path(unquote(urlsplit(link).path)) for link in links]
-    assert targets == [page.parent / "runs/align_ada-32-0/report.html", page.parent / "result.json"]
-    assert all(target.is_file() for target in targets)
+    expected = (
+        [run_page(page), page.parent / "result.json"] if kind == "comparison" else [source.parent / "result.json"]
+    )
+    assert [Path(unquote(urlsplit(link).path)) for link in links] == expected
+    for number, link in enumerate(links):
+        show(browser, source)
+        browser.execute_script("document.querySelectorAll('a')[arguments[0]].click()", number)
+        deadline = time.monotonic() + 20
+        while browser.current_url != link and time.monotonic() < deadline:
+            time.sleep(0.02)
+        text = browser.execute_script("return document.body.innerText")
+        assert json.loads(text)["format"] == 1 if link.endswith(".json") else text.startswith("One run")
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.browser
-def test_browser_on_a_phone_scrolls_boxes_but_not_the_page(browser: Any, page: Path) -> None:
-    for path in (page, page.parent / "runs/align_ada-32-0/report.html"):
-        show(browser, path, width=390)
-        assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-        small = "return [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
-        assert min(browser.execute_script(small)) > 8
+@pytest.mark.parametrize("kind", ["comparison", "run"])
+def test_browser_on_a_phone_scrolls_boxes_but_not_the_page(browser: Any, page: Path, kind: str) -> None:
+    show(browser, page if kind == "comparison" else run_page(page), width=390)
+    assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    assert browser.execute_script(TOO_WIDE) == []
+    spilt = "return [...document.querySelectorAll('th, td')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert browser.execute_script(spilt) == 0
+    small = "return [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
+    assert min(browser.execute_script(small)) > 8
 
 
 def contrast(one: str, other: str) -> float:
