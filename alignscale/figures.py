@@ -10,6 +10,7 @@ that draw import it.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -72,12 +73,15 @@ def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -
     axis, handles, crosses = figure.subplots(), {}, dict.fromkeys(found, 0)
     if gaps:
         handles["backprop"] = axis.axhline(0, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
-    for line, look in looks(results.series(runs)).items():
+    lines = looks(results.series(runs))
+    room = min(math.log2(wide / narrow) for narrow, wide in itertools.pairwise(found))
+    for place, (line, look) in enumerate(lines.items()):
         if gaps and line.base is None:
             continue
         mean, std = _numbers([(line.gap if gaps else line.accuracy)(width) for width in found])
         bars: dict[str, Any] = {"yerr": std, "capsize": 2.5, "elinewidth": 1} if any(std) else {}
-        handles[line.label] = axis.errorbar(found, mean, **bars, **_drawing(look, palette))[0]
+        aside = 2 ** (0.15 * room * ((place + 0.5) / len(lines) - 0.5)) if bars else 1.0  # or bars hide bars
+        handles[line.label] = axis.errorbar([aside * w for w in found], mean, **bars, **_drawing(look, palette))[0]
         # A run that diverged has no height: crosses at the foot of the figure see to it that it is not overlooked.
         for width in found:
             if any(results.diverged(run) for run in line.at(width)):
@@ -118,7 +122,7 @@ def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: 
             handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
         for line, look in looks(results.series(runs)).items():
             epochs, spreads = _history(line.at(width), key)
-            if not epochs:
+            if not epochs or (key, line.rule) == ("update_cosine", "backprop"):
                 continue
             mean, std = _numbers(spreads)
             if any(std):

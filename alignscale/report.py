@@ -126,6 +126,7 @@ def _figure(data: Result, name: str, svg: str) -> str:
     caption = escape(plot.caption) + (" Mean and standard deviation over seeds." if several else "")
     if several and name != "step_time" and any(results.diverged(run) for run in data["runs"]):
         caption += " Seeds that diverged are left out where others finished."
+    caption += " Bars stand a little apart, not to hide each other." if several and name.endswith("_width") else ""
     box = f'<div class="box" tabindex="0" role="group" aria-label="{escape(plot.title)}">{svg.strip()}</div>'
     return f'<figure id="{name}">\n{box}\n<figcaption>{caption}</figcaption>\n</figure>'
 
@@ -215,7 +216,7 @@ def _runs_table(runs: Sequence[Run], path: Path) -> str:
     for line in results.series(runs):
         options = {_name(option): escape(value) for option, value in line.options.items()}
         for run in line.runs:
-            names = {key: escape(str(run[key])) for key in ("rule", "net", "width", "seed")}
+            names = {key: _name(str(run[key])) for key in ("rule", "net", "width", "seed")}
             rows.append({"run": _link(run, path), **names, **options, **_measures(run)})
     head = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [row.get(key, "–") for row in rows] for key in head}
@@ -251,13 +252,12 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _whose(its: Sequence[Run], runs: Sequence[Run]) -> str:
-    """Names some of the runs in words: by what they share if that picks out just them, else one by one."""
+    """Names some of the runs in words: by what they share if that picks out just them, else by name or number."""
     for key in ("rule", "net", "width", "seed"):
         shared = {run[key] for run in its}
         if sum(run[key] in shared for run in runs) == len(its):
             return f"{key} " + ", ".join(str(value) for value in sorted(shared))
-    names = [run["name"] for run in its]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(run["name"] for run in its) if len(its) <= 4 else f"{len(its)} of {len(runs)} runs"
 
 
 def _groups(options: dict[str, object]) -> str:

@@ -151,6 +151,17 @@ def test_where_a_run_failed_is_said_at_the_top(tmp_path: Path) -> None:
         assert "align_ada-32-0: the loss is not finite at step 98, first in layer 2 &lt;of 4&gt;" in lead
 
 
+def test_backprop_is_one_line_of_the_cosines_though_its_own_are_recorded() -> None:
+    runs = [set_option(make_run(rule), "optim", "lr", lr) for rule in RULES[:2] for lr in (0.5, 5.0)]
+    for run in runs[:2]:
+        for point in run["curve"]:
+            point["update_cosine"] = 1.0
+    words = re.findall(r">([^<>]+)</text>", figures.figures(make_result(runs))["update_cosine"])
+    assert [word for word in words if "=" in word or word in RULES] == [
+        "backprop", "align_ada, optim.lr=0.5", "align_ada, optim.lr=5.0",
+    ]  # fmt: skip
+
+
 def test_the_learning_rate_is_drawn_where_it_changes() -> None:
     run = measure_more(make_run())
     assert {"learning_rate", "validation_accuracy"} <= set(figures.figure_names(make_result([run])))
