@@ -10,6 +10,7 @@ that draw import it.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -29,32 +30,30 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 
-def _new_figure(title: str, palette: Palette, width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, x=0.003, ha="left", color=palette["ink"])
-    return figure
-
-
-def _panels(runs: Sequence[Run], title: str, palette: Palette, row: float, left: float) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each width, at most three abreast; a row's height and the left margin are in inches."""
+def _panels(figure: Figure, runs: Sequence[Run], row: float, left: float, label: str = "") -> list[Axes]:
+    """A panel for each width, at most three abreast; a row's height and the left margin are in inches."""
     found = results.widths(runs)
     columns = {1: 1, 2: 2, 4: 2}.get(len(found), 3)
     rows = math.ceil(len(found) / columns)
-    panel = {1: 4.4 - left, 2: 3.2, 3: 2.3}[columns]
-    figure = _new_figure(title, palette, columns * panel + left, rows * row + 0.75)
+    panel = {1: max(2.0, 4.4 - left), 2: 3.5, 3: 2.5}[columns]
+    figure.set_size_inches(columns * panel + left, rows * row + 0.35)
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for empty in axes[len(found) :]:
         empty.remove()
-    for axis, width in zip(axes, found, strict=False):
-        axis.set_title(f"width {width}")
-    return figure, axes[: len(found)]
+    for place, width in enumerate(found):
+        axes[place].set(title=f"width {width}", ylabel="" if place % columns else label)
+    return axes[: len(found)]
 
 
-def _legend(figure: Figure, handles: dict[str, Line2D], columns: int) -> None:
-    if len(handles) > 1:
-        figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
+def _legend(figure: Figure, handles: dict[str, Line2D]) -> None:
+    """A legend below the panels, in as many columns as the figure has room for, which grows by its height."""
+    for columns in (3, 2, 1) if len(handles) > 1 else ():
+        legend = figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
+        size = legend.get_window_extent()
+        if columns == 1 or size.width < figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+            break
+        legend.remove()
 
 
 def _drawing(look: Look, palette: Palette) -> dict[str, Any]:
@@ -67,21 +66,25 @@ def _numbers(spreads: Sequence[Spread]) -> tuple[list[float], list[float]]:
     return [math.nan if one.mean is None else one.mean for one in spreads], [one.std or 0.0 for one in spreads]
 
 
-def _over_width(data: Result, palette: Palette, title: str, *, gaps: bool) -> Figure:
+def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -> None:
     """Final accuracy, or its gap to backprop, over the width."""
     runs, found = data["runs"], results.widths(data["runs"])
-    figure = _new_figure(title, palette, 4.4, 3.7)
+    figure.set_size_inches(4.4, 3.0)
     axis, handles, crosses = figure.subplots(), {}, dict.fromkeys(found, 0)
-    for line, look in looks(results.series(runs)).items():
-        if gaps and line.rule == "backprop":
-            mean, std = [0.0] * len(found), [0.0] * len(found)
-        else:
-            mean, std = _numbers([(results.gap if gaps else results.accuracies)(runs, line, width) for width in found])
+    if gaps:
+        handles["backprop"] = axis.axhline(0, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
+    lines = looks(results.series(runs))
+    room = min(math.log2(wide / narrow) for narrow, wide in itertools.pairwise(found))
+    for place, (line, look) in enumerate(lines.items()):
+        if gaps and line.base is None:
+            continue
+        mean, std = _numbers([(line.gap if gaps else line.accuracy)(width) for width in found])
         bars: dict[str, Any] = {"yerr": std, "capsize": 2.5, "elinewidth": 1} if any(std) else {}
-        handles[line.label] = axis.errorbar(found, mean, **bars, **_drawing(look, palette))[0]
+        aside = 2 ** (0.15 * room * ((place + 0.5) / len(lines) - 0.5)) if bars else 1.0  # or bars hide bars
+        handles[line.label] = axis.errorbar([aside * w for w in found], mean, **bars, **_drawing(look, palette))[0]
         # A run that diverged has no height: crosses at the foot of the figure see to it that it is not overlooked.
         for width in found:
-            if any(results.diverged(run) for run in results.cell(runs, line, width)):
+            if any(results.diverged(run) for run in line.at(width)):
                 foot = 0.03 + 0.06 * crosses[width]
                 axis.plot(width, foot, "x", color=palette[look.color], mew=1.6, transform=axis.get_xaxis_transform())
                 crosses[width] += 1
@@ -92,13 +95,13 @@ def _over_width(data: Result, palette: Palette, title: str, *, gaps: bool) -> Fi
     axis.set_xticks(found, [str(width) for width in found])
     axis.minorticks_off()
     axis.set(xlabel="width (log scale)", ylabel="gap to backprop (% points)" if gaps else "test accuracy (%)")
-    _legend(figure, handles, 2)
-    return figure
+    _legend(figure, handles)
 
 
-def _history(own: Sequence[Run], key: str, scale: float) -> tuple[list[float], list[Spread]]:
+def _history(own: Sequence[Run], key: str) -> tuple[list[float], list[Spread]]:
     """A quantity over epochs, over the seeds that did not diverge; where all did, over all, as far as it is finite."""
     points: dict[float, list[float | None]] = {}
+    scale = 100.0 if key.endswith("accuracy") else 1.0
     for run in [run for run in own if not results.diverged(run)] or own:
         for point in run["curve"]:
             value = finite(point.get(key))
@@ -108,19 +111,18 @@ def _history(own: Sequence[Run], key: str, scale: float) -> tuple[list[float], l
     return list(history), list(history.values())
 
 
-def _curves(data: Result, palette: Palette, title: str, *, key: str, label: str, scale: float = 1.0) -> Figure:
+def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: str) -> None:
     """One quantity of the runs' curves over epochs: a panel a width, the mean and standard deviation over seeds."""
     from matplotlib.ticker import MaxNLocator
 
     runs, handles = data["runs"], {}
-    figure, axes = _panels(runs, title, palette, row=2.3, left=0.5)
-    figure.supylabel(label)
+    axes = _panels(figure, runs, row=2.3, left=0.5, label=label)
     for axis, width in zip(axes, results.widths(runs), strict=True):
         if key == "update_cosine":
             handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
         for line, look in looks(results.series(runs)).items():
-            epochs, spreads = _history(results.cell(runs, line, width), key, scale)
-            if not epochs:
+            epochs, spreads = _history(line.at(width), key)
+            if not epochs or (key, line.rule) == ("update_cosine", "backprop"):
                 continue
             mean, std = _numbers(spreads)
             if any(std):
@@ -130,20 +132,19 @@ def _curves(data: Result, palette: Palette, title: str, *, key: str, label: str,
             handles[line.label] = axis.plot(epochs, mean, markevery=every, **_drawing(look, palette))[0]
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    _share_range(axes, runs, key, scale)
-    _legend(figure, handles, 2 if len(axes) == 1 else 3)
-    return figure
+    _share_range(axes, runs, key)
+    _legend(figure, handles)
 
 
-def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str, scale: float) -> None:
+def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str) -> None:
     """Give all panels one y range: that of the runs that finished, in a comparison without the untrained accuracy.
 
     A run on its way to infinity, or an accuracy near chance, would press all that matters into a thin stripe.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    skip = 1 if key == "test_accuracy" and len(runs) > 1 else 0
-    curves = [_history([run], key, scale)[1] for run in [run for run in runs if not results.diverged(run)] or runs]
+    skip = 1 if key.endswith("accuracy") and len(runs) > 1 else 0
+    curves = [_history([run], key)[1] for run in [run for run in runs if not results.diverged(run)] or runs]
     values = [one.mean for curve in curves for one in (curve[skip:] or curve) if one.mean is not None]
     if not values:
         return
@@ -163,19 +164,20 @@ def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str, scale: flo
         axis.yaxis.set_minor_locator(NullLocator())
 
 
-def _step_time(data: Result, palette: Palette, title: str) -> Figure:
+def _step_time(figure: Figure, data: Result, palette: Palette) -> None:
     """Time per step as bars: a panel a width, its milliseconds and its ratio to backprop written beside each bar."""
-    runs, times = data["runs"], results.step_milliseconds
+    runs = data["runs"]
     chosen = looks(results.series(runs))
-    figure, axes = _panels(runs, title, palette, row=0.5 + 0.23 * len(chosen), left=1.6)
+    left = 0.065 * max(len(line.label) for line in chosen)
+    axes = _panels(figure, runs, row=0.55 + 0.23 * len(chosen), left=left)
     for axis, width in zip(axes, results.widths(runs), strict=True):
-        longest = max(times(runs, line, width).mean or 0.0 for line in chosen) or 1.0
+        longest = max(line.step_milliseconds(width).mean or 0.0 for line in chosen) or 1.0
         for place, (line, look) in enumerate(chosen.items()):
-            time, base = times(runs, line, width), results.reference(runs, line)
+            time = line.step_milliseconds(width)
             if time.mean is None:
                 continue
             axis.barh(place, time.mean, height=0.62, color=palette[look.color], xerr=time.std, ecolor=palette["muted"])
-            compared = times(runs, base, width).mean if base else None
+            compared = line.base.step_milliseconds(width).mean if line.base else None
             words = results.significant(time.mean) + (f" ({time.mean / compared:.2f}×)" if compared else "")
             end = time.mean + (time.std or 0.0) + 0.03 * longest
             axis.text(end, place, words, va="center", fontsize=8, color=palette["ink"])
@@ -183,18 +185,17 @@ def _step_time(data: Result, palette: Palette, title: str) -> Figure:
         axis.set(xlabel="ms per step", xlim=(0, 1.75 * longest), ylim=(len(chosen) - 0.5, -0.5))
         axis.tick_params(axis="y", length=0)
         axis.grid(visible=False)
-    return figure
 
 
-def _has(data: Result, key: str) -> bool:
-    return any(finite(point.get(key)) is not None for run in data["runs"] for point in run["curve"])
+def _has(data: Result, key: str, values: int) -> bool:
+    """Whether the curve of some run has so many different values of a quantity."""
+    return any(len({finite(point.get(key)) for point in run["curve"]} - {None}) >= values for run in data["runs"])
 
 
-def _has_widths(data: Result, measure: Callable[[Sequence[Run], Series, int], Spread]) -> bool:
+def _has_widths(data: Result, measure: Callable[[Series, int], Spread]) -> bool:
     """Whether a quantity is known at two widths or more: fewer make no figure over the width."""
-    runs = data["runs"]
-    lines = results.series(runs)
-    return sum(any(measure(runs, line, w).mean is not None for line in lines) for w in results.widths(runs)) > 1
+    lines = results.series(data["runs"])
+    return sum(any(measure(line, w).mean is not None for line in lines) for w in results.widths(data["runs"])) > 1
 
 
 @dataclass(frozen=True)
@@ -204,24 +205,29 @@ class Plot:
     title: str
     caption: str
     exists: Callable[[Result], bool]
-    draw: Callable[[Result, Palette, str], Figure]
+    draw: Callable[[Figure, Result, Palette], None]
 
 
-def _curve_plot(title: str, caption: str, key: str, label: str, scale: float = 1.0) -> Plot:
-    return Plot(title, caption, partial(_has, key=key), partial(_curves, key=key, label=label, scale=scale))
+def _curve_plot(title: str, caption: str, key: str, label: str, values: int = 1) -> Plot:
+    return Plot(title, caption, partial(_has, key=key, values=values), partial(_curves, key=key, label=label))
 
 
 PLOTS = {
     "accuracy_width": Plot(
         "Test accuracy over width", "Test accuracy at the end of training, for each rule and width.",
-        partial(_has_widths, measure=results.accuracies), partial(_over_width, gaps=False),
+        partial(_has_widths, measure=Series.accuracy), partial(_over_width, gaps=False),
     ),
     "gap_width": Plot(
-        "Gap to backprop over width", "Test accuracy minus that of backprop at the same width; 0 is backprop.",
-        partial(_has_widths, measure=results.gap), partial(_over_width, gaps=True),
+        "Gap to backprop over width",
+        "Test accuracy minus that of backprop at the same width and options; 0 is backprop.",
+        partial(_has_widths, measure=Series.gap), partial(_over_width, gaps=True),
     ),
     "test_accuracy": _curve_plot(
-        "Test accuracy in training", "Test accuracy after each epoch.", "test_accuracy", "test accuracy (%)", 100.0,
+        "Test accuracy in training", "Test accuracy after each epoch.", "test_accuracy", "test accuracy (%)"
+    ),
+    "validation_accuracy": _curve_plot(
+        "Validation accuracy in training", "Accuracy on the validation set after each epoch.",
+        "validation_accuracy", "validation accuracy (%)",
     ),
     "train_loss": _curve_plot(
         "Training loss", "Mean loss over the training examples of each epoch.", "train_loss", "training loss"
@@ -231,6 +237,10 @@ PLOTS = {
         "Cosine of the update with backprop's",
         "Cosine between a rule's update and backprop's at the same weights, mean over layers; 1 is backprop.",
         "update_cosine", "cosine",
+    ),
+    "learning_rate": _curve_plot(
+        "Learning rate", "Learning rate at the end of each epoch; rules that share it lie on one another.",
+        "lr", "learning rate", values=2,
     ),
     "step_time": Plot(
         "Time per step", "Median time of a training step and, beside it, its ratio to backprop at the same width.",
@@ -248,48 +258,39 @@ def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
     """One figure as a file's bytes; the same for the same data, whatever the reader's own matplotlib settings are."""
     import matplotlib
     import matplotlib.style
+    from matplotlib.figure import Figure
 
-    muted = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style: dict[str, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9, "axes.titlesize": 9,
-        "figure.titlesize": 10.5, "figure.labelsize": 9, "figure.titleweight": "bold",
-        "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": palette["grid"],
-        "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 6.0, "lines.scale_dashes": False,
-        "legend.frameon": False, "legend.handlelength": 3.4, "legend.fontsize": 8.5,
-        "legend.labelcolor": palette["ink"], "xtick.labelcolor": palette["ink"], "ytick.labelcolor": palette["ink"],
-        "figure.facecolor": palette["paper"], "axes.facecolor": "none", "savefig.dpi": 200,
-    }  # fmt: skip
+    roles = {
+        "ink": ("legend.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),
+        "muted": ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "axes.edgecolor"),
+        "grid": ("grid.color",),
+        "paper": ("figure.facecolor",),
+    }
+    colors = {setting: palette[role] for role, settings in roles.items() for setting in settings}
     stamps = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer")}
     buffer = io.BytesIO()
-    with matplotlib.style.context(["default", style | dict.fromkeys(muted, palette["muted"])]):
-        figure = PLOTS[name].draw(data, palette, PLOTS[name].title)
+    with matplotlib.style.context(["default", "alignscale.report", {"svg.hashsalt": name, **colors}]):
+        figure = Figure(layout="constrained")
+        PLOTS[name].draw(figure, data, palette)
+        figure.suptitle(PLOTS[name].title, x=0.003, ha="left", color=palette["ink"])
         figure.savefig(buffer, format=kind, metadata=dict.fromkeys(stamps.get(kind, ("Software",))))
     return buffer.getvalue()
 
 
-def figures(data: Result, *, themed: bool = False) -> dict[str, str]:
-    """Every figure of a result as SVG: name -> svg.
+def figures(data: Result) -> dict[str, str]:
+    """Every figure of a result as SVG for a page: name -> svg.
 
-    Args:
-        data: a result of format 1.
-        themed: False for a file of its own, in colours for white paper; True for a page with the style sheet of
-            `alignscale.theme`, whose CSS variables then give the colours; ids are such that no other figure has them.
+    The CSS variables of the style sheet of `alignscale.theme` give the colours; ids are such that no other figure has
+    them: Matplotlib numbers its own from 1 in every file, and clips and markers would go astray.
     """
     drawn = {}
     for name in figure_names(data):
-        svg = _render(data, name, SENTINELS if themed else LIGHT, "svg").decode()
-        drawn[name] = _themed(svg, name) if themed else svg
+        svg = _render(data, name, SENTINELS, "svg").decode()
+        for role, sentinel in SENTINELS.items():
+            svg = svg.replace(sentinel, f"var(--{role})")
+        svg = re.sub(r'\bid="', f'id="{name}-', svg[svg.index("<svg") :])
+        drawn[name] = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     return drawn
-
-
-def _themed(svg: str, name: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    for role, sentinel in SENTINELS.items():
-        svg = svg.replace(sentinel, f"var(--{role})")
-    # Matplotlib numbers its ids from 1 in every file, and a page's ids must be unique or clips and markers go astray.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
 
 
 def save_figure(data: Result, name: str, path: Path) -> None:

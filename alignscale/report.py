@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from urllib.parse import quote
 
 from alignscale import figures, results, theme
@@ -22,24 +23,22 @@ from alignscale.results import Result, Run, Series, finite
 
 def text_table(data: Result) -> str:
     """Test accuracy in percent over widths as aligned plain text, each cell with its gap to backprop: "97.2 (-0.3)"."""
-    runs = data["runs"]
-    found = results.widths(runs)
+    lines, found = results.series(data["runs"]), results.widths(data["runs"])
     rows = [["test accuracy, %", *(f"width {width}" for width in found)]]
-    for line in results.series(runs):
+    for line in lines:
         rows.append([line.label])
-        for value, gap, lost in (_accuracy_words(runs, line, width) for width in found):
+        for value, gap, lost in (_accuracy_words(line, width) for width in found):
             rows[-1].append(value + (f" ({gap})" if gap else "") + (f" [{lost}]" if lost else ""))
     columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = ["  ".join(cell.ljust(size) for cell, size in zip(row, columns, strict=True)).rstrip() for row in rows]
-    if any(results.reference(runs, line) for line in results.series(runs)):
+    if any(line.base for line in lines):
         text.append("(in brackets: the gap to backprop at the same width, in percentage points)")
     return "\n".join(text)
 
 
-def _accuracy_words(runs: Sequence[Run], line: Series, width: int) -> tuple[str, str, str]:
+def _accuracy_words(line: Series, width: int) -> tuple[str, str, str]:
     """A cell's accuracy over seeds, its gap to backprop, how many seeds diverged; empty where there is none."""
-    own = results.cell(runs, line, width)
-    accuracy, gap = results.accuracies(runs, line, width), results.gap(runs, line, width)
+    own, accuracy, gap = line.at(width), line.accuracy(width), line.gap(width)
     lost = sum(results.diverged(run) for run in own)
     if accuracy.mean is None:
         return "diverged" if lost else "-", "", ""
@@ -60,39 +59,30 @@ def write_report(data: Result, path: Path, json_name: str = "result.json") -> No
 
 
 def _page(data: Result, path: Path, json_name: str) -> str:
-    runs, title = data["runs"], escape(data["title"])
-    drawn = {name: _figure(data, name, svg) for name, svg in figures.figures(data, themed=True).items()}
+    runs = data["runs"]
+    drawn = {name: _figure(data, name, svg) for name, svg in figures.figures(data).items()}
     if len(runs) == 1:
-        sections = [
-            _section("Result", _tiles(runs[0])),
-            _section("Training", _gallery(drawn, ["test_accuracy", "train_loss", "test_loss", "update_cosine"], 1)),
-            _section("Options", _groups(runs[0]["config"])),
-        ]
+        sections = {
+            "Result": _tiles(runs[0]),
+            "Training": _gallery(drawn, [name for name in drawn if name != "step_time"], 1),
+            "Options": _groups(runs[0]["config"]),
+        }
     else:
         columns = len(results.widths(runs))
-        sections = [
-            _section("Result", _accuracy_table(runs) + _gallery(drawn, ["accuracy_width", "gap_width"], 1)),
-            _section("Training", _gallery(drawn, ["test_accuracy", "train_loss"], columns)),
-            _section("Direction and cost of a step", _gallery(drawn, ["update_cosine", "step_time"], columns)),
-            _section("Runs", _runs_table(runs, path)),
-            _section("Options that differ between runs", _differences(runs)),
-            _section("Options common to all runs", _groups(data["config"])),
-        ]
-    sections += [
-        _section("Machine and versions", _groups({"machine": data["hardware"], "versions": data["versions"]})),
-        _section("Numbers", _numbers(data, json_name)),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{title}</title>\n<style>{theme.style_sheet()}</style>\n</head>\n<body>\n<main>\n"
-        f"<header>\n<h1>{title}</h1>\n{_lead(data)}\n</header>\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n" if content else ""
+        curves = ["test_accuracy", "validation_accuracy", "train_loss", "learning_rate"]
+        sections = {
+            "Result": _accuracy_table(runs) + _gallery(drawn, ["accuracy_width", "gap_width"], 1),
+            "Training": _gallery(drawn, curves, columns),
+            "Direction and cost of a step": _gallery(drawn, ["update_cosine", "step_time"], columns),
+            "Runs": _runs_table(runs, path),
+            "Options that differ between runs": _differences(runs),
+            "Options common to all runs": _groups(data["config"]),
+        }
+    sections["Machine and versions"] = _groups({"machine": data["hardware"], "versions": data["versions"]})
+    sections["Numbers"] = _numbers(data, json_name)
+    body = "\n".join(f"<section>\n<h2>{name}</h2>\n{part}\n</section>" for name, part in sections.items() if part)
+    frame = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return frame.substitute(title=escape(data["title"]), style=theme.style_sheet(), lead=_lead(data), sections=body)
 
 
 def _lead(data: Result) -> str:
@@ -104,11 +94,21 @@ def _lead(data: Result) -> str:
         words += "; the run diverged" if lost else ""
     else:
         counts = {word: len({run[word] for run in runs}) for word in ("rule", "net", "width", "seed")}
-        words = ", ".join(f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items())
+        parts = [f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items()]
+        lines = results.series(runs)
+        parts += [f"{len({line.options[name] for line in lines})} values of {name}" for name in lines[0].options]
+        words = ", ".join(parts)
         words += f": {len(runs)} runs" + (f", {lost} of them diverged" if lost else "")
-    total = _duration(sum(finite(run.get("seconds")) or 0.0 for run in runs))
+    words += f"; {results.duration(sum(finite(run.get('seconds')) or 0.0 for run in runs))} of training"
+    sets = dict.fromkeys(run["data"] for run in runs if run.get("data"))
+    notes = [words + (f" on {', '.join(sets)}." if sets else ".")]
+    failed = [f"{run['name']}: {run['failed']}" for run in runs if run.get("failed")]
+    notes += failed[:3] + ([f"{len(failed) - 3} more failed."] if len(failed) > 3 else [])
+    skipped = max(run.get("skipped") or 0 for run in runs)
+    notes += [f"Left out because they could not be decoded: {skipped:,} examples."] if skipped else []
     return (
-        f'<p>{escape(words)}; {total} of training.</p>\n<p class="quiet">Made {escape(data["created"])} by</p>\n'
+        "".join(f"<p>{escape(note)}</p>\n" for note in notes)
+        + f'<p class="quiet">Made {escape(data["created"])} by</p>\n'
         f'<pre class="box" tabindex="0" aria-label="command"><code>{escape(data["command"])}</code></pre>'
     )
 
@@ -120,12 +120,13 @@ def _figure(data: Result, name: str, svg: str) -> str:
     if size:
         pixels = float(size[1]) * 96 / 72
         label = escape(f"{plot.title}. {plot.caption}")
-        limits = f"max-width:{1.3 * pixels:.0f}px;min-width:{0.8 * pixels:.0f}px"
+        limits = f"max-width:{1.15 * pixels:.0f}px;min-width:{0.8 * pixels:.0f}px"
         svg = svg.replace(size[0], f'role="img" aria-label="{label}" style="{limits}"', 1)
     several = len({run["seed"] for run in data["runs"]}) > 1
     caption = escape(plot.caption) + (" Mean and standard deviation over seeds." if several else "")
     if several and name != "step_time" and any(results.diverged(run) for run in data["runs"]):
         caption += " Seeds that diverged are left out where others finished."
+    caption += " Bars stand a little apart, not to hide each other." if several and name.endswith("_width") else ""
     box = f'<div class="box" tabindex="0" role="group" aria-label="{escape(plot.title)}">{svg.strip()}</div>'
     return f'<figure id="{name}">\n{box}\n<figcaption>{caption}</figcaption>\n</figure>'
 
@@ -157,36 +158,51 @@ def _name(name: str) -> str:
     return escape(name).replace("_", "_<wbr>")
 
 
-def _tiles(run: Run) -> str:
-    step = finite(run.get("seconds_per_step"))
-    tiles = {
-        "test accuracy": _end_accuracy(run, " %"),
-        "test loss": _end_loss(run, "test"),
-        "training loss": _end_loss(run, "train"),
-        "time per step": "–" if step is None else f"{results.significant(1000 * step)} ms",
-        "steps": f"{run['steps']:,}",
-        "epochs": f"{run['epochs']:,}",
-        "batch size": f"{run['batch']:,}",
+def _measures(run: Run) -> dict[str, str]:
+    """How a run went, as a table's headings and cells: those that it has."""
+    best, step, seconds = run.get("best") or {}, finite(run.get("seconds_per_step")), finite(run.get("seconds"))
+    reached = finite(best.get("accuracy"))
+    measures = {
+        "test accuracy (%)": _percent(run, "test"),
+        "top-5 (%)": _percent(run, "test", "top5"),
+        "validation (%)": _percent(run, "validation"),
+        "training (%)": _percent(run, "train"),
+        f"best {best.get('split')} (%)": reached and f"{100 * reached:.1f} (epoch {best.get('epoch')})",
+        "test loss": _loss(run, "test"),
+        "training loss": _loss(run, "train"),
+        "ms per step": step and results.significant(1000 * step),
+        "time": seconds and results.duration(seconds),
         "parameters": f"{run['parameters']:,}",
+        "epochs": f"{run['epochs']:,}",
+        "steps": f"{run['steps']:,}",
+        "batch size": f"{run['batch']:,}",
     }
-    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles.items())
+    return {escape(name): escape(str(words)) for name, words in measures.items() if words}
+
+
+def _tiles(run: Run) -> str:
+    items = "".join(f"<div><dt>{name}</dt><dd>{words}</dd></div>" for name, words in _measures(run).items())
     return f'<dl class="tiles">{items}</dl>'
 
 
 def _accuracy_table(runs: Sequence[Run]) -> str:
-    lines, found, seeds = results.series(runs), results.widths(runs), len({run["seed"] for run in runs})
+    lines, found = results.series(runs), results.widths(runs)
+    cells = [own for line in lines for width in found if (own := line.at(width))]
+    seeds = [len({run["seed"] for run in own}) for own in cells]
     caption = "Test accuracy (%) at the end of training"
-    caption += f", mean ± sample standard deviation over {seeds} seeds." if seeds > 1 else "."
-    if any(results.reference(runs, line) for line in lines):
-        caption += " Below it, smaller: the gap to backprop at the same width, in percentage points."
-    cells = (results.cell(runs, line, width) for line in lines for width in found)
-    if any(len({run["seed"] for run in own}) < len(own) for own in cells):
-        caption += " Some cells average over runs that differ in more than the seed: see the options that differ."
+    if max(seeds) > 1:
+        number = f"{max(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+        caption += f", mean ± sample standard deviation over {number} seeds"
+    caption += "."
+    if any(line.base for line in lines):
+        caption += " Below it, smaller: the gap to backprop at the same width and options, in percentage points."
+    if seeds != [len(own) for own in cells]:
+        caption += " Some cells average over several runs of the same seed."
     rows = []
     for line, look in theme.looks(lines).items():
         swatch = f'<i style="background:var(--{look.color})"></i>'
         row = [f'<span class="key">{swatch}<span>{_name(line.label)}</span></span>']
-        for value, gap, lost in (_accuracy_words(runs, line, width) for width in found):
+        for value, gap, lost in (_accuracy_words(line, width) for width in found):
             shown = "–" if value == "-" else value.replace("±", "± ")
             below = "<br>".join(words for words in (gap.replace("-", "&minus;"), lost) if words)
             row.append(shown + (f"<small>{below}</small>" if below else ""))
@@ -197,38 +213,37 @@ def _accuracy_table(runs: Sequence[Run]) -> str:
 def _runs_table(runs: Sequence[Run], path: Path) -> str:
     """One row a run; a column in which all runs agree becomes a part of the caption."""
     rows = []
-    for run in runs:
-        step, seconds = finite(run.get("seconds_per_step")), finite(run.get("seconds"))
-        rows.append({
-            "run": _link(run, path), "rule": escape(run["rule"]), "net": escape(run["net"]),
-            "width": str(run["width"]), "seed": str(run["seed"]), "parameters": f"{run['parameters']:,}",
-            "epochs": f"{run['epochs']:,}", "steps": f"{run['steps']:,}", "batch size": f"{run['batch']:,}",
-            "test accuracy (%)": _end_accuracy(run),
-            "test loss": _end_loss(run, "test"), "training loss": _end_loss(run, "train"),
-            "ms per step": "–" if step is None else results.significant(1000 * step),
-            "time": "–" if seconds is None else _duration(seconds),
-        })  # fmt: skip
+    for line in results.series(runs):
+        options = {_name(option): escape(value) for option, value in line.options.items()}
+        for run in line.runs:
+            names = {key: _name(str(run[key])) for key in ("rule", "net", "width", "seed")}
+            rows.append({"run": _link(run, path), **names, **options, **_measures(run)})
+    head = dict.fromkeys(key for row in rows for key in row)
+    columns = {key: [row.get(key, "–") for row in rows] for key in head}
+    if set(columns.get("top-5 (%)", [])) <= {"–", "diverged", "100.0"}:
+        columns.pop("top-5 (%)", None)  # with five classes or fewer it is no news
     settings = ("net", "width", "seed", "parameters", "epochs", "steps", "batch size")
-    common = [key for key in settings if len({row[key] for row in rows}) == 1]
-    caption = f"The same in all runs: {', '.join(f'{key} {rows[0][key]}' for key in common)}. " if common else ""
+    common = {key: columns.pop(key)[0] for key in settings if len(set(columns[key])) == 1}
+    shared = ", ".join(f"{key} {value}" for key, value in common.items())
+    caption = f"The same in all runs: {shared}. " if shared else ""
     caption += "A linked name leads to the run's own report." if any("<a " in row["run"] for row in rows) else ""
-    head = [key for key in rows[0] if key not in common]
-    return _table(head, [[row[key] for key in head] for row in rows], caption, ("rule", "net"), "dense")
+    return _table(list(columns), list(zip(*columns.values(), strict=True)), caption, ("rule", "net"), "dense")
 
 
 def _link(run: Run, path: Path) -> str:
     """A run's name, linked to its report if its folder, as seen from the page, holds one."""
     page = path.parent / run["folder"] / "report.html"
     if not page.is_file() or page.resolve() == path.resolve():
-        return escape(run["name"])
+        return _name(run["name"])
     target = os.path.relpath(page.resolve(), path.parent.resolve())
-    return f'<a href="{escape(quote(target))}">{escape(run["name"])}</a>'
+    return f'<a href="{escape(quote(target))}">{_name(run["name"])}</a>'
 
 
 def _differences(runs: Sequence[Run]) -> str:
     rows = []
     for option, values in results.differences(runs).items():
-        for index, (value, its) in enumerate(values.items()):
+        for index, value in enumerate(dict.fromkeys(values)):
+            its = [run for run, own in zip(runs, values, strict=True) if own == value]
             name = f"<code>{_name(option)}</code>" if index == 0 else ""
             rows.append([name, f"<code>{escape(value)}</code>", _name(_whose(its, runs))])
     if not rows:
@@ -237,13 +252,12 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _whose(its: Sequence[Run], runs: Sequence[Run]) -> str:
-    """Names some of the runs in words: by what they share if that picks out just them, else one by one."""
+    """Names some of the runs in words: by what they share if that picks out just them, else by name or number."""
     for key in ("rule", "net", "width", "seed"):
         shared = {run[key] for run in its}
         if sum(run[key] in shared for run in runs) == len(its):
             return f"{key} " + ", ".join(str(value) for value in sorted(shared))
-    names = [run["name"] for run in its]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(run["name"] for run in its) if len(its) <= 4 else f"{len(its)} of {len(runs)} runs"
 
 
 def _groups(options: dict[str, object]) -> str:
@@ -268,20 +282,16 @@ def _numbers(data: Result, json_name: str) -> str:
     )
 
 
-def _end_accuracy(run: Run, unit: str = "") -> str:
-    accuracy = results.accuracy(run)
-    if accuracy is None:
-        return "diverged" if results.diverged(run) else "–"
-    return f"{accuracy:.1f}{unit}"
+def _percent(run: Run, split: str, key: str = "accuracy") -> str:
+    reached = results.accuracy(run, split, key)
+    return _missing(run, split, key) if reached is None else f"{reached:.1f}"
 
 
-def _end_loss(run: Run, part: str) -> str:
-    value = finite(run[part].get("loss"))
-    return "diverged" if value is None else f"{value:#.3g}".rstrip(".")
+def _loss(run: Run, split: str) -> str:
+    value = finite(run[split].get("loss"))
+    return _missing(run, split, "loss") if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{results.significant(seconds / size, 2)} {unit}"
-    return f"{results.significant(seconds, 2)} s"
+def _missing(run: Run, split: str, key: str) -> str:
+    """What stands in the place of a number that a run has not: nothing, if it was not measured."""
+    return "diverged" if results.diverged(run) and key in (run.get(split) or {}) else ""

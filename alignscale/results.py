@@ -3,6 +3,7 @@
 Format 1 holds `title`, `created`, `command`, `hardware`, `versions`, `config` (the options common to all runs) and
 `runs`: a list with one object per run, each with its resolved `config`, its final `test` and `train` numbers and a
 `curve` with one point per epoch. A loss that ended as NaN or infinity is null or JSON's NaN: the run diverged.
+Some runs have more: OPTIONAL_FIELDS, and top-5 accuracies; accuracies are fractions.
 
 Stands alone because the page, the figures and the terminal's table must agree on every mean, gap and divergence.
 """
@@ -13,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,12 @@ RUN_FIELDS = {
     "name": str, "folder": str, "rule": str, "net": str, "width": int, "seed": int, "parameters": int, "config": dict,
     "steps": int, "epochs": int, "batch": int, "test": dict, "train": dict, "curve": list,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Series:
-    """What one line, row or bar stands for: the runs of one rule on one net, of any width and seed."""
-
-    rule: str
-    net: str
-    label: str
+# `best` has split, accuracy, epoch and step; `skipped` counts the examples that could not be decoded; `data` names the
+# data set; `failed` says where a run diverged.
+OPTIONAL_FIELDS = {"validation": dict, "best": dict, "skipped": int, "data": str, "failed": str}
+# Options that change none of the numbers, and so set no two runs apart.
+INERT = ("run.", "log.", "checkpoint.", "resume.", "name.", "threads.")
+ABSENT = "(absent)"
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,51 @@ class Spread:
 
     mean: float | None
     std: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """What one line, row or bar stands for: runs that at each width differ in the seed alone.
+
+    options: those that set it apart from other series, with its values. base: the series of backprop on the same net
+    and with the same options, to which the gap is; None where there is none, and for backprop itself.
+    """
+
+    rule: str
+    net: str
+    label: str
+    options: dict[str, str] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    base: Series | None = None
+
+    def at(self, width: int) -> list[Run]:
+        """The runs at one width: one for each seed."""
+        return [run for run in self.runs if run["width"] == width]
+
+    def accuracy(self, width: int) -> Spread:
+        """Final test accuracy at one width, in percent, over seeds."""
+        return spread(accuracy(run) for run in self.at(width))
+
+    def gap(self, width: int) -> Spread:
+        """Accuracy minus that of `base` in percentage points: the difference of the two means.
+
+        Its standard deviation is that of the differences seed by seed, given where both finished the same seeds.
+        """
+        mean, base = self.accuracy(width).mean, self.base.accuracy(width).mean if self.base else None
+        if self.base is None or mean is None or base is None:
+            return Spread(None, None)
+        ours, theirs = (
+            sorted((run["seed"], reached) for run in line.at(width) if (reached := accuracy(run)) is not None)
+            for line in (self, self.base)
+        )
+        same_seeds = [seed for seed, _ in ours] == [seed for seed, _ in theirs]
+        paired = spread(a - b for (_, a), (_, b) in zip(ours, theirs, strict=False))
+        return Spread(mean - base, paired.std if same_seeds else None)
+
+    def step_milliseconds(self, width: int) -> Spread:
+        """Median time of a step in milliseconds, over seeds."""
+        times = (finite(run.get("seconds_per_step")) for run in self.at(width))
+        return spread(None if time is None else 1000 * time for time in times)
 
 
 def read_result(path: Path) -> Result:
@@ -77,7 +120,10 @@ def _fault(data: object) -> str | None:
     if wrong:
         return wrong
     for index, run in enumerate(runs):
-        wrong = _wrong_field(run, RUN_FIELDS) if isinstance(run, dict) else "no object"
+        given = {
+            key: kind for key, kind in OPTIONAL_FIELDS.items() if isinstance(run, dict) and run.get(key) is not None
+        }
+        wrong = _wrong_field(run, RUN_FIELDS | given) if isinstance(run, dict) else "no object"
         if wrong:
             return f"run {index} with {wrong}"
         if not all(isinstance(point, dict) and finite(point.get("epoch")) is not None for point in run["curve"]):
@@ -102,13 +148,13 @@ def finite(value: object) -> float | None:
 
 
 def diverged(run: Run) -> bool:
-    """Whether a run ended with a loss that is no number (an accuracy that was never measured is not a divergence)."""
-    return finite(run["test"].get("loss")) is None or finite(run["train"].get("loss")) is None
+    """Whether a run ended with a loss that is no number (what was never measured is not a divergence)."""
+    return bool(run.get("failed")) or any(finite(run[part].get("loss", 0)) is None for part in ("test", "train"))
 
 
-def accuracy(run: Run) -> float | None:
-    """Test accuracy at the end of a run in percent, None where it diverged or has none."""
-    value = finite(run["test"].get("accuracy"))
+def accuracy(run: Run, split: str = "test", key: str = "accuracy") -> float | None:
+    """An accuracy at the end of a run in percent, None where it diverged or has none; key: `accuracy` or `top5`."""
+    value = finite((run.get(split) or {}).get(key))
     return None if value is None or diverged(run) else 100 * value
 
 
@@ -124,51 +170,38 @@ def widths(runs: Sequence[Run]) -> list[int]:
 
 
 def series(runs: Sequence[Run]) -> list[Series]:
-    """The rules (on each net, if there are several) in the order of the runs, backprop first."""
-    pairs = sorted(dict.fromkeys((run["rule"], run["net"]) for run in runs), key=lambda pair: pair[0] != "backprop")
-    several = len({net for _, net in pairs}) > 1
-    return [Series(rule, net, f"{rule} ({net})" if several else rule) for rule, net in pairs]
+    """The runs as series, rule by rule in the order of the runs, backprop first.
 
-
-def cell(runs: Sequence[Run], line: Series, width: int) -> list[Run]:
-    """The runs of one series at one width: one for each seed."""
-    return [run for run in runs if (run["rule"], run["net"], run["width"]) == (line.rule, line.net, width)]
-
-
-def accuracies(runs: Sequence[Run], line: Series, width: int) -> Spread:
-    """Final test accuracy of one series at one width, in percent, over seeds."""
-    return spread(accuracy(run) for run in cell(runs, line, width))
-
-
-def reference(runs: Sequence[Run], line: Series) -> Series | None:
-    """Backprop on the same net; None where it was not run, and for backprop itself."""
-    return next((one for one in series(runs) if one.rule == "backprop" != line.rule and one.net == line.net), None)
-
-
-def gap(runs: Sequence[Run], line: Series, width: int) -> Spread:
-    """Accuracy minus backprop's in percentage points: the difference of the two means.
-
-    Its standard deviation is that of the differences seed by seed, given where both finished the same seeds.
+    Runs of one rule, net and width that differ in an option belong to different series: their mean would be over
+    more than seeds. Of options that differ together, the first is enough.
     """
-    other = reference(runs, line)
-    if other is None:
-        return Spread(None, None)
-    mean, base = accuracies(runs, line, width).mean, accuracies(runs, other, width).mean
-    if mean is None or base is None:
-        return Spread(None, None)
-    ours, theirs = (
-        sorted((run["seed"], reached) for run in cell(runs, one, width) if (reached := accuracy(run)) is not None)
-        for one in (line, other)
-    )
-    same_seeds = [seed for seed, _ in ours] == [seed for seed, _ in theirs]
-    paired = spread(a - b for (_, a), (_, b) in zip(ours, theirs, strict=False))
-    return Spread(mean - base, paired.std if same_seeds else None)
-
-
-def step_milliseconds(runs: Sequence[Run], line: Series, width: int) -> Spread:
-    """Median time of a step in milliseconds, over seeds."""
-    times = (finite(run.get("seconds_per_step")) for run in cell(runs, line, width))
-    return spread(None if time is None else 1000 * time for time in times)
+    keys: list[tuple[str, ...]] = [(run["rule"], run["net"]) for run in runs]
+    at = [run["width"] for run in runs]
+    parting = []
+    for option, values in differences(runs).items():
+        finer = [(*key, value) for key, value in zip(keys, values, strict=True)]
+        splits_cells = len(set(zip(finer, at, strict=True))) > len(set(zip(keys, at, strict=True)))
+        if splits_cells and not f"{option}.".startswith(INERT):
+            keys = finer
+            parting.append(option)
+    rules = list(dict.fromkeys(["backprop", *(run["rule"] for run in runs)]))
+    lines: list[Series] = []
+    for key in sorted(dict.fromkeys(keys), key=lambda key: rules.index(key[0])):
+        rule, net, *values = key
+        options = dict(zip(parting, values, strict=True))
+        label = rule if len({net for _, net, *_ in keys}) == 1 else f"{rule} ({net})"
+        for place, (option, value) in enumerate(options.items(), 2):
+            varies = len({other[place] for other in keys if other[:2] == key[:2]}) > 1
+            label += f", {option}={value}" if varies else ""
+        bases = [
+            line
+            for line in lines
+            if (line.rule, line.net) == ("backprop", net) != (rule, net)
+            and all(len({value, line.options[option]} - {ABSENT}) < 2 for option, value in options.items())
+        ]
+        own = [run for run, its in zip(runs, keys, strict=True) if its == key]
+        lines.append(Series(rule, net, label, options, own, bases[0] if len(bases) == 1 else None))
+    return lines
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -187,20 +220,17 @@ def option_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Options that differ between runs: name -> value -> its runs.
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Options that differ between runs, each with its value in every run.
 
     An option that only repeats a run's rule, net, width, seed, name or folder is left out: the tables show these.
     """
     configs = [flatten(run["config"]) for run in runs]
-    found: dict[str, dict[str, list[Run]]] = {}
+    shown = [[str(run[key]) for run in runs] for key in ("rule", "net", "width", "seed", "name", "folder")]
+    found = {}
     for option in dict.fromkeys(name for config in configs for name in config):
-        values: dict[str, list[Run]] = {}
-        for run, config in zip(runs, configs, strict=True):
-            values.setdefault(option_text(config[option]) if option in config else "(absent)", []).append(run)
-        shown = ("rule", "net", "width", "seed", "name", "folder")
-        repeats = any(all(value == str(run[key]) for value, its in values.items() for run in its) for key in shown)
-        if len(values) > 1 and not repeats:
+        values = [option_text(config[option]) if option in config else ABSENT for config in configs]
+        if len(set(values)) > 1 and values not in shown:
             found[option] = values
     return found
 
@@ -208,7 +238,7 @@ def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 def summary(data: Result) -> str:
     """One line for the terminal: how the first run ended."""
     run = data["runs"][0]
-    reached, step = accuracy(run), finite(run["seconds_per_step"])
+    reached, step = accuracy(run), finite(run.get("seconds_per_step"))
     parts = ["diverged" if reached is None else f"test accuracy {reached:.2f} %"]
     loss = finite(run["test"].get("loss"))
     parts += [] if loss is None else [f"test loss {loss:.4f}"]
@@ -221,3 +251,11 @@ def significant(value: float, digits: int = 3) -> str:
     """A positive number to a few significant digits, never in exponential notation."""
     places = 0 if value <= 0 else max(0, digits - 1 - math.floor(math.log10(value)))
     return f"{value:.{places}f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it, to two digits."""
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{significant(seconds / size, 2)} {unit}"
+    return f"{significant(seconds, 2)} s"

@@ -1,4 +1,4 @@
-"""What a report looks like: the colours of its two themes, the look of each rule, and the page's style sheet.
+"""What a report looks like: the colours of its two themes, the look of each rule; report.css has the rest of the style.
 
 Stands alone because the page and the figures in it must agree on all three, and the page needs them without matplotlib.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignscale.results import Series
 
@@ -53,9 +54,14 @@ LOOKS = {
 
 
 def looks(lines: Sequence[Series]) -> dict[Series, Look]:
-    """The look of each series: its rule's own, or for a rule unknown here (or met on a second net) one that is free."""
-    used = {line.rule for line in lines}
-    spare = itertools.cycle([look for rule, look in LOOKS.items() if rule not in used] or list(LOOKS.values())[1:])
+    """The look of each series: its rule's own for the first, for others one that is free.
+
+    Where none is free any more, one rule's colour goes with another's marker and dashes.
+    """
+    used, own = {line.rule for line in lines}, list(LOOKS.values())[1:]
+    mixed = (zip(own, own[turn:] + own[:turn], strict=True) for turn in range(1, len(own)))
+    mixtures = [Look(one.color, other.marker, other.dash) for pairs in mixed for one, other in pairs]
+    spare = itertools.cycle([look for rule, look in LOOKS.items() if rule not in used] + mixtures)
     chosen: dict[Series, Look] = {}
     for line in lines:
         first = line.rule not in {other.rule for other in chosen}
@@ -66,63 +72,5 @@ def looks(lines: Sequence[Series]) -> dict[Series, Look]:
 def style_sheet() -> str:
     """The page's style sheet: one set of rules over the roles, which take the theme's colours as CSS variables."""
     light, dark = ("".join(f"--{role}:{color};" for role, color in one.items()) for one in (LIGHT, DARK))
-    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}"
-
-
-STYLE = """
-*{box-sizing:border-box}
-html{color-scheme:light dark;-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:60rem;margin:0 auto;padding:2.2rem 1.2rem 3rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .4rem;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:2.8rem 0 .8rem;padding-top:.9rem;border-top:1px solid var(--grid)}
-h3{font-size:.95rem;margin:0 0 .3rem}
-p{margin:.4rem 0;max-width:46rem}
-a{color:var(--link);text-underline-offset:.15em}
-a:focus-visible,.box:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-.quiet,figcaption,thead th,dt{color:var(--muted)}
-.quiet,figcaption{font-size:.875rem}
-code,pre{font-family:ui-monospace,"SF Mono",Menlo,Consolas,monospace;font-size:.84rem}
-.box{overflow-x:auto;max-width:100%}
-pre.box{background:var(--panel);border:1px solid var(--grid);border-radius:6px;padding:.6rem .8rem;margin:.6rem 0}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem;margin-top:.6rem}
-th,td{padding:.36rem .8rem;text-align:right;white-space:nowrap;vertical-align:top}
-th{font-weight:600}
-thead th{border-top:2px solid var(--ink);border-bottom:1px solid var(--ink)}
-tbody tr:last-child>*{border-bottom:2px solid var(--ink)}
-tbody tr+tr>*{border-top:1px solid var(--grid)}
-th:first-child,.text{text-align:left}
-th:first-child{padding-left:0}
-tbody th{position:sticky;left:0;background:var(--paper)}
-td.text{white-space:normal}
-td small{display:block;color:var(--muted);font-size:.8rem;line-height:1.3}
-.dense{font-size:.8rem}
-.dense th,.dense td{padding:.16rem .45rem}
-.dense th:first-child{padding-left:0}
-.dense td.text{white-space:nowrap}
-.dense thead th{white-space:normal;vertical-align:bottom}
-.dense tbody th{font-weight:400}
-.key{display:inline-flex;gap:.5em;align-items:baseline}
-.key i{flex:none;width:.7em;height:.7em;border-radius:2px}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:.6rem 2rem;align-items:start}
-figure{margin:1.6rem 0 0;min-width:0}
-figure svg{display:block;width:100%;height:auto}
-figure svg text{font-family:system-ui,-apple-system,"Segoe UI",sans-serif!important}
-figcaption{margin-top:.4rem;max-width:46rem}
-dl,dd{margin:0}
-dt{font-size:.875rem}
-.tiles{display:grid;grid-template-columns:repeat(4,1fr);gap:1rem 1.4rem}
-.tiles dd{font-size:1.3rem;font-weight:600;font-variant-numeric:tabular-nums}
-.groups{columns:19rem;column-gap:2.2rem}
-.group{break-inside:avoid;padding-bottom:1.1rem}
-.group dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.1rem .9rem}
-.group dd{overflow-wrap:anywhere;font-size:.9rem}
-@media (max-width:36rem){
-main{padding:1.3rem 1rem 2rem}
-th,td{padding:.36rem .5rem}
-tbody th{white-space:normal;max-width:8.6rem}
-.dense tbody th{position:static}
-.tiles{grid-template-columns:repeat(2,1fr)}
-}
-@media print{main{max-width:none}.box{overflow:visible}figure,tr{break-inside:avoid}}
-"""
+    rules = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{rules}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from typing import Any
@@ -65,3 +66,25 @@ def diverge(run: dict[str, Any]) -> dict[str, Any]:
         point.update(train_loss=math.nan, test_loss=math.inf, test_accuracy=None, update_cosine=None)
     run["curve"][3].update(train_loss=3e7)
     return run | {"test": {"accuracy": None, "loss": math.nan}, "train": {"loss": None}}
+
+
+def measure_more(run: dict[str, Any]) -> dict[str, Any]:
+    """The run as it would look with a validation split, top-5, a schedule, and files that could not be decoded."""
+    run = copy.deepcopy(run)
+    for point in run["curve"]:
+        accuracy = point["test_accuracy"]
+        point.update(validation_accuracy=accuracy - 0.01, validation_loss=point["test_loss"], validation_top5=0.98)
+        point.update(test_top5=0.99, train_accuracy=accuracy, train_end_loss=point["test_loss"])
+        point["lr"] = 5.0 if point["epoch"] < 6 else 0.5
+    run["test"]["top5"] = 0.991
+    run["train"] |= {"accuracy": 0.997, "top5": 1.0}
+    run["validation"] = {"accuracy": 0.952, "top5": 0.98, "loss": 0.1}
+    run["best"] = {"split": "validation", "accuracy": 0.963, "epoch": 7, "step": 203}
+    return run | {"skipped": 17, "data": "digits"}
+
+
+def set_option(run: dict[str, Any], group: str, name: str, value: object) -> dict[str, Any]:
+    """The run as it would look with another value of an option."""
+    run = copy.deepcopy(run)
+    run["config"].setdefault(group, {})[name] = value
+    return run | {"name": f"{run['name']}-{value}", "folder": f"{run['folder']}-{value}"}

@@ -8,13 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from result_cases import RULES, comparison, diverge, make_result, make_run
+from result_cases import RULES, comparison, diverge, make_result, make_run, measure_more, set_option
 
 from alignscale import figures, report, results, theme
 from tools import plot_runs
@@ -22,13 +23,21 @@ from tools import plot_runs
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison's page, with its JSON and one of the runs' reports beside it."""
+    """A comparison's page that has everything, with its JSON and one of the runs' reports beside it."""
     data, folder = comparison(seeds=2), tmp_path_factory.mktemp("comparison")
-    (folder / "runs/align_ada-32-0").mkdir(parents=True)
-    report.write_report(make_result([make_run()]), folder / "runs/align_ada-32-0/report.html")
-    (folder / "result.json").write_text(json.dumps(data), encoding="utf-8")
-    report.write_report(data, folder / "report.html")
+    data["runs"] = [measure_more(run) for run in data["runs"]]
+    for result, place in (
+        (make_result(data["runs"][2:3], "One run"), folder / data["runs"][2]["folder"]),
+        (data, folder),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        report.write_report(result, place / "report.html")
     return folder / "report.html"
+
+
+def run_page(page: Path) -> Path:
+    return next(page.parent.glob("runs/*/report.html"))
 
 
 def html_of(data: dict[str, Any], folder: Path) -> str:
@@ -51,9 +60,114 @@ def test_several_seeds_give_mean_and_sample_deviation_and_the_gap_is_between_mea
     for run, accuracy in zip(runs, [0.96, 0.98, 0.95, 0.96], strict=True):
         run["test"]["accuracy"] = accuracy
     assert "95.5 ±0.7 (-1.5)" in report.text_table(make_result(runs))
-    gap = results.gap(runs, results.Series("align_ada", "conv3", "align_ada"), 8)
+    gap = results.series(runs)[1].gap(8)
     assert gap.mean == pytest.approx(-1.5)
     assert gap.std == pytest.approx(math.sqrt(0.5))  # of the differences -1 and -2, seed by seed
+
+
+def test_runs_that_differ_in_an_option_are_averaged_over_seeds_alone(tmp_path: Path) -> None:
+    grid = [(rule, lr, seed) for rule in ("backprop", "align_ada") for lr in (0.5, 5.0) for seed in (0, 1)]
+    runs = [set_option(make_run(rule, 8, seed), "optim", "lr", lr) for rule, lr, seed in grid]
+    for run, accuracy in zip(runs, [0.90, 0.92, 0.96, 0.98, 0.80, 0.82, 0.95, 0.96], strict=True):
+        run["test"]["accuracy"] = accuracy
+    html, lines = html_of(make_result(runs), tmp_path), report.text_table(make_result(runs)).splitlines()
+    assert [re.split("  +", line) for line in lines[1:5]] == [
+        ["backprop, optim.lr=0.5", "91.0 ±1.4"],
+        ["backprop, optim.lr=5.0", "97.0 ±1.4"],
+        ["align_ada, optim.lr=0.5", "81.0 ±1.4 (-10.0)"],  # to backprop at the same learning rate
+        ["align_ada, optim.lr=5.0", "95.5 ±0.7 (-1.5)"],
+    ]
+    assert "1 width, 2 seeds, 2 values of optim.lr: 8 runs" in html
+    assert "over 2 seeds." in html
+    assert len(set(re.findall(r'<i style="background:([^"]+)"', html))) == 4
+    labels = figures.figures(make_result(runs))["test_accuracy"]
+    assert all(f">{line.label}<" in labels for line in results.series(runs))
+
+
+def test_of_options_that_differ_only_those_that_part_the_runs_of_a_cell_make_series() -> None:
+    runs = [make_run(rule, width, seed) for rule in RULES[:2] for width in (8, 32) for seed in (0, 1)]
+    for number, run in enumerate(runs):
+        inert = {"run": {"dir": f"runs/{number}"}, "threads": number, "log": {"progress": number % 2 == 0}}
+        run["config"] |= inert | {"checkpoint": {"keep": number}, "optim": {"lr": 1.0 / run["width"]}}
+        run["config"]["data"] = {"name": "digits", "root": f"data/{number}"}
+    assert {"optim.lr", "threads"} <= set(results.differences(runs))
+    assert [line.label for line in results.series(runs)] == ["backprop", "align_ada"]
+    assert [len(line.at(8)) for line in results.series(runs)] == [2, 2]
+
+
+def test_two_options_that_differ_together_are_one_difference() -> None:
+    runs = [set_option(make_run(seed=seed), "optim", "name", name) for name in ("sgd", "adam") for seed in (0, 1)]
+    runs = [set_option(run, "optim", "lr", len(run["config"]["optim"]["name"])) for run in runs]
+    assert [line.label for line in results.series(runs)] == ["align_ada, optim.name=sgd", "align_ada, optim.name=adam"]
+
+
+def test_there_is_no_gap_to_backprop_with_other_options() -> None:
+    runs = [
+        set_option(make_run("align_ada", width), "data", "train_limit", n) for width in (8, 32) for n in (100, 1000)
+    ]
+    runs += [set_option(make_run("backprop", width), "data", "train_limit", 1000) for width in (8, 32)]
+    backprop, small, whole = results.series(runs)
+    assert (backprop.label, small.label) == ("backprop", "align_ada, data.train_limit=100")
+    assert (backprop.base, small.base, whole.base) == (None, None, backprop)
+    assert f">{small.label}<" not in figures.figures(make_result(runs))["gap_width"]
+    assert f">{whole.label}<" in figures.figures(make_result(runs))["gap_width"]
+
+
+def test_the_text_table_is_aligned_whatever_is_in_it() -> None:
+    runs = comparison(widths=(8, 128, 1024), seeds=2)["runs"]
+    runs += [set_option(run, "optim", "lr", 0.125) for run in runs if run["rule"] == "align_ada"]
+    runs = [diverge(run) if run["seed"] == 0 and run["width"] == 8 else run for run in runs]
+    lines = report.text_table(make_result(runs)).splitlines()[:-1]
+    starts = [[match.start() for match in re.finditer(r"(?<=  )\S", line)] for line in lines]
+    assert len(lines) == 8
+    assert all(start == starts[0] for start in starts)
+
+
+def test_a_run_shows_what_it_measured_and_no_more(tmp_path: Path) -> None:
+    tiles = ["top-5 (%)</dt><dd>99.1", "validation (%)</dt><dd>95.2", "best validation (%)</dt><dd>96.3 (epoch 7)"]
+    html, plain = (html_of(make_result([run]), tmp_path) for run in (measure_more(make_run()), make_run()))
+    assert all(tile in html for tile in tiles)
+    assert "Left out because they could not be decoded: 17 examples." in html
+    assert "of training on digits." in html
+    assert not any(word in plain for word in ("top-5", "validation", "best", "decoded"))
+
+
+def test_a_comparison_has_a_column_for_what_some_run_measured(tmp_path: Path) -> None:
+    plain, full = make_run("backprop"), measure_more(make_run())
+    columns = ["top-5 (%)", "validation (%)", "training (%)", "best validation (%)"]
+    html = html_of(make_result([plain, full]), tmp_path)
+    assert all(f">{column}</th>" in html for column in columns)
+    assert "None" not in html
+    full["test"]["top5"] = 1.0  # as with five classes or fewer
+    assert "top-5" not in html_of(make_result([plain, full]), tmp_path)
+    assert not any(f">{column}</th>" in html_of(comparison(rules=RULES[:2]), tmp_path) for column in columns)
+
+
+def test_where_a_run_failed_is_said_at_the_top(tmp_path: Path) -> None:
+    failed = diverge(make_run()) | {"failed": "the loss is not finite at step 98, first in layer 2 <of 4>"}
+    for runs in ([failed], [make_run("backprop"), failed]):
+        lead = html_of(make_result(runs), tmp_path).split("</header>")[0]
+        assert "diverged" in lead
+        assert "align_ada-32-0: the loss is not finite at step 98, first in layer 2 &lt;of 4&gt;" in lead
+
+
+def test_backprop_is_one_line_of_the_cosines_though_its_own_are_recorded() -> None:
+    runs = [set_option(make_run(rule), "optim", "lr", lr) for rule in RULES[:2] for lr in (0.5, 5.0)]
+    for run in runs[:2]:
+        for point in run["curve"]:
+            point["update_cosine"] = 1.0
+    words = re.findall(r">([^<>]+)</text>", figures.figures(make_result(runs))["update_cosine"])
+    assert [word for word in words if "=" in word or word in RULES] == [
+        "backprop", "align_ada, optim.lr=0.5", "align_ada, optim.lr=5.0",
+    ]  # fmt: skip
+
+
+def test_the_learning_rate_is_drawn_where_it_changes() -> None:
+    run = measure_more(make_run())
+    assert {"learning_rate", "validation_accuracy"} <= set(figures.figure_names(make_result([run])))
+    for point in run["curve"]:
+        point["lr"] = 5.0
+    assert "learning_rate" not in figures.figure_names(make_result([run]))
 
 
 def test_diverged_runs_are_named_and_left_out_of_means(tmp_path: Path) -> None:
@@ -105,6 +219,13 @@ def test_every_rule_known_or_not_looks_different() -> None:
     lines = [results.Series(rule, "conv3", rule) for rule in [*list(theme.LOOKS)[1:], "a_rule_of_my_own"]]
     looks = list(theme.looks(lines).values())
     assert len({look.marker for look in looks}) == len({look.color for look in looks}) == len(lines)
+
+
+def test_no_two_series_look_the_same_when_the_colours_are_used_up() -> None:
+    runs = [set_option(make_run() | {"rule": rule}, "optim", "lr", lr) for rule in theme.LOOKS for lr in (1, 2, 3, 4)]
+    looks = theme.looks(results.series(runs))
+    assert len(set(looks.values())) == len(runs) == 32
+    assert all(theme.LOOKS[line.rule] == look for line, look in looks.items() if line.label.endswith("=1"))
 
 
 def test_options_that_differ_are_listed_with_whose_they_are(tmp_path: Path) -> None:
@@ -165,6 +286,7 @@ def test_plot_runs_redraws_a_figure_to_the_same_bytes(tmp_path: Path, kind: str,
         ('{"format": 1, "runs": []}', "found no runs"),
         (json.dumps(make_result([make_run() | {"width": "8"}])), "run 0 with 'width' that is str, not int"),
         (json.dumps(make_result([make_run() | {"curve": [{}]}])), "point without 'epoch'"),
+        (json.dumps(make_result([make_run() | {"best": 0.9}])), "run 0 with 'best' that is float, not dict"),
     ],
 )
 def test_plot_runs_says_in_one_line_what_is_wrong_with_a_file(
@@ -214,35 +336,82 @@ def show(browser: Any, path: Path, width: int = 1200, scheme: str = "light") -> 
     browser.get(path.as_uri())
 
 
+MARKS = """
+const colours = arguments[0];
+const drawn = e => {
+    const style = getComputedStyle(e), box = e.getBoundingClientRect();
+    return box.width + box.height > 3 && [style.stroke, style.fill].some(colour => colours.includes(colour));
+};
+return [...document.querySelectorAll('figure svg')].map(svg =>
+    [...svg.querySelectorAll('[id*=axes_]')].map(axes => [...axes.querySelectorAll('path, use')].filter(drawn).length));
+"""
+TOO_WIDE = """
+const inside = e => e.parentElement && e.parentElement.closest('.box');
+return [...document.querySelectorAll('body *')].filter(e => !inside(e))
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80));
+"""
+
+
+def rgb(color: str) -> str:
+    return f"rgb({', '.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
 @pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
-def test_browser_draws_every_figure_without_an_error(browser: Any, page: Path, width: int) -> None:
-    show(browser, page, width)
+@pytest.mark.parametrize("kind", ["comparison", "run"])
+def test_browser_draws_every_figure_without_an_error(
+    browser: Any, page: Path, kind: str, width: int, scheme: str
+) -> None:
+    show(browser, page if kind == "comparison" else run_page(page), width, scheme)
+    palette = theme.LIGHT if scheme == "light" else theme.DARK
+    roles = {look.color for look in theme.LOOKS.values()}
+    marks = browser.execute_script(MARKS, [rgb(palette[role]) for role in roles])
+    assert [len(figure) for figure in marks] == ([1, 1, 3, 3, 3, 3, 3, 3] if kind == "comparison" else [1] * 6)
+    assert all(count >= 6 for figure in marks for count in figure)
     sizes = browser.execute_script(
-        "return [...document.querySelectorAll('figure svg')].map(s => [...s.querySelectorAll('[id*=axes_]')]"
-        ".map(a => a.getBoundingClientRect()).concat([s.getBoundingClientRect()]).map(b => [b.width, b.height]))"
+        "return [...document.querySelectorAll('figure svg, figure [id*=axes_]')]"
+        ".map(e => e.getBoundingClientRect()).map(box => [box.width, box.height])"
     )
-    assert len(sizes) == 6
-    assert all(w > 50 and h > 50 for figure in sizes for w, h in figure)
+    assert all(w > 50 and h > 50 for w, h in sizes)
+    assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") in (
+        [],
+        ["data:,"],
+    )
     assert browser.get_log("browser") == []
 
 
 @pytest.mark.browser
-def test_browser_finds_the_target_of_every_link(browser: Any, page: Path) -> None:
-    show(browser, page)
+@pytest.mark.parametrize("kind", ["comparison", "run"])
+def test_browser_follows_every_link_to_what_it_names(browser: Any, page: Path, kind: str) -> None:
+    source = page if kind == "comparison" else run_page(page)
+    show(browser, source)
     links = browser.execute_script("return [...document.querySelectorAll('a')].map(a => a.href)")
-    targets = [Path(unquote(urlsplit(link).path)) for link in links]
-    assert targets == [page.parent / "runs/align_ada-32-0/report.html", page.parent / "result.json"]
-    assert all(target.is_file() for target in targets)
+    expected = (
+        [run_page(page), page.parent / "result.json"] if kind == "comparison" else [source.parent / "result.json"]
+    )
+    assert [Path(unquote(urlsplit(link).path)) for link in links] == expected
+    for number, link in enumerate(links):
+        show(browser, source)
+        browser.execute_script("document.querySelectorAll('a')[arguments[0]].click()", number)
+        deadline = time.monotonic() + 20
+        while browser.current_url != link and time.monotonic() < deadline:
+            time.sleep(0.02)
+        text = browser.execute_script("return document.body.innerText")
+        assert json.loads(text)["format"] == 1 if link.endswith(".json") else text.startswith("One run")
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.browser
-def test_browser_on_a_phone_scrolls_boxes_but_not_the_page(browser: Any, page: Path) -> None:
-    for path in (page, page.parent / "runs/align_ada-32-0/report.html"):
-        show(browser, path, width=390)
-        assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-        small = "return [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
-        assert min(browser.execute_script(small)) > 8
+@pytest.mark.parametrize("kind", ["comparison", "run"])
+def test_browser_on_a_phone_scrolls_boxes_but_not_the_page(browser: Any, page: Path, kind: str) -> None:
+    show(browser, page if kind == "comparison" else run_page(page), width=390)
+    assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    assert browser.execute_script(TOO_WIDE) == []
+    spilt = "return [...document.querySelectorAll('th, td')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert browser.execute_script(spilt) == 0
+    small = "return [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
+    assert min(browser.execute_script(small)) > 8
 
 
 def contrast(one: str, other: str) -> float:
