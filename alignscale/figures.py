@@ -98,17 +98,22 @@ def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -
     _legend(figure, handles)
 
 
-def _history(own: Sequence[Run], key: str) -> tuple[list[float], list[Spread]]:
-    """A quantity over epochs, over the seeds that did not diverge; where all did, over all, as far as it is finite."""
-    points: dict[float, list[float | None]] = {}
+def _finished(runs: Sequence[Run]) -> Sequence[Run]:
+    """The runs that did not diverge; where all did, all."""
+    return [run for run in runs if not results.diverged(run)] or runs
+
+
+def _history(own: Sequence[Run], key: str) -> tuple[list[float], list[float], list[float]]:
+    """Epochs, and a quantity's mean and deviation then, as far as it is finite, over the seeds that did not diverge."""
+    points: dict[float, list[float]] = {}
     scale = 100.0 if key.endswith("accuracy") else 1.0
-    for run in [run for run in own if not results.diverged(run)] or own:
+    for run in _finished(own):
         for point in run["curve"]:
             value = finite(point.get(key))
-            points.setdefault(point["epoch"], []).append(None if value is None else scale * value)
-    history = {epoch: spread(points[epoch]) for epoch in sorted(points)}
-    history = {epoch: one for epoch, one in history.items() if one.mean is not None}
-    return list(history), list(history.values())
+            if value is not None:
+                points.setdefault(point["epoch"], []).append(scale * value)
+    epochs = sorted(points)
+    return epochs, *_numbers([spread(points[epoch]) for epoch in epochs])
 
 
 def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: str) -> None:
@@ -121,10 +126,9 @@ def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: 
         if key == "update_cosine":
             handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
         for line, look in looks(results.series(runs)).items():
-            epochs, spreads = _history(line.at(width), key)
+            epochs, mean, std = _history(line.at(width), key)
             if not epochs or (key, line.rule) == ("update_cosine", "backprop"):
                 continue
-            mean, std = _numbers(spreads)
             if any(std):
                 low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
                 axis.fill_between(epochs, low, high, color=palette[look.color], alpha=0.14, linewidth=0)
@@ -141,35 +145,32 @@ def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str) -> None:
 
     A run on its way to infinity, or an accuracy near chance, would press all that matters into a thin stripe.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator
 
     skip = 1 if key.endswith("accuracy") and len(runs) > 1 else 0
-    curves = [_history([run], key)[1] for run in [run for run in runs if not results.diverged(run)] or runs]
-    values = [one.mean for curve in curves for one in (curve[skip:] or curve) if one.mean is not None]
+    curves = [_history([run], key)[1] for run in _finished(runs)]
+    values = [mean for curve in curves for mean in (curve[skip:] or curve)]
     if not values:
         return
     low, high = min(values), max(values)
     if key == "update_cosine":
         high = max(high, 1.0)
-    logarithmic = key.endswith("loss") and 0 < 8 * low < high
-    margin = 0.06 * ((math.log10(high / low) if logarithmic else high - low) or 1.0)
-    if not logarithmic:
-        axes[0].set_ylim(low - margin, high + margin)
-        return
-    axes[0].set_yscale("log")
-    axes[0].set_ylim(low * 10**-margin, high * 10**margin)
-    for axis in axes:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_locator(NullLocator())
+    if key.endswith("loss") and 0 < 8 * low < high:
+        room = (high / low) ** 0.06
+        axes[0].set(yscale="log", ylim=(low / room, high * room))
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].minorticks_off()
+    else:
+        room = 0.06 * (high - low or 1.0)
+        axes[0].set_ylim(low - room, high + room)
 
 
 def _step_time(figure: Figure, data: Result, palette: Palette) -> None:
     """Time per step as bars: a panel a width, its milliseconds and its ratio to backprop written beside each bar."""
     runs = data["runs"]
     chosen = looks(results.series(runs))
-    left = 0.065 * max(len(line.label) for line in chosen)
-    axes = _panels(figure, runs, row=0.55 + 0.23 * len(chosen), left=left)
+    axes = _panels(figure, runs, row=0.55 + 0.23 * len(chosen), left=0.065 * max(len(line.label) for line in chosen))
     for axis, width in zip(axes, results.widths(runs), strict=True):
         longest = max(line.step_milliseconds(width).mean or 0.0 for line in chosen) or 1.0
         for place, (line, look) in enumerate(chosen.items()):
@@ -256,7 +257,6 @@ def figure_names(data: Result) -> list[str]:
 
 def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
     """One figure as a file's bytes; the same for the same data, whatever the reader's own matplotlib settings are."""
-    import matplotlib
     import matplotlib.style
     from matplotlib.figure import Figure
 
@@ -288,8 +288,9 @@ def figures(data: Result) -> dict[str, str]:
         svg = _render(data, name, SENTINELS, "svg").decode()
         for role, sentinel in SENTINELS.items():
             svg = svg.replace(sentinel, f"var(--{role})")
-        svg = re.sub(r'\bid="', f'id="{name}-', svg[svg.index("<svg") :])
-        drawn[name] = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+        limits = r'style="max-width:calc(1.15 * \1);min-width:calc(0.8 * \1)"'  # its box scrolls before text gets tiny
+        svg = re.sub(r'width="([\d.]+pt)" height="[\d.]+pt"', limits, svg[svg.index("<svg") :], count=1)
+        drawn[name] = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
     return drawn
 
 
