@@ -1,46 +1,32 @@
 """alignscale trains wide neural networks without backpropagation through their current weights.
 
-The names below are the library; each is loaded when it is first used, so that a launcher that only reads a
+The names below are the library. ``Learner`` is loaded when it is first used, so that a launcher that only reads a
 configuration does not wait for torch. A whole run with its folder is ``alignscale.train.train``.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from alignscale.choices import (
-        AdamConfig,
-        ConfigError,
-        ConvConfig,
-        CrossEntropyConfig,
-        MLPConfig,
-        MSEConfig,
-        RNNConfig,
-        SGDConfig,
-    )
-    from alignscale.config import TrainConfig
-    from alignscale.learner import Learner
+from alignscale.choices import AdamConfig as AdamConfig
+from alignscale.choices import ConfigError as ConfigError
+from alignscale.choices import ConvConfig as ConvConfig
+from alignscale.choices import CrossEntropyConfig as CrossEntropyConfig
+from alignscale.choices import MLPConfig as MLPConfig
+from alignscale.choices import MSEConfig as MSEConfig
+from alignscale.choices import RNNConfig as RNNConfig
+from alignscale.choices import SGDConfig as SGDConfig
+from alignscale.config import TrainConfig as TrainConfig
 
-__all__ = [
-    "AdamConfig",
-    "ConfigError",
-    "ConvConfig",
-    "CrossEntropyConfig",
-    "Learner",
-    "MLPConfig",
-    "MSEConfig",
-    "RNNConfig",
-    "SGDConfig",
-    "TrainConfig",
-]
+if TYPE_CHECKING:
+    from alignscale.learner import Learner as Learner
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module alignscale has no attribute {name!r}: expected one of {', '.join(__all__)}")
-    module = {"Learner": "learner", "TrainConfig": "config"}.get(name, "choices")
-    return getattr(importlib.import_module(f"alignscale.{module}"), name)
+    if name != "Learner":
+        raise AttributeError(f"module alignscale has no attribute {name!r}")
+    from alignscale.learner import Learner
+
+    return Learner
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), "Learner"]

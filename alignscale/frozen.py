@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alignscale.initial import VERSION, Stream, normal, quantiles
 from alignscale.nets.network import Deltas, Network
-from alignscale.nets.norms import CalibratedNorm
+from alignscale.nets.norms import ALL, CalibratedNorm
 from alignscale.types import Parameters, Trace, Weight
 
 CALIBRATION_CHUNK = 250
@@ -103,22 +103,15 @@ class Fixed:
         weight = weights(Stream.WEIGHT)
 
         def direct(site: int) -> Tensor:
-            readout = net.layers[net.readout].weight
-            shape = net.direct_shapes[site]
-            numbers = normal(
-                seed, Stream.DIRECT_FEEDBACK, site, (*shape, net.layers[net.readout].shape[0]), device=readout.device
-            )
+            shape, readout = net.direct_shapes[site], net.layers[net.readout].weight
+            numbers = normal(seed, Stream.DIRECT_FEEDBACK, site, (*shape, len(readout)), device=readout.device)
             return numbers.to(readout.dtype).div_(math.sqrt(math.prod(shape))).to(dtype or readout.dtype)
 
         def magnitude(index: int, draw: int) -> Tensor:
             return initial_weight(net, seed, index, Stream.MAGNITUDE, draw).abs_()
 
-        return cls(
-            Frozen(net, lambda index: (weight(index), None)),
-            weights(Stream.FEEDBACK),
-            keep(direct),
-            magnitude,
-        )
+        frozen = Frozen(net, lambda index: (weight(index), None))
+        return cls(frozen, weights(Stream.FEEDBACK), keep(direct), magnitude)
 
 
 def calibrate(frozen: Frozen, images: Tensor) -> None:
@@ -127,45 +120,36 @@ def calibrate(frozen: Frozen, images: Tensor) -> None:
     Site by site, as each site's moments depend on the norms below it. The chunks are fixed, so the result depends on
     the examples and their order alone.
     """
-    state = frozen.net.state
-    chunk_size = CALIBRATION_CHUNK if state is None else min(CALIBRATION_CHUNK, len(frozen.net.layers[state].weight))
-    for norm in frozen.net.norms:
+    net = frozen.net
+    chunk_size = CALIBRATION_CHUNK if net.state is None else min(CALIBRATION_CHUNK, len(net.layers[net.state].weight))
+    for norm in net.norms:
         if not isinstance(norm, CalibratedNorm):
             continue
-        for at in _positions(norm, frozen.net):
-            total = squares = None
+        # A recurrent site is calibrated step by step, as each step depends on the one before.
+        for at in range(len(norm.mean)) if net.recurrent else [ALL]:
+            sums = norm.mean.new_zeros(2, *norm.mean[at].shape, dtype=torch.float64)
             for chunk in images.split(chunk_size):
                 z = _input_of(norm, at, frozen, chunk).double()
-                total = z.sum(0) if total is None else total + z.sum(0)
-                squares = z.square().sum(0) if squares is None else squares + z.square().sum(0)
-            assert total is not None
-            assert squares is not None
-            mean = total / len(images)
-            norm.calibrate(mean, (squares / len(images) - mean.square()).clamp(min=0), at)
-
-
-def _positions(norm: CalibratedNorm, net: Network) -> list[int | None]:
-    """A recurrent site is calibrated step by step, as each step depends on the one before."""
-    return list(range(norm.mean.shape[0])) if net.recurrent else [None]
+                sums += torch.stack([z.sum(0), z.square().sum(0)])
+            mean, square = sums / len(images)
+            norm.calibrate(mean, (square - mean.square()).clamp(min=0), at)
 
 
 class _Reached(Exception):
-    """Raised to end a forward pass at the norm that is being calibrated."""
+    """Ends a forward pass at the norm that is being calibrated, with the tensor that the norm is given."""
 
 
-def _input_of(norm: CalibratedNorm, at: int | None, frozen: Frozen, images: Tensor) -> Tensor:
-    caught: list[Tensor] = []
-
+def _input_of(norm: CalibratedNorm, at: int | slice, frozen: Frozen, images: Tensor) -> Tensor:
     def stop(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        if at is None or arguments[1] == at:
-            caught.append(arguments[0])
-            raise _Reached
+        if arguments[1:] in ((), (at,)):
+            raise _Reached(arguments[0])
 
     handle = norm.register_forward_pre_hook(stop)
     try:
         frozen.trace(images)
-    except _Reached:
-        return caught[0]
+    except _Reached as reached:
+        z: Tensor = reached.args[0]
+        return z
     finally:
         handle.remove()
     raise RuntimeError("the network did not reach the norm that is being calibrated")

@@ -2,99 +2,80 @@
 
 They stand alone because rules take gates from one network and use them in another.
 
-Each is three functions: ``forward(x) -> (a, residue)``, ``gate(residue)`` and ``pullback(signal, gate)``. The residue
-is the cheapest tensor that determines the gate. relu's gate is any tensor that is positive where the unit is open, so
-its own output serves, and so do unpacked bits; the other gates are the derivative itself.
+The residue is the cheapest tensor that determines the gate. relu's gate is any tensor that is positive where the unit
+is open, so its own output serves, and so do unpacked bits; the other gates are the derivative itself.
 """
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Activation(ABC):
-    """An elementwise function and its derivative, on tensors of any shape."""
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function and its derivative, on tensors of any shape.
 
-    @abstractmethod
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The activation of ``x`` and what its gate is computed from. May overwrite ``x`` when no graph is built."""
+    forward: x -> the activation of x, and the residue. It may overwrite x when no graph is built.
+    gate: residue -> the gate, in the form that ``pullback`` reads.
+    pullback: signal after the activation, gate -> delta before it, signal * act'(x).
+    """
 
-    @abstractmethod
-    def gate(self, residue: Tensor) -> Tensor:
-        """The gate, in the form that ``pullback`` reads."""
-
-    @abstractmethod
-    def pullback(self, signal: Tensor, gate: Tensor) -> Tensor:
-        """Signal after the activation -> delta before it: signal * act'(x)."""
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    gate: Callable[[Tensor], Tensor]
+    pullback: Callable[[Tensor, Tensor], Tensor] = torch.mul
 
 
-class Relu(Activation):
-    """max(x, 0), with derivative 0 at 0."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """relu(x), twice: positive exactly where x is."""
-        a = torch.relu(x) if torch.is_grad_enabled() else torch.relu_(x)
-        return a, a
-
-    def gate(self, residue: Tensor) -> Tensor:
-        """The residue itself: its sign is the gate."""
-        return residue
-
-    def pullback(self, signal: Tensor, gate: Tensor) -> Tensor:
-        """Signal where the gate is positive, else 0, in one pass."""
-        return torch.ops.aten.threshold_backward(signal, gate, 0)
+def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    a = torch.relu(x) if torch.is_grad_enabled() else torch.relu_(x)
+    return a, a
 
 
-class Tanh(Activation):
-    """tanh(x)."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """tanh(x), twice: the derivative is a function of the value."""
-        a = torch.tanh(x)
-        return a, a
-
-    def gate(self, residue: Tensor) -> Tensor:
-        """1 - tanh(x)^2."""
-        return 1 - residue.square()
-
-    def pullback(self, signal: Tensor, gate: Tensor) -> Tensor:
-        """Signal * gate."""
-        return signal * gate
+def _itself(residue: Tensor) -> Tensor:
+    return residue
 
 
-class Erf(Activation):
+def _where_open(signal: Tensor, gate: Tensor) -> Tensor:
+    """Signal where the gate is positive, else 0, in one pass: relu's derivative at 0 is 0."""
+    return torch.ops.aten.threshold_backward(signal, gate, 0)
+
+
+def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    a = torch.tanh(x)
+    return a, a
+
+
+def _tanh_gate(residue: Tensor) -> Tensor:
+    """1 - tanh(x)^2, a function of the value."""
+    return 1 - residue.square()
+
+
+def _erf(x: Tensor) -> tuple[Tensor, Tensor]:
     """erf(x), whose infinite-width kernel is known in closed form."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """erf(x) and x."""
-        return torch.erf(x), x
-
-    def gate(self, residue: Tensor) -> Tensor:
-        """2 / sqrt(pi) * exp(-x^2)."""
-        return torch.exp(-residue.square()) * (2 / math.sqrt(math.pi))
-
-    def pullback(self, signal: Tensor, gate: Tensor) -> Tensor:
-        """Signal * gate."""
-        return signal * gate
+    return torch.erf(x), x
 
 
-class Gelu(Activation):
+def _erf_gate(residue: Tensor) -> Tensor:
+    """2 / sqrt(pi) * exp(-x^2)."""
+    return torch.exp(-residue.square()) * (2 / math.sqrt(math.pi))
+
+
+def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """x * Phi(x), Phi the normal distribution function (Hendrycks & Gimpel 2016, the exact form)."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """gelu(x) and x."""
-        return torch.nn.functional.gelu(x), x
-
-    def gate(self, residue: Tensor) -> Tensor:
-        """Phi(x) + x * phi(x)."""
-        density = torch.exp(-residue.square() / 2) / math.sqrt(2 * math.pi)
-        return torch.special.ndtr(residue) + residue * density
-
-    def pullback(self, signal: Tensor, gate: Tensor) -> Tensor:
-        """Signal * gate."""
-        return signal * gate
+    return torch.nn.functional.gelu(x), x
 
 
-ACTIVATIONS: dict[str, Activation] = {"relu": Relu(), "gelu": Gelu(), "tanh": Tanh(), "erf": Erf()}
+def _gelu_gate(residue: Tensor) -> Tensor:
+    """Phi(x) + x * phi(x)."""
+    density = torch.exp(-residue.square() / 2) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(residue) + residue * density
+
+
+ACTIVATIONS = {
+    "relu": Activation(_relu, _itself, _where_open),
+    "gelu": Activation(_gelu, _gelu_gate),
+    "tanh": Activation(_tanh, _tanh_gate),
+    "erf": Activation(_erf, _erf_gate),
+}

@@ -3,37 +3,24 @@
 It stands alone as the one forward pass and the one pullback of every MLP and convolutional network here.
 """
 
-from collections.abc import Sequence
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from alignscale.nets.activations import Activation
+from alignscale.choices import NetConfig
 from alignscale.nets.layers import Layer
-from alignscale.nets.network import Deltas, Network
-from alignscale.nets.norms import Norm
-from alignscale.types import NormState, Parameters, Trace, Weight
+from alignscale.nets.network import Deltas, Gates, Network, States
+from alignscale.types import Parameters, Trace, Weight
 
 
 class LayeredNet(Network):
     """layer, norm, activation, layer, ..., readout; maps are averaged over positions before the readout."""
 
-    def __init__(
-        self,
-        layers: list[Layer],
-        norms: list[Norm],
-        activation: Activation,
-        outputs: list[tuple[int, ...]],
-        blocks: str,
-    ) -> None:
-        """Outputs: per hidden layer, the shape of one example's pre-activations; blocks: ``theory`` or ``public``."""
-        super().__init__(activation)
-        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.norms = nn.ModuleList(norms)  # type: ignore[assignment]
-        self.sites = [*range(len(norms)), None]
-        self.readout = len(norms)
-        self.direct_shapes = outputs
-        self.flat = len(outputs[-1]) == 1
-        self.public = blocks == "public"
+    def __init__(self, config: NetConfig, layers: list[Layer], shapes: list[tuple[int, ...]]) -> None:
+        """shapes: per hidden layer, of one example's pre-activations."""
+        super().__init__(config, layers, shapes)
+        self.readout = len(shapes)
+        self.sites = [*range(self.readout), None]
+        self.direct_shapes = shapes
+        self.flat = len(shapes[-1]) == 1
 
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
         """Images (B, C, H, W) -> the trace; logits (B, classes)."""
@@ -50,23 +37,19 @@ class LayeredNet(Network):
         return Trace(inputs, residues, norms, self.run_layer(self.readout, features, parameters))
 
     def pullback(
-        self,
-        error: Tensor,
-        gates: Sequence[Tensor],
-        norms: Sequence[NormState | None],
-        feedback: Weight,
-        local_gates: Sequence[Tensor] | None = None,
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
     ) -> Deltas:
         """Error (B, classes) -> deltas, from the readout down; see Network.pullback."""
         deltas: Deltas = [None] * len(self.layers)
         deltas[self.readout] = delta = error
         for index in reversed(range(self.readout)):
-            above = delta if index + 1 == self.readout else self.norms[index + 1].pullback(delta, norms[index + 1])
-            signal = self.layers[index + 1].transpose(above, feedback(index + 1))
-            if index + 1 == self.readout:
+            above, last = index + 1, index + 1 == self.readout
+            pulled = delta if last else self.norms[above].pullback(delta, norms[above])
+            signal = self.layers[above].transpose(pulled, feedback(above))
+            if last:
                 signal = self._spread(signal)
             deltas[index] = delta = self.activation.pullback(signal, gates[index])
-            if local_gates is not None and index + 1 == self.readout:
+            if last and local_gates is not None:
                 deltas[index] = self.activation.pullback(signal, local_gates[index])
         return deltas
 

@@ -95,7 +95,7 @@ class Linear(Layer):
 class Conv(Layer):
     """weight (out, in, k, k) on maps (B, in, H, W) with TensorFlow's SAME padding: outputs are ceil(H / stride)."""
 
-    def __init__(self, inputs: tuple[int, int, int], out: int, stride: int, gain: float, parameterisation: str) -> None:
+    def __init__(self, inputs: tuple[int, ...], out: int, stride: int, gain: float, parameterisation: str) -> None:
         """Inputs: (C, H, W) of what the layer reads."""
         channels, height, width = inputs
         super().__init__((out, channels, 3, 3), True, gain, parameterisation)

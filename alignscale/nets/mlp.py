@@ -4,10 +4,8 @@ import itertools
 import math
 
 from alignscale.choices import MLPConfig
-from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layered import LayeredNet
 from alignscale.nets.layers import Layer, Linear
-from alignscale.nets.norms import make_norm
 
 
 def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> LayeredNet:
@@ -17,6 +15,4 @@ def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> LayeredNet:
         Linear((out, fan_in), True, config.gain if index else 1.0, config.parameterisation)
         for index, (fan_in, out) in enumerate(itertools.pairwise(sizes))
     ]
-    sites: list[tuple[int, ...]] = [(config.width,)] * config.depth
-    norms = [make_norm(config.norm, site) for site in sites]
-    return LayeredNet(layers, norms, ACTIVATIONS[config.activation], sites, config.blocks)
+    return LayeredNet(config, layers, [(config.width,)] * config.depth)

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alignscale.nets.activations import Activation
+from alignscale.choices import NetConfig
+from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layers import Layer
-from alignscale.nets.norms import Norm
+from alignscale.nets.norms import Norm, make_norm
 from alignscale.types import NormState, Parameters, Trace, Weight
 
+Gates = Sequence[Tensor]
+States = Sequence[NormState | None]
 Deltas = list[Tensor | None]
 """Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
 
@@ -33,15 +36,16 @@ class Network(nn.Module, ABC):
     direct_shapes: Sequence[tuple[int, ...]]
     """Per site: the shape that direct feedback of one error vector (classes,) has there."""
 
-    public = False
-    """Whether ``local_gates`` are wanted: ``net.blocks=public``."""
     recurrent = False
     """Whether a site's first axis is time, normalised one step after another."""
 
-    def __init__(self, activation: Activation) -> None:
-        """Subclasses set ``layers``, ``norms``, ``sites``, ``readout`` and ``direct_shapes``."""
+    def __init__(self, config: NetConfig, layers: list[Layer], shapes: list[tuple[int, ...]]) -> None:
+        """shapes: per site, of one example there. Subclasses set ``sites``, ``readout`` and ``direct_shapes``."""
         super().__init__()
-        self.activation = activation
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
+        self.activation = ACTIVATIONS[config.activation]
+        self.public = config.blocks == "public"  # whether ``local_gates`` are wanted
 
     @abstractmethod
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
@@ -52,12 +56,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def pullback(
-        self,
-        error: Tensor,
-        gates: Sequence[Tensor],
-        norms: Sequence[NormState | None],
-        feedback: Weight,
-        local_gates: Sequence[Tensor] | None = None,
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
     ) -> Deltas:
         """The error at the output -> delta at every layer.
 

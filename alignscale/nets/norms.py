@@ -15,28 +15,29 @@ from torch import Tensor, nn
 from alignscale.types import NormState
 
 EPS = 1e-6
+ALL = slice(None)
 
 
 class Norm(nn.Module, ABC):
     """Normalises one site."""
 
     @abstractmethod
-    def forward(self, z: Tensor, at: int | None = None) -> tuple[Tensor, NormState | None]:
+    def forward(self, z: Tensor, at: int | slice = ALL) -> tuple[Tensor, NormState | None]:
         """z (B, *site) -> normalised x of the same shape, and what ``pullback`` needs of this pass."""
 
     @abstractmethod
-    def pullback(self, delta: Tensor, state: NormState | None, at: int | None = None) -> Tensor:
+    def pullback(self, delta: Tensor, state: NormState | None, at: int | slice = ALL) -> Tensor:
         """Delta after the norm -> delta before it, by the moments of the pass that left ``state``."""
 
 
 class NoNorm(Norm):
     """The identity."""
 
-    def forward(self, z: Tensor, at: int | None = None) -> tuple[Tensor, NormState | None]:
+    def forward(self, z: Tensor, at: int | slice = ALL) -> tuple[Tensor, NormState | None]:
         """Z itself."""
         return z, None
 
-    def pullback(self, delta: Tensor, state: NormState | None, at: int | None = None) -> Tensor:
+    def pullback(self, delta: Tensor, state: NormState | None, at: int | slice = ALL) -> Tensor:
         """Delta itself."""
         return delta
 
@@ -44,27 +45,19 @@ class NoNorm(Norm):
 class BatchNorm(Norm):
     """The batch's own moments, in training and in evaluation; the pullback goes through the moments."""
 
-    def forward(self, z: Tensor, at: int | None = None) -> tuple[Tensor, NormState | None]:
+    def forward(self, z: Tensor, at: int | slice = ALL) -> tuple[Tensor, NormState | None]:
         """(z - mean) / sqrt(var + eps) over axis 0."""
         x, mean, inverse_std = torch.native_batch_norm(z.flatten(1), None, None, None, None, True, 0.0, EPS)
         return x.view_as(z), NormState(z, mean, inverse_std)
 
-    def pullback(self, delta: Tensor, state: NormState | None, at: int | None = None) -> Tensor:
+    def pullback(self, delta: Tensor, state: NormState | None, at: int | slice = ALL) -> Tensor:
         """(delta - mean(delta) - x mean(delta x)) / std, means over axis 0."""
         if state is None:
             raise ValueError("BatchNorm.pullback: expected the state of a forward pass, found None")
         gradient, _, _ = torch.ops.aten.native_batch_norm_backward(
-            delta.flatten(1),
-            state.z.flatten(1),
-            None,
-            None,
-            None,
-            state.mean,
-            state.inverse_std,
-            True,
-            EPS,
+            delta.flatten(1), state.z.flatten(1), None, None, None, state.mean, state.inverse_std, True, EPS,
             [True, False, False],
-        )
+        )  # fmt: skip
         return gradient.view_as(delta)
 
 
@@ -80,23 +73,20 @@ class CalibratedNorm(Norm):
         self.register_buffer("mean", torch.full(site, float("nan")))
         self.register_buffer("inverse_std", torch.full(site, float("nan")))
 
-    def calibrate(self, mean: Tensor, variance: Tensor, at: int | None = None) -> None:
+    def calibrate(self, mean: Tensor, variance: Tensor, at: int | slice = ALL) -> None:
         """Set the moments, (*site) float64, or those of one position of the site's first axis."""
-        inverse_std = torch.rsqrt(variance + EPS)
-        place = slice(None) if at is None else at
-        self.mean[place] = mean.to(self.mean)
-        self.inverse_std[place] = inverse_std.to(self.inverse_std)
+        self.mean[at] = mean.to(self.mean)
+        self.inverse_std[at] = torch.rsqrt(variance + EPS).to(self.inverse_std)
 
-    def forward(self, z: Tensor, at: int | None = None) -> tuple[Tensor, NormState | None]:
+    def forward(self, z: Tensor, at: int | slice = ALL) -> tuple[Tensor, NormState | None]:
         """(z - mean) / sqrt(var + eps) with the fixed moments."""
-        place = slice(None) if at is None else at
-        return ((z - self.mean[place]) * self.inverse_std[place]).to(z.dtype), None
+        return ((z - self.mean[at]) * self.inverse_std[at]).to(z.dtype), None
 
-    def pullback(self, delta: Tensor, state: NormState | None, at: int | None = None) -> Tensor:
+    def pullback(self, delta: Tensor, state: NormState | None, at: int | slice = ALL) -> Tensor:
         """Delta / std with the fixed moments."""
-        return (delta * self.inverse_std[slice(None) if at is None else at]).to(delta.dtype)
+        return (delta * self.inverse_std[at]).to(delta.dtype)
 
 
 def make_norm(name: str, site: tuple[int, ...]) -> Norm:
     """The norm called ``none``, ``batch`` or ``calibrated`` for a site of this shape."""
-    return {"none": NoNorm, "batch": BatchNorm}[name]() if name != "calibrated" else CalibratedNorm(site)
+    return CalibratedNorm(site) if name == "calibrated" else {"none": NoNorm, "batch": BatchNorm}[name]()

@@ -3,16 +3,14 @@
 It stands alone as the one network whose pullback runs through time. Its hidden site has shape (T, units).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignscale.choices import RNNConfig
-from alignscale.nets.activations import ACTIVATIONS
-from alignscale.nets.layers import Linear, State
-from alignscale.nets.network import Deltas, Network
-from alignscale.nets.norms import make_norm
+from alignscale.nets.layers import Layer, Linear, State
+from alignscale.nets.network import Deltas, Gates, Network, States
 from alignscale.types import NormState, Parameters, Trace, Weight
 
 INPUT, RECURRENT, READOUT, STATE = range(4)
@@ -25,22 +23,20 @@ class RNN(Network):
 
     def __init__(self, config: RNNConfig, steps: int, features: int, classes: int, batch: int) -> None:
         """steps: T. batch: the number of rows of a trained initial state; not read otherwise."""
-        super().__init__(ACTIVATIONS[config.activation])
         units, gain, parameterisation = config.width, config.gain, config.parameterisation
-        layers = [
+        layers: list[Layer] = [
             Linear((units, features), True, 1.0, parameterisation),
             Linear((units, units), False, gain, parameterisation),
             Linear((classes, units), True, gain, parameterisation),
         ]
-        trained = [State(batch, units)] if config.initial_state == "trained" else []
-        self.layers = nn.ModuleList([*layers, *trained])  # type: ignore[assignment]
-        self.norms = nn.ModuleList([make_norm(config.norm, (steps, units))])  # type: ignore[assignment]
-        self.sites = [0, 0, None, None][: len(self.layers)]
+        if config.initial_state == "trained":
+            layers.append(State(batch, units))
+        super().__init__(config, layers, [(steps, units)])
+        self.state = STATE if len(layers) > STATE else None
+        self.sites = [0, 0, None, None][: len(layers)]
         self.readout = READOUT
-        self.state = STATE if trained else None
         self.every = config.readout == "every"
         self.direct_shapes = [(units,) if self.every else (steps, units)]
-        self.public = config.blocks == "public"
 
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
         """Images (B, T, F), or (B, C, T, W) read as T rows of C * W features -> the trace."""
@@ -83,12 +79,7 @@ class RNN(Network):
         return state[: h.shape[0]]
 
     def pullback(
-        self,
-        error: Tensor,
-        gates: Sequence[Tensor],
-        norms: Sequence[NormState | None],
-        feedback: Weight,
-        local_gates: Sequence[Tensor] | None = None,
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
     ) -> Deltas:
         """Error (B, classes) or (B, T, classes) -> deltas, back through time; see Network.pullback.
 
@@ -100,26 +91,18 @@ class RNN(Network):
         deltas: list[Tensor] = []
         carry: Tensor | None = None
         for step in reversed(range(steps)):
-            direct = out[:, step] if self.every else out if step == steps - 1 else None
-            signal = _add(carry, direct)
+            direct = out[:, step] if self.every else out
+            signal = direct if carry is None else carry + direct if self.every else carry
             delta = self.activation.pullback(signal, gates[0][:, step])
-            if local_gates is not None:
+            if local_gates is None:
+                deltas.append(delta)
+            else:
                 local = torch.zeros_like(signal) if carry is None else carry
                 deltas.append(self.activation.pullback(local, local_gates[0][:, step]))
-            else:
-                deltas.append(delta)
             pulled = self.norms[0].pullback(delta, _at(norms[0], step), step)
             carry = self.layers[RECURRENT].transpose(pulled, recurrent)
         hidden = torch.stack(deltas[::-1], 1)
         return [hidden, hidden, error, carry][: len(self.layers)]
-
-
-def _add(carry: Tensor | None, direct: Tensor | None) -> Tensor:
-    if carry is None or direct is None:
-        present = carry if direct is None else direct
-        assert present is not None
-        return present
-    return carry + direct
 
 
 def _stack(states: list[NormState | None]) -> NormState | None:
