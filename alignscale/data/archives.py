@@ -28,6 +28,10 @@ PIXELS = 3 * 32 * 32
 _REMEDY = "get the published file again, or write your own as docs/data.md says"
 
 
+def _damaged(path: Path, expected_and_found: str) -> DataError:
+    return DataError(f"{path}: expected {expected_and_found}; {_REMEDY}")
+
+
 def archive(config: ArchiveConfig) -> tuple[Examples, Examples]:
     """Training and test examples: images uint8 (N, 3, 32, 32) or (N, 1, 28, 28), in the order of the files.
 
@@ -47,7 +51,7 @@ def _cifar(config: ArchiveConfig, published: Any, split: str) -> Examples:
         rows, numbers = batch.get("data"), batch.get(key)
         if not isinstance(rows, Array) or not isinstance(numbers, list):
             found = ", ".join(f"{name}: {type(value).__name__}" for name, value in batch.items()) or "nothing"
-            raise DataError(f"{path}: expected data: Array and {key}: list in its dict, found {found}; {_REMEDY}")
+            raise _damaged(path, f"data: Array and {key}: list in its dict, found {found}")
         images.append(rows.pixels(path))
         labels += _checked(path, numbers, len(images[-1]), classes)
     return _examples(config, split, np.concatenate(images).reshape(-1, 3, 32, 32), labels, classes)
@@ -60,7 +64,7 @@ def _mnist(config: ArchiveConfig, published: Any, split: str) -> Examples:
     )
     images = _idx(path, pixels, 3)
     if images.shape[1:] != (28, 28):
-        raise DataError(f"{path}: expected images of (28, 28), found {images.shape[1:]}; {_REMEDY}")
+        raise _damaged(path, f"images of (28, 28), found {images.shape[1:]}")
     labels = _checked(label_path, _idx(label_path, numbers, 1).tolist(), len(images), 10)
     return _examples(config, split, images[:, None].copy(), labels, 10)
 
@@ -75,13 +79,11 @@ def _examples(
 
 def _checked(path: Path, labels: list[Any], images: int, classes: int) -> list[int]:
     if len(labels) != images:
-        raise DataError(f"{path}: expected {images} labels, one for each image, found {len(labels)}; {_REMEDY}")
+        raise _damaged(path, f"{images} labels, one for each image, found {len(labels)}")
     for index, label in enumerate(labels):
         if type(label) is not int or not 0 <= label < classes:
-            raise DataError(
-                f"{path}: expected labels that are whole numbers from 0 to {classes - 1}, found {label!r:.40} at index "
-                f"{index}; {_REMEDY}"
-            )
+            found = f"{label!r:.40} at index {index}"
+            raise _damaged(path, f"labels that are whole numbers from 0 to {classes - 1}, found {found}")
     return labels
 
 
@@ -122,27 +124,24 @@ def _idx(path: Path, content: bytes, dimensions: int) -> NDArray[np.uint8]:
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path}: expected a whole gzip file, found a damaged one ({error}); {_REMEDY}") from error
+            raise _damaged(path, f"a whole gzip file, found a damaged one ({error})") from error
     magic, begin = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
     if content[:4] != magic or len(content) < begin:
-        raise DataError(
-            f"{path}: expected an idx file of bytes with {dimensions} dimension(s), which begins with {magic.hex()}, "
-            f"found {len(content)} bytes that begin with {content[:4].hex() or 'nothing'}; {_REMEDY}"
-        )
+        found = f"{len(content)} bytes that begin with {content[:4].hex() or 'nothing'}"
+        wanted = f"an idx file of bytes with {dimensions} dimension(s), which begins with {magic.hex()}"
+        raise _damaged(path, f"{wanted}, found {found}")
     shape = struct.unpack(f">{dimensions}I", content[4:begin])
-    if len(content) - begin != math.prod(shape):
-        raise DataError(
-            f"{path}: expected {math.prod(shape)} bytes after the header, which says {shape}, "
-            f"found {len(content) - begin}; {_REMEDY}"
-        )
+    size, found_size = math.prod(shape), len(content) - begin
+    if found_size != size:
+        raise _damaged(path, f"{size} bytes after the header, which says {shape}, found {found_size}")
     return np.frombuffer(content[begin:], np.uint8).reshape(shape)
 
 
 class Array:
-    """What a pickle says of an array, not looked into: numpy itself is not run on the contents of a file."""
+    """What a pickle says of an array, or of its dtype, not looked into: numpy is not run on the contents of a file."""
 
-    def __init__(self, *_: Any, state: Any = None) -> None:
-        self.state = state
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -151,54 +150,55 @@ class Array:
         """(N, 3072), read-only. Raises DataError, which names ``path``, for any other array."""
         try:
             _, (count, width), dtype, fortran, raw = self.state
-            if dtype.name == "u1" and width == PIXELS and len(raw) == count * width:
+            kind = _text(dtype.arguments[0])
+            if kind == "u1" and width == PIXELS and len(raw) == count * width:
                 return np.frombuffer(raw, np.uint8).reshape((count, width), order="F" if fortran else "C")
-            found = f"{len(raw)} bytes as rows of {width} {dtype.name}"
-        except (AttributeError, TypeError, ValueError):
+            found = f"{len(raw)} bytes as rows of {width} {kind}"
+        except (AttributeError, IndexError, TypeError, ValueError):
             found = "an array of another shape"
-        raise DataError(f"{path}: expected rows of {PIXELS} uint8 as 'data', found {found}; {_REMEDY}")
+        raise _damaged(path, f"rows of {PIXELS} uint8 as 'data', found {found}")
 
 
-class _DType:
-    def __init__(self, name: Any = None, *_: Any) -> None:
-        self.name = name.decode("latin1") if isinstance(name, bytes) else name
+def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Array:
+    array = Array()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
 
-    def __setstate__(self, state: Any) -> None:
-        """Byte order and fields: an unsigned byte has neither."""
+
+def _encode(text: Any, _: Any) -> bytes:
+    return text.encode("latin1")
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): Array,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): Array for core in ("core", "_core")},
-    **{
-        (f"numpy.{core}.numeric", "_frombuffer"): lambda raw, dtype, shape, order, *_: Array(
-            state=(1, shape, dtype, order == "F", raw)
-        )
-        for core in ("core", "_core")
-    },
+    ("numpy", "dtype"): Array,
+    ("numpy.core.multiarray", "_reconstruct"): Array,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("_codecs", "encode"): _encode,
 }
-"""All that an array of bytes names in a pickle (protocols 0 to 5, numpy 1 and 2), and what stands in for it."""
+"""All that an array of bytes names in a pickle (protocols 0 to 5), and what stands in for it."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) not in _GLOBALS:
+        known = (module.replace("numpy._core.", "numpy.core."), name)  # numpy 2's name for numpy 1's
+        if known not in _GLOBALS:
             raise DataError(f"{module}.{name}, which was not run")
-        return _GLOBALS[module, name]
+        return _GLOBALS[known]
 
 
 def _unpickled(path: Path, content: bytes) -> dict[str, Any]:
     try:
         found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except DataError as error:
-        raise DataError(f"{path}: expected numbers and arrays alone, found {error}; {_REMEDY}") from None
+        raise _damaged(path, f"numbers and arrays alone, found {error}") from None
     except Exception as error:  # a damaged pickle may raise anything
         cause = f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"{path}: expected a whole pickle, found a damaged or other file ({cause}); {_REMEDY}"
-        ) from error
+        raise _damaged(path, f"a whole pickle, found a damaged or other file ({cause})") from error
     if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a dict, found {type(found).__name__}; {_REMEDY}")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
+        raise _damaged(path, f"a dict, found {type(found).__name__}")
+    return {_text(key): value for key, value in found.items()}

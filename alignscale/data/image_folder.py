@@ -5,9 +5,8 @@ learned from, so it is a function of the file alone, in the same way on every ma
 """
 
 import io
-import os
-import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,8 @@ from torch import Tensor
 
 from alignscale.choices import ConfigError, ImageFolderConfig
 from alignscale.data.examples import DataError, Examples
-from alignscale.data.plan import even_batches
 from alignscale.data.torchvision import datasets
 
-_PER_TASK = 64  # files of one task of the thread pool
 _LAYOUT = "arrange the images as docs/data.md says: train/<class>/* and test/<class>/* (or val/<class>/*)"
 
 Files = list[tuple[str, int]]  # paths and labels, sorted by class, then by path
@@ -35,7 +32,7 @@ def image_folder(config: ImageFolderConfig) -> tuple[Examples, Examples]:
     """
     root = Path(config.root).expanduser()
     folders = [_folder(root, "train"), _folder(root, "test", "val")]
-    classes = _classes(folders)
+    classes = _common_classes(folders)
     files = [_files(folder, classes) for folder in folders]
     _check_memory(config, sum(map(len, files)))
     train, test = (_decoded(config, *pair, classes) for pair in zip(folders, files, strict=True))
@@ -49,23 +46,21 @@ def _folder(root: Path, *names: str) -> Path:
     raise DataError(f"expected a folder {' or '.join(str(root / name) for name in names)}, found none; {_LAYOUT}")
 
 
-def _classes(folders: list[Path]) -> list[str]:
+def _classes(folder: Path) -> list[str]:
+    try:
+        return datasets().folder.find_classes(folder)[0]
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: expected a folder for each class, found none; {_LAYOUT}") from error
+
+
+def _common_classes(folders: list[Path]) -> list[str]:
     """The class folders, which are the same in both splits, sorted."""
-    found = []
-    for folder in folders:
-        try:
-            found.append(datasets().folder.find_classes(folder)[0])
-        except FileNotFoundError as error:
-            raise DataError(f"{folder}: expected a folder for each class, found none; {_LAYOUT}") from error
-    train, test = map(set, found)
-    if train != test:
-        only = [
-            f"only in {folder}: {', '.join(sorted(names))}"
-            for folder, names in zip(folders, (train - test, test - train), strict=True)
-            if names
-        ]
+    train, test = map(_classes, folders)
+    extra = [sorted(set(train) - set(test)), sorted(set(test) - set(train))]
+    only = [f"only in {folder}: {', '.join(names)}" for folder, names in zip(folders, extra, strict=True) if names]
+    if only:
         raise DataError(f"expected the same class folders in both splits, found {'; '.join(only)}; {_LAYOUT}")
-    return found[0]
+    return train
 
 
 def _files(folder: Path, classes: list[str]) -> Files:
@@ -87,7 +82,9 @@ def _check_classes(folder: Path, classes: list[str], labels: Tensor) -> None:
 
 
 def _check_memory(config: ImageFolderConfig, images: int) -> None:
-    need, have = images * config.channels * config.size**2, _available_memory()
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    have = 1024 * int(lines["MemAvailable"].removesuffix("kB"))  # without swapping, the kernel's file cache counted
+    need = images * config.channels * config.size**2
     if need > have:
         most = int(config.size * (have / need) ** 0.5)
         raise ConfigError(
@@ -96,56 +93,38 @@ def _check_memory(config: ImageFolderConfig, images: int) -> None:
         )
 
 
-def _available_memory() -> int:
-    """Bytes that the kernel can give without swapping, its file cache counted; all of them where it does not say."""
-    try:
-        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def _decoded(config: ImageFolderConfig, folder: Path, files: Files, classes: list[str]) -> Examples:
     images = torch.empty(len(files), config.channels, config.size, config.size, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in files])
     Image.init()  # its formats, before threads ask for them
-    parts = even_batches(len(files), _PER_TASK)
     with ThreadPoolExecutor() as pool:  # in order: of several bad files the first is named
-        skipped = [place for bad in pool.map(lambda part: _fill(images, files, part, config), parts) for place in bad]
-    shard = f"imagefolder-{folder.name}"
-    if not skipped:
-        return Examples.whole(images, labels, len(classes), shard)
-    kept = torch.ones(len(files), dtype=torch.bool)
-    kept[skipped] = False
+        kept = torch.tensor(list(pool.map(partial(_fill, config), images.numpy(), [path for path, _ in files])))
     rows = kept.nonzero().flatten()
-    _check_classes(folder, classes, labels[rows])
-    for part in even_batches(len(rows), _PER_TASK):  # in place, towards the front: no second copy of all images
-        images[part] = images[rows[part]]
-    return Examples(images[: len(rows)], labels[rows], len(classes), shard, rows, len(skipped))
+    if len(rows) < len(files):
+        images, labels = images[rows], labels[rows]
+        _check_classes(folder, classes, labels)
+    return Examples(images, labels, len(classes), f"imagefolder-{folder.name}", rows, len(files) - len(rows))
 
 
-def _fill(images: Tensor, files: Files, part: slice, config: ImageFolderConfig) -> list[int]:
-    """Decode the files of ``part`` into their places; the places of those that are left out."""
-    pixels, skipped = images.numpy(), []
-    for place in range(part.start, part.stop):
-        path = files[place][0]
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:  # of the disk, not of the image: never left out
-            raise DataError(f"{path}: expected a readable file, found: {error.strerror}; see to that first") from error
-        try:
-            pixels[place] = decode(content, config.size, config.channels)
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged image may raise anything
-            if not config.skip_undecodable:
-                why = "in no known format" if isinstance(error, UnidentifiedImageError) else error
-                raise DataError(
-                    f"{path}: expected an image, found a file that cannot be decoded ({why}); replace or remove it, or "
-                    "leave all such files out with data.skip_undecodable=true"
-                ) from error
-            skipped.append(place)
-    return skipped
+def _fill(config: ImageFolderConfig, pixels: NDArray[np.uint8], path: str) -> bool:
+    """Decode a file into its place; False where it is left out."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:  # of the disk, not of the image: never left out
+        raise DataError(f"{path}: expected a readable file, found: {error.strerror}; see to that first") from error
+    try:
+        pixels[:] = decode(content, config.size, config.channels)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged image may raise anything
+        if config.skip_undecodable:
+            return False
+        why = "in no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(
+            f"{path}: expected an image, found a file that cannot be decoded ({why}); replace or remove it, or "
+            "leave all such files out with data.skip_undecodable=true"
+        ) from error
+    return True
 
 
 def decode(content: bytes, size: int, channels: int) -> NDArray[np.uint8]:
