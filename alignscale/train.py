@@ -44,7 +44,7 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views
     )
     if run.start == 0:
-        measure(run, metrics, 0, None, 0.0)
+        measure(run, metrics, 0, None, None)
     begin = time.perf_counter()
     for step, parts in batches:
         done, size = step + 1, parts[0].size
@@ -73,7 +73,7 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         begin = time.perf_counter()
 
 
-def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float) -> bool:
+def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float | None) -> bool:
     """Evaluate and add a point to the run's curve. Returns whether the losses are finite."""
     point: dict[str, Any] = {"train_loss": train_loss, "lr": lr}
     for split in dict.fromkeys(("test", *run.config.evaluation.splits)):

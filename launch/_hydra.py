@@ -1,43 +1,83 @@
-"""What the Hydra entry points share: the options registered by type, and errors shown as one clear line."""
+"""What the Hydra entry points share. It is the first import of each, so that Ctrl-C is quiet from then on."""
 
+import functools
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+if (
+    Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent  # a command, not a test that imports this
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace out of an import, until the work begins
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+import hydra
+from _mistakes import check
+from _options import CONFIGS, register, typed
+from omegaconf import DictConfig
 from safetensors import SafetensorError
 
 from alignscale.checkpoint import CheckpointError
-from alignscale.choices import DATA, NETS, OPTIMS, ConfigError
-from alignscale.config import GridConfig, TrainConfig
+from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
 from alignscale.interrupts import Interrupted
-from alignscale.rules import RULES
 from alignscale.run import Diverged
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 
 
-def register() -> None:
-    """Make the options of alignscale/config.py and of every rule known to Hydra."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=TrainConfig)
-    store.store(name="grid_schema", node=GridConfig)
-    for name, rule in RULES.items():
-        store.store(group="rule", name=name, node=rule.options(name=name))
-    for group, choices in (("net", NETS), ("data", DATA), ("optim", OPTIMS)):
-        for name, node in choices.items():
-            store.store(group=group, name=name, node=node)
+def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Make a command of a function of a configuration, the one that ``configs/<name>.yaml`` composes.
+
+    The whole command line is checked before Hydra starts, so a mistake in it ends with one line and status 2.
+    """
+
+    def decorate(work: Callable[[Any], None]) -> Callable[[], None]:
+        @functools.wraps(work)  # Hydra names the command after the file of the function
+        def job(options: DictConfig) -> None:
+            with _interruptible():
+                guarded(lambda: work(typed(options)))
+
+        command = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(job)
+
+        def main() -> None:
+            register()
+            guarded(lambda: check(name, sys.argv[1:]))
+            guarded(command)
+
+        return main
+
+    return decorate
 
 
-def typed(config: DictConfig) -> Any:
-    """Hydra's configuration as the dataclasses of alignscale/config.py."""
-    return OmegaConf.to_object(config)
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is Python's again inside, and what it breaks in an import that swallows it ends in one line as well."""
+    received: list[int] = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        signal.default_int_handler(signum, frame)
+
+    held = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if held:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception:
+        if not received:
+            raise
+        sys.exit(_say(INTERRUPTED, 130))
+    finally:
+        if held:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def command_line(script: str) -> str:
@@ -48,12 +88,15 @@ def command_line(script: str) -> str:
 def guarded(work: Callable[[], None]) -> None:
     """Do the work of an entry point; a user's mistake ends with one line and status 2, a divergence with 3.
 
-    Called inside Hydra's main, which would print a stack trace for any exception that reached it.
+    Called inside Hydra's main as well, which would print a stack trace for any exception that reached it.
     """
     try:
         work()
     except (ConfigError, DataError, CheckpointError) as problem:
         sys.exit(_say(problem, 2))
+    except BrokenPipeError:  # whatever read the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (OSError, SafetensorError) as problem:
         sys.exit(
             _say(
@@ -66,7 +109,7 @@ def guarded(work: Callable[[], None]) -> None:
         print(problem, file=sys.stderr)
         sys.exit(128 + problem.signum)
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from the last checkpoint", 130))
+        sys.exit(_say(INTERRUPTED, 130))
 
 
 def _say(problem: object, status: int) -> int:

@@ -6,9 +6,7 @@ The same command goes on where it was stopped; finished runs are not trained aga
 import sys
 from pathlib import Path
 
-import hydra
-from _hydra import CONFIGS, command_line, guarded, register, typed
-from omegaconf import DictConfig
+from _hydra import command_line, entry
 
 from alignscale.choices import ConfigError
 from alignscale.compare import compare
@@ -16,7 +14,8 @@ from alignscale.config import GridConfig
 from alignscale.report import text_table
 
 
-def run(config: GridConfig) -> None:
+@entry("compare")
+def main(config: GridConfig) -> None:
     """Train the grid, print accuracy x width, and say where the report is."""
     for option in sys.argv[1:]:
         name, _, value = option.partition("=")
@@ -29,12 +28,5 @@ def run(config: GridConfig) -> None:
     print(f"\n{text_table(result)}\n\nreport: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="compare")
-def main(options: DictConfig) -> None:
-    """Hydra's entry point."""
-    guarded(lambda: run(typed(options)))
-
-
 if __name__ == "__main__":
-    register()
     main()

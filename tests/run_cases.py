@@ -16,8 +16,6 @@ from alignscale.interrupts import Interrupted
 from alignscale.rules import RULES
 from alignscale.train import train
 
-QUIET = LogConfig(progress=False)
-
 
 def config(folder: Path, rule: str = "align_ada", **changes: object) -> TrainConfig:
     options = {
@@ -27,7 +25,9 @@ def config(folder: Path, rule: str = "align_ada", **changes: object) -> TrainCon
         "epochs": 3,
         "batch_size": 20,
     } | changes
-    return TrainConfig(rule=RULES[rule].options(name=rule), log=QUIET, run=RunConfig(dir=str(folder)), **options)  # type: ignore[arg-type]
+    return TrainConfig(
+        rule=RULES[rule].options(name=rule), log=LogConfig(progress=False), run=RunConfig(dir=str(folder)), **options
+    )  # type: ignore[arg-type]
 
 
 def silent(line: str) -> None:

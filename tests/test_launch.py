@@ -1,15 +1,33 @@
-"""Claims about the commands, each run as a user runs it."""
+"""Claims about the commands. Each is run as a user runs it, but for the checks of the command line alone."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from _hydra import entry
+from _mistakes import check
+from _options import GROUPS, register
+
+from alignscale.checkpoint import CheckpointError
+from alignscale.choices import ConfigError
+from alignscale.config import TrainConfig
+from alignscale.data.examples import DataError
+from alignscale.interrupts import Interrupted
+from alignscale.run import Diverged
+from alignscale.train import train
 
 ROOT = Path(__file__).parents[1]
-FAST = ["net.width=4", "epochs=1", "batch_size=479", "threads=1", "log.progress=false"]
+DATA = ["data=synthetic", "data.train=60", "data.test=20", "data.shape=[1,8,8]"]
+FAST = [*DATA, "net.width=4", "epochs=1", "batch_size=20", "threads=1", "log.progress=false", "log.tensorboard=false"]
 
 
 def run(script: str, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -29,24 +47,197 @@ def test_train_prints_folder_first_and_one_line_of_result_last(tmp_path: Path) -
     )
 
 
+WHERE_NET = "expected one of net.width, net.activation, net.norm, net.parameterisation, net.gain, net.blocks"
+GROUPS_AND_OPTIONS = "expected one of rule, net, data, optim, loss, schedule, frozen"
+
+# A command line, and what is said about it.
+MISTAKES = [
+    # misspelt, or of another choice
+    ("net.widht=3", f"net.widht=3: net=conv3 has no option widht; {WHERE_NET}, net.strides; did you mean net.width?"),
+    ("epoch=3", f"epoch=3: a run has no option epoch; {GROUPS_AND_OPTIONS}", "did you mean epochs?"),
+    ("optim.momentm=0.9", "optim=sgd has no option momentm", "optim.momentum", "did you mean optim.momentum?"),
+    ("momentm=0.9", "did you mean optim.momentum?"),
+    ("net.lr=3", "net=conv3 has no option lr", "did you mean optim.lr?"),
+    ("nets=mlp", "nets=mlp: a run has no option nets", "did you mean net?"),
+    ("net.depth=2 net=conv3", f"net.depth=2: net=conv3 has no option depth; {WHERE_NET}", "depth is one of net=mlp"),
+    ("rule.magnitude=3", "rule=align_ada has no option magnitude; magnitude is one of rule=sign_symmetric"),
+    ("log={progres:false}", "log has no option progres", "did you mean log.progress?"),
+    ("compare.widths=[3]", "a run has no option compare", "compare is one of launch/compare.py"),
+    ("experiment=demo", "experiment/demo.yaml: compare: a run has no option compare"),
+    ("hydra.foo=1", "hydra has no option foo"),
+    # unknown choices
+    ("net=resnet", "net=resnet: expected one of conv3, conv7, imagenet_conv7, mlp, rnn"),
+    ("net=MLP", "did you mean mlp?"),
+    ("rule=alignada", "rule=alignada: expected one of align_ada, ", "did you mean align_ada?"),
+    ("loss=l1", "loss=l1: expected one of cross_entropy, mse"),
+    ("optim=lion", "optim=lion: expected one of adam, adamw, sgd"),
+    ("schedule=poly", "schedule=poly: expected one of constant, cosine, step"),
+    ("data=svhn", "data=svhn: expected one of cifar10, cifar100, digits"),
+    ("experiment=nothing", "experiment=nothing: expected one of demo"),
+    ("net=null", "net=null: expected one of conv3, "),
+    ("net.name=mlp", "net.name=mlp: expected net=mlp"),
+    ("hydra/launcher=foo", "hydra/launcher=foo: expected one of basic, "),
+    ("--config-name foo", "--config-name=foo: expected one of compare, train"),
+    # values
+    ("net.width=abc", "net.width=abc: expected int"),
+    ("epochs=1.5", "epochs=1.5: expected int"),
+    ("optim.lr=abc", "optim.lr=abc: expected float"),
+    ("log.progress=maybe", "log.progress=maybe: expected bool (true or false)"),
+    ("net.strides=3", "net.strides=3: expected list of int, as [1,2]"),
+    ("net.strides=[1,a]", "net.strides=[1,a]: expected list of int, as [1,2]"),
+    ("net.strides=[1,[2]]", "net.strides=[1,[2]]: expected list of int, as [1,2], found [2]"),
+    ("evaluation.splits=test", "evaluation.splits=test: expected list of str, as [a,b]"),
+    ("log=none", "log=none: expected a value for one of its options, log.every_steps, log.progress"),
+    ("net.width.x=3", "net.width has no options of its own; expected net.width=<int>"),
+    ("epochs=null", "epochs=null: expected int"),
+    ("epochs=???", "epochs=???: expected int, found none"),
+    ("epochs=${epoch}", "epochs=${epoch}: Interpolation key 'epoch' not found"),
+    (f"seed={2**63}", "expected int of at most 64 bits"),
+    ("net.width=1,2", "net.width=1,2: expected one value, found several", "--multirun"),
+    # the form
+    ("net.width", "net.width: expected option=value"),
+    ("=3", "=3: expected option=value"),
+    ("net.width=[1,", "net.width=[1,: cannot be read; expected a list as net.width=[1,2], without spaces"),
+    ("run.root=~/x", "run.root=~/x: cannot be read; expected the value in two pairs of quotes: 'run.root=\"~/x\"'"),
+    ("+foo=1", "+foo=1: no such option"),
+    ("++net.width=3", "++net.width=3: expected net.width=3, without +"),
+    ("~net", "~net: expected option=value; no option can be deleted"),
+    ("net@x=mlp", "net@x=mlp: expected net=<choice>, without @x"),
+    ("--epochs=3", "--epochs=3: expected options as epochs=3, without dashes"),
+    ("net=mlp --multirun seed=1,2", "seed=1,2: expected flags as --multirun before or after all options"),
+    ("--multirun --cfg job", "--multirun --cfg: expected one of them"),
+    ("--config-dir nowhere", "--config-dir=nowhere: expected a folder, found none"),
+    # one of several jobs
+    ("--multirun net=mlp,conv3 net.depth=2", "net.depth=2: net=conv3 has no option depth"),
+    ("--multirun net.width=4,-4", "net.width=-4: expected a whole number of at least 1"),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[0])
+def test_a_mistake_on_the_command_line_is_explained(mistake: tuple[str, ...]) -> None:
+    register()
+    with pytest.raises(ConfigError) as found:
+        check("train", mistake[0].split())
+    (message,) = str(found.value).splitlines()
+    assert [fragment for fragment in mistake[1:] if fragment not in message] == [], message
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("text", "message"),
     [
-        (["rule=alignada"], "align_ada"),
-        (["net=resnet"], "imagenet_conv7"),
-        (["net.widht=3"], "widht"),
-        (
-            ["rule=sign_symmetric", "rule.magnitude=big"],
-            "rule.magnitude=big: expected one of uniform, fixed, batchwise",
-        ),
+        ("optim: {momentm: 3}", "experiment/mine.yaml: optim.momentm: optim=sgd has no option momentm"),
+        ("optim: {lr: abc}", "experiment/mine.yaml: optim.lr: expected float"),
+        ("defaults: [override /net: resnet]", "net=resnet, which a configuration file asks for: expected one of conv3"),
+        ("optim: {", "mine.yaml"),
     ],
 )
-def test_mistakes_end_with_a_message_and_a_status(tmp_path: Path, options: list[str], message: str) -> None:
-    done = run("launch/train.py", *FAST, *options, f"run.root={tmp_path}")
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    register()
+    with pytest.raises(ConfigError) as found:
+        check("train", ["experiment=mine", "optim.lr=3", "--config-dir", str(tmp_path)])
+    assert message in str(found.value)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_choice_composes(group: str) -> None:
+    register()
+    for choice in GROUPS[group]:
+        check("train", [f"{group}={choice}"])
+
+
+def test_a_mistake_in_one_of_several_jobs_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = run(str(ROOT / "launch/train.py"), "--multirun", "rule=backprop,align", *FAST, root=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: rule=backprop,align: expected one of align_ada")
     assert not list(tmp_path.iterdir())
+
+
+def command(monkeypatch: pytest.MonkeyPatch, work: Callable[[Any], object], *options: str) -> object:
+    """The status that a command with this work ends with."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        entry("train")(work)()
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("problem", "status"),
+    [
+        (ConfigError("why"), 2),
+        (DataError("why"), 2),
+        (CheckpointError("why"), 2),
+        (Diverged("why"), 3),
+        (OSError("why"), 1),
+        (Interrupted("why", signal.SIGTERM), 143),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_ends_a_run_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem: Exception, status: int
+) -> None:
+    def work(config: TrainConfig) -> None:
+        raise problem
+
+    assert command(monkeypatch, work) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "why" in line
+
+
+def test_an_import_that_swallows_an_interrupt_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(config: TrainConfig) -> None:
+        with suppress(KeyboardInterrupt):  # as some imports inside torch do
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        raise AttributeError("half a module")
+
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert command(monkeypatch, work) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: interrupted")
+
+
+def test_a_bug_shows_its_stack_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(config: TrainConfig) -> None:
+        raise RuntimeError("a bug")
+
+    assert command(monkeypatch, work) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "RuntimeError: a bug" in error
+
+
+def test_a_value_that_the_run_refuses_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = (*FAST, "rule=sign_symmetric", "rule.magnitude=big", f"run.root={tmp_path}")
+    assert command(monkeypatch, train, *options) == 2
+    assert "error: rule.magnitude=big: expected one of uniform, fixed, batchwise" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_multirun_trains_one_run_with_each_value(tmp_path: Path) -> None:
+    done = run(str(ROOT / "launch/train.py"), "--multirun", "rule=align_ada,backprop", *FAST, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(folder.name.split("-")[1] for folder in (tmp_path / "runs").iterdir()) == ["align_ada", "backprop"]
+
+
+def test_an_interrupt_while_torch_loads_is_quiet(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", ROOT / "launch/train.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().endswith(" hydra\n"):  # a line for each module once it is imported
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGINT
 
 
 def test_compare_refuses_an_unknown_rule_before_any_work(tmp_path: Path) -> None:

@@ -89,7 +89,6 @@ def test_of_options_that_differ_only_those_that_part_the_runs_of_a_cell_make_ser
     for number, run in enumerate(runs):
         inert = {"run": {"dir": f"runs/{number}"}, "threads": number, "log": {"progress": number % 2 == 0}}
         run["config"] |= inert | {"checkpoint": {"keep": number}, "optim": {"lr": 1.0 / run["width"]}}
-        run["config"]["data"] = {"name": "digits", "root": f"data/{number}"}
     assert {"optim.lr", "threads"} <= set(results.differences(runs))
     assert [line.label for line in results.series(runs)] == ["backprop", "align_ada"]
     assert [len(line.at(8)) for line in results.series(runs)] == [2, 2]

@@ -1,14 +1,18 @@
 """Claims about options that shape training: splits, limits, views, parts of a batch, losses, precision, determinism."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_cases import write_cifar10, write_cifar100, write_image_folder, write_mnist
 from run_cases import config, same, silent, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from alignscale.choices import DATA as DATA_SETS
 from alignscale.choices import (
     AdamConfig,
     ConfigError,
@@ -177,3 +181,20 @@ def test_splits_and_parts_that_cannot_be_are_refused(tmp_path: Path, changes: di
     with pytest.raises(ConfigError, match=message):
         train(config(tmp_path / "run", **changes), silent)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "kmnist", "imagefolder"])
+def test_every_data_set_trains_from_its_files(tmp_path: Path, name: str) -> None:
+    writers = {
+        "cifar10": write_cifar10,
+        "cifar100": write_cifar100,
+        "mnist": write_mnist,
+        "kmnist": partial(write_mnist, name="KMNIST"),
+        "imagefolder": write_image_folder,
+    }
+    writers[name](tmp_path / "data")
+    options = {"size": 8} if name == "imagefolder" else {"verify": False}
+    data = replace(DATA_SETS[name], root=str(tmp_path / "data"), views=2, shift=1, flip=True, **options)
+    run = train(config(tmp_path / "run", data=data, epochs=2, batch_size=5), silent)["runs"][0]
+    assert run["data"] == name
+    assert 0 <= run["test"]["accuracy"] <= run["test"]["top5"] <= 1

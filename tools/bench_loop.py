@@ -60,7 +60,7 @@ def loop(batch: int, shape: list[int], views: int, steps: int, every: int, folde
         ends.append((begin, time.perf_counter()))
         return result
 
-    Learner.update = timed  # type: ignore[method-assign]
+    Learner.update = timed  # type: ignore[assignment]
     try:
         train(config, lambda line: None)
     finally:

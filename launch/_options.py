@@ -1,0 +1,57 @@
+"""The options as Hydra knows them: every choice registered by type, and the type of each option by its dotted name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from alignscale.choices import DATA, LOSSES, NETS, OPTIMS, SCHEDULES
+from alignscale.config import GridConfig, TrainConfig
+from alignscale.rules import RULES
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+GROUPS: dict[str, dict[str, Any]] = {
+    "rule": {name: rule.options(name=name) for name, rule in RULES.items()},
+    "net": dict(NETS),
+    "data": dict(DATA),
+    "loss": dict(LOSSES),
+    "optim": dict(OPTIMS),
+    "schedule": dict(SCHEDULES),
+}
+
+
+def register() -> None:
+    """Make the options of alignscale/config.py and of every choice known to Hydra."""
+    store = ConfigStore.instance()
+    for name, kind in (("schema", TrainConfig), ("grid_schema", GridConfig)):
+        schema = OmegaConf.structured(kind)
+        for group in GROUPS:  # a default of one class would refuse the others
+            schema[group] = DictConfig(MISSING, ref_type=get_type_hints(kind)[group], is_optional=False)
+        store.store(name=name, node=schema)
+    for group, choices in GROUPS.items():
+        for name, node in choices.items():
+            store.store(group=group, name=name, node=node)
+
+
+def typed(options: DictConfig) -> Any:
+    """Hydra's configuration as the dataclasses of alignscale/config.py."""
+    return OmegaConf.to_object(options)
+
+
+def _types(kind: type, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        path = prefix + name
+        found[path] = hint
+        nested = [type(node) for node in GROUPS[path].values()] if path in GROUPS else [hint]
+        for one in nested:
+            if dataclasses.is_dataclass(one):
+                assert isinstance(one, type)
+                found |= _types(one, f"{path}.")
+    return found
+
+
+TYPES = _types(GridConfig)
+"""Those of a run and of a comparison, with the options of all choices."""
