@@ -6,23 +6,30 @@ configuration does not wait for torch. A whole run with its folder is ``alignsca
 
 from typing import TYPE_CHECKING, Any
 
-from alignscale.choices import AdamConfig as AdamConfig
-from alignscale.choices import ConfigError as ConfigError
-from alignscale.choices import ConvConfig as ConvConfig
-from alignscale.choices import CrossEntropyConfig as CrossEntropyConfig
-from alignscale.choices import MLPConfig as MLPConfig
-from alignscale.choices import MSEConfig as MSEConfig
-from alignscale.choices import RNNConfig as RNNConfig
-from alignscale.choices import SGDConfig as SGDConfig
-from alignscale.config import TrainConfig as TrainConfig
+from alignscale.choices import (
+    AdamConfig,
+    ConfigError,
+    ConvConfig,
+    CrossEntropyConfig,
+    MLPConfig,
+    MSEConfig,
+    RNNConfig,
+    SGDConfig,
+)
+from alignscale.config import TrainConfig
 
 if TYPE_CHECKING:
-    from alignscale.learner import Learner as Learner
+    from alignscale.learner import Learner
+
+__all__ = [
+    "AdamConfig", "ConfigError", "ConvConfig", "CrossEntropyConfig", "Learner", "MLPConfig", "MSEConfig", "RNNConfig",
+    "SGDConfig", "TrainConfig",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name != "Learner":
-        raise AttributeError(f"module alignscale has no attribute {name!r}")
+        raise AttributeError(f"module alignscale has no attribute {name!r}: expected one of {', '.join(__all__)}")
     from alignscale.learner import Learner
 
     return Learner

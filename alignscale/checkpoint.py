@@ -6,7 +6,6 @@ initial network is not in it: it comes from the seed, before a restore, and the 
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignscale.choices import ConfigError
-from alignscale.config import difference
-from alignscale.files import sync_folder, write_atomic
+from alignscale.config import refuse_difference
+from alignscale.files import sync, write_atomic
 from alignscale.nets.network import Network
 
 FORMAT = 1
@@ -30,12 +28,7 @@ class CheckpointError(RuntimeError):
 
 
 def save(
-    folder: Path,
-    step: int,
-    net: Network,
-    optimizer: torch.optim.Optimizer,
-    about: dict[str, Any],
-    keep: int,
+    folder: Path, step: int, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any], keep: int
 ) -> Path:
     """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and the best.
 
@@ -57,7 +50,7 @@ def save(
             except SafetensorError as problem:
                 raise OSError(f"{path}: {problem}") from problem
             sums[path.name] = _checksum(path)
-            _sync(path)
+            sync(path)
         manifest = {"format": FORMAT, "step": step, "files": sums, **about}
         write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         if final.exists():
@@ -66,7 +59,7 @@ def save(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync_folder(folder)
+    sync(folder)
     for old in complete(folder)[:-keep]:
         if old.name != _name(about["progress"]["best"]):
             _remove(old)
@@ -118,12 +111,7 @@ def verified(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     """
     manifest = read_manifest(path)
     before, now = ({"examples": one["examples"], **one["config"]} for one in (manifest, about))
-    changed = difference(before, now)
-    if changed:
-        raise ConfigError(
-            f"{path}: the run was made with other options or data than these: {'; '.join(changed)}. "
-            "Use the old ones, or another run.dir, or resume=never to start again"
-        )
+    refuse_difference(path, before, now, "options or data")
     if manifest["fingerprint"] != about["fingerprint"]:
         raise CheckpointError(
             f"{path}: expected the initial network {about['fingerprint']}, found {manifest['fingerprint']}: "
@@ -181,8 +169,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from alignscale.choices import ConfigError, RuleConfig
 from alignscale.config import CompareConfig, GridConfig, TrainConfig, run_name
 from alignscale.files import write_atomic
 from alignscale.report import write_report
-from alignscale.results import FORMAT, Result, flatten, read_result
+from alignscale.results import Result, flatten, make_result, read_result
 from alignscale.rules import RULES
 from alignscale.run import Diverged
 from alignscale.train import train
@@ -82,16 +81,7 @@ def combine(grid: CompareConfig, results: list[Result], command: str) -> Result:
         run["folder"] = os.path.relpath(run["config"]["run"]["dir"], grid.folder)
         run["config"] = {group: options for group, options in run["config"].items() if group != "run"}
         runs.append(run)
-    return {
-        "format": FORMAT,
-        "title": grid.title,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "hardware": results[-1]["hardware"],
-        "versions": results[-1]["versions"],
-        "config": _common([run["config"] for run in runs]),
-        "runs": runs,
-    }
+    return make_result(grid.title, command, results[-1], _common([run["config"] for run in runs]), runs)
 
 
 def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,18 +10,10 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from alignscale.choices import (
-    ConstantConfig,
-    DataConfig,
-    LossConfig,
-    MSEConfig,
-    NetConfig,
-    OptimConfig,
-    RuleConfig,
-    ScheduleConfig,
-)
+from alignscale import choices
 
 
 @dataclass
@@ -97,12 +89,12 @@ class TrainConfig:
     thread unless ``threads`` says how many.
     """
 
-    rule: RuleConfig
-    net: NetConfig
-    data: DataConfig
-    optim: OptimConfig
-    loss: LossConfig = field(default_factory=MSEConfig)
-    schedule: ScheduleConfig = field(default_factory=ConstantConfig)
+    rule: choices.RuleConfig
+    net: choices.NetConfig
+    data: choices.DataConfig
+    optim: choices.OptimConfig
+    loss: choices.LossConfig = field(default_factory=choices.MSEConfig)
+    schedule: choices.ScheduleConfig = field(default_factory=choices.ConstantConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -139,6 +131,10 @@ class GridConfig(TrainConfig):
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
+DISPLAY = ("run", "log", "checkpoint", "resume", "name")
+"""Options that change none of a run's numbers."""
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """A dataclass as nested dictionaries, lists and plain values, ready for JSON or YAML."""
     return dataclasses.asdict(config)
@@ -151,9 +147,7 @@ def defining(config: TrainConfig) -> dict[str, Any]:
 
 def without_display(options: dict[str, Any]) -> dict[str, Any]:
     """``defining`` of a configuration that is already a dictionary, as config.yaml holds it."""
-    return {
-        name: value for name, value in options.items() if name not in ("run", "log", "checkpoint", "resume", "name")
-    }
+    return {name: value for name, value in options.items() if name not in DISPLAY}
 
 
 def digest(config: TrainConfig) -> str:
@@ -176,3 +170,13 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         elif before != after:
             lines.append(f"{prefix}{key}: {before} -> {after}")
     return lines
+
+
+def refuse_difference(path: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+    """Raise ConfigError, with the difference, if the run at ``path`` is not the one that is asked for."""
+    changed = difference(old, new)
+    if changed:
+        raise choices.ConfigError(
+            f"{path}: the run was made with other {what} than these: {'; '.join(changed)}. "
+            "Use the old ones, or another run.dir, or resume=never to start again"
+        )

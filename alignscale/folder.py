@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,15 @@ import torch
 import yaml
 
 from alignscale.choices import DATA, LOSSES, NETS, OPTIMS, SCHEDULES, ConfigError
-from alignscale.config import TrainConfig, as_dict, defining, difference, without_display
+from alignscale.config import TrainConfig, as_dict, defining, refuse_difference, without_display
 from alignscale.environment import hardware, source, source_diff, versions
 from alignscale.files import write_atomic
 from alignscale.rules import RULES
 
 OURS = (
-    "metrics.jsonl",
-    "norms.safetensors",
-    "result.json",
-    "report.html",
-    "config.yaml",
-    "versions.json",
-    "source.diff",
+    "metrics.jsonl", "norms.safetensors", "result.json", "report.html", "config.yaml", "versions.json", "source.diff",
     "wandb.id",
-)
+)  # fmt: skip
 
 
 @contextmanager
@@ -42,14 +36,11 @@ def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
     Raises ConfigError if it belongs to another configuration or to something else, is held by another run, or cannot
     be written. The hold ends with the block, or with the process, however that ends.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_strange(folder)
-        lock = (folder / ".lock").open("a+")
-    except OSError as problem:
-        raise _unwritable(folder, problem) from problem
-    with lock:
+    with ExitStack() as held:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_strange(folder)
+            lock = held.enter_context((folder / ".lock").open("a+"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -62,14 +53,10 @@ def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
                 "another run.dir"
             ) from problem
         except OSError as problem:
-            raise _unwritable(folder, problem) from problem
+            raise ConfigError(
+                f"run folder {folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
+            ) from problem
         yield
-
-
-def _unwritable(folder: Path, problem: OSError) -> ConfigError:
-    return ConfigError(
-        f"run folder {folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
-    )
 
 
 def _refuse_strange(folder: Path) -> None:
@@ -90,13 +77,17 @@ def _claim(folder: Path, config: TrainConfig) -> None:
         # half a file or checkpoint of a killed process
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     if not (folder / "config.yaml").exists():
-        write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+        _write_config(folder, config)
     (folder / "checkpoints").mkdir(exist_ok=True)  # after config.yaml, by which a killed run's folder is known
+
+
+def _write_config(folder: Path, config: TrainConfig) -> None:
+    write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
 
 
 def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> None:
     """config.yaml, versions.json and source.diff, as this session of the run has them."""
-    write_atomic(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+    _write_config(folder, config)
     about = {"versions": versions(), "hardware": hardware(device), "source": source()}
     write_atomic(folder / "versions.json", json.dumps(about, indent=1).encode())
     changes = source_diff()
@@ -129,15 +120,10 @@ def _same_run(path: Path, config: TrainConfig) -> None:
     if not path.exists():
         return
     try:
-        options = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        options = without_display(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as problem:
         raise ConfigError(f"{path}: expected a run's configuration, found: {problem}; use another run.dir") from problem
-    changed = difference(without_display(options), defining(config)) if isinstance(options, dict) else ["not a mapping"]
-    if changed:
-        raise ConfigError(
-            f"{path}: the run was made with other options than these: {'; '.join(changed)}. Use the old ones, or "
-            "another run.dir, or resume=never to start again"
-        )
+    refuse_difference(path, options, defining(config), "options")
 
 
 def _empty(folder: Path) -> None:

@@ -5,7 +5,7 @@ It stands alone because only the loop knows when a run is whole, and only a sign
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -40,8 +40,6 @@ class Interrupts:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the handlers as they were."""
         self._restore()

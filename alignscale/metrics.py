@@ -1,15 +1,12 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard events and a progress bar, from one call a step."""
 
 import json
-import math
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -19,6 +16,7 @@ from tqdm import tqdm
 
 from alignscale.config import LogConfig
 from alignscale.files import write_atomic
+from alignscale.results import finite
 
 
 class Metrics:
@@ -39,20 +37,13 @@ class Metrics:
         options: shown by W&B.
         """
         path = folder / "metrics.jsonl"
-        kept = [line for line in _rows(path) if json.loads(line)["step"] <= first] if first else []
-        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+        write_atomic(path, _rows(path, first).encode() if first else b"")
         self.every = config.every_steps
         self.file = path.open("a", buffering=1)
         self.events = _Events(folder / "tensorboard", first) if config.tensorboard else None
         self.wandb = _wandb(config, folder, name, first, options) if config.wandb else None
         self.bar = tqdm(
-            total=steps,
-            initial=first,
-            desc=name,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not config.progress,
-            file=sys.stderr,
+            total=steps, initial=first, desc=name, unit="step", dynamic_ncols=True, disable=not config.progress
         )
         self.examples, self.right, self.seconds = *counts, 0.0
 
@@ -65,9 +56,7 @@ class Metrics:
         """The metrics, to be closed at the end of the block."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Close the files and the bar."""
         self.bar.close()
         for sink in (self.file, self.events):
@@ -139,20 +128,14 @@ def _wandb(config: LogConfig, folder: Path, name: str, first: int, options: Any)
     )
 
 
-def finite(value: Any) -> Any:
-    """The value, or None for a float that is NaN or infinite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _rows(path: Path) -> list[str]:
-    """The lines that are rows: a killed run may have left half of one."""
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return [line for line in lines if _is_row(line)]
-
-
-def _is_row(line: str) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and isinstance(row.get("step"), int)
+def _rows(path: Path, last: int) -> str:
+    """The lines that are rows of a step up to ``last``: a killed run may have left half of one."""
+    kept = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= last:
+            kept.append(line + "\n")
+    return "".join(kept)

@@ -19,7 +19,6 @@ from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig, as_dict, defining, difference, run_name
 from alignscale.data import Examples, load
-from alignscale.data.examples import Encoding
 from alignscale.data.plan import Plan
 from alignscale.environment import hardware, keep_freed_memory, torch_settings, versions
 from alignscale.files import write_atomic
@@ -83,7 +82,7 @@ def make_learner(config: TrainConfig, train: Examples, device: torch.device) -> 
         frozen_weights=config.frozen.weights,
         state_rows=config.batch_size,
     )
-    learner.encoding = Encoding.of(config.data, train, learner.loss, *PRECISIONS[config.precision], device)
+    learner.encoding = learner.encoding.of(config.data, train)
     return learner
 
 

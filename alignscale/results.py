@@ -3,7 +3,7 @@
 Format 1 holds `title`, `created`, `command`, `hardware`, `versions`, `config` (the options common to all runs) and
 `runs`: a list with one object per run, each with its resolved `config`, its final `test` and `train` numbers and a
 `curve` with one point per epoch. A loss that ended as NaN or infinity is null or JSON's NaN: the run diverged.
-Some runs have more: OPTIONAL_FIELDS, and top-5 accuracies; accuracies are fractions.
+Some runs have more: OPTIONAL, and top-5 accuracies; accuracies are fractions.
 
 Stands alone because the page, the figures and the terminal's table must agree on every mean, gap and divergence.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ TOP_FIELDS = {"title": str, "created": str, "command": str, "hardware": dict, "v
 RUN_FIELDS = {
     "name": str, "folder": str, "rule": str, "net": str, "width": int, "seed": int, "parameters": int, "config": dict,
     "steps": int, "epochs": int, "batch": int, "test": dict, "train": dict, "curve": list,
+    "validation": dict, "best": dict, "skipped": int, "data": str, "failed": str,
 }  # fmt: skip
-# `best` has split, accuracy, epoch and step; `skipped` counts the examples that could not be decoded; `data` names the
-# data set; `failed` says where a run diverged.
-OPTIONAL_FIELDS = {"validation": dict, "best": dict, "skipped": int, "data": str, "failed": str}
+# Absent or null in many runs: `best` has split, accuracy, epoch and step; `skipped` counts the examples that could not
+# be decoded; `data` names the data set; `failed` says where a run diverged.
+OPTIONAL = ("validation", "best", "skipped", "data", "failed")
 # Options that change none of the numbers, and so set no two runs apart.
 INERT = ("run.", "log.", "checkpoint.", "resume.", "name.", "threads.")
 ABSENT = "(absent)"
@@ -88,6 +90,20 @@ class Series:
         return spread(None if time is None else 1000 * time for time in times)
 
 
+def make_result(title: str, command: str, run_on: Mapping[str, Any], config: Result, runs: list[Run]) -> Result:
+    """A result of now. run_on: the hardware and versions; config: the options common to all runs."""
+    return {
+        "format": FORMAT,
+        "title": title,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "hardware": run_on["hardware"],
+        "versions": run_on["versions"],
+        "config": config,
+        "runs": runs,
+    }
+
+
 def read_result(path: Path) -> Result:
     """Read and check a result.
 
@@ -101,50 +117,41 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path}: expected a result file, found none ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:  # a truncated file, or bytes that are no text
         raise ValueError(f"{path}: expected JSON, found something else ({error}); {remedy}") from error
-    fault = _fault(data)
+    fault = next(_faults(data), None)
     if fault:
         raise ValueError(f"{path}: expected an alignscale result of format {FORMAT}, found {fault}; {remedy}")
     return dict(data)
 
 
-def _fault(data: object) -> str | None:
-    """What keeps an object from being a result, in words; None when nothing does."""
+def _faults(data: Any) -> Iterator[str]:
+    """What keeps an object from being a result, in words; each check relies on those before it."""
     if not isinstance(data, dict):
-        return f"a {type(data).__name__} in place of an object"
-    if data.get("format") != FORMAT:
-        return f"format {data['format']!r}" if "format" in data else "an object without 'format'"
-    runs = data.get("runs")
-    if not isinstance(runs, list) or not runs:
-        return "no runs"
-    wrong = _wrong_field(data, TOP_FIELDS)
-    if wrong:
-        return wrong
-    for index, run in enumerate(runs):
-        given = {
-            key: kind for key, kind in OPTIONAL_FIELDS.items() if isinstance(run, dict) and run.get(key) is not None
-        }
-        wrong = _wrong_field(run, RUN_FIELDS | given) if isinstance(run, dict) else "no object"
-        if wrong:
-            return f"run {index} with {wrong}"
-        if not all(isinstance(point, dict) and finite(point.get("epoch")) is not None for point in run["curve"]):
-            return f"run {index} with a curve that has a point without 'epoch'"
-    return None
+        yield f"a {type(data).__name__} in place of an object"
+    elif data.get("format") != FORMAT:
+        yield f"format {data['format']!r}" if "format" in data else "an object without 'format'"
+    elif not isinstance(data.get("runs"), list) or not data["runs"]:
+        yield "no runs"
+    else:
+        yield from _wrong_fields(data, TOP_FIELDS)
+        for index, run in enumerate(data["runs"]):
+            for fault in _wrong_fields(run, RUN_FIELDS) if isinstance(run, dict) else ["no object"]:
+                yield f"run {index} with {fault}"
+            if any(not isinstance(point, dict) or finite(point.get("epoch")) is None for point in run["curve"]):
+                yield f"run {index} with a curve that has a point without 'epoch'"
 
 
-def _wrong_field(record: Result, fields: Mapping[str, type]) -> str | None:
+def _wrong_fields(record: Result, fields: Mapping[str, type]) -> Iterator[str]:
     for key, kind in fields.items():
-        if key not in record:
-            return f"no '{key}'"
-        if not isinstance(record[key], kind) or isinstance(record[key], bool):
-            return f"'{key}' that is {type(record[key]).__name__}, not {kind.__name__}"
-    return None
+        value = record.get(key)
+        if key not in record and key not in OPTIONAL:
+            yield f"no '{key}'"
+        elif (not isinstance(value, kind) or isinstance(value, bool)) and not (key in OPTIONAL and value is None):
+            yield f"'{key}' that is {type(value).__name__}, not {kind.__name__}"
 
 
 def finite(value: object) -> float | None:
-    """The value as a float, or None where it is absent, NaN, infinite or so large that averages would overflow."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e100:
-        return None
-    return float(value)
+    """The value, or None where it is absent, NaN, infinite or so large that averages would overflow."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100 else None
 
 
 def diverged(run: Run) -> bool:

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +18,8 @@ from alignscale.data.plan import Plan
 from alignscale.environment import hardware, versions
 from alignscale.files import write_atomic
 from alignscale.learner import Learner
-from alignscale.metrics import finite
 from alignscale.report import write_report
-from alignscale.results import FORMAT, Result
+from alignscale.results import Result, finite, make_result
 from alignscale.types import Batch
 
 
@@ -52,6 +50,11 @@ class Run:
     finished: Result | None = None
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
     def stop(self) -> int:
         """The number of updates in the whole run."""
         return self.plan.steps_per_epoch * self.config.epochs
@@ -77,23 +80,16 @@ class Run:
         """Write a checkpoint after update ``step``. Raises Diverged if a weight is not finite."""
         if not all_finite(self.learner.net.parameters()):
             self.diverge(step, "weight", None)
-        best = self.best()
         progress = {
-            "best": None if best is None else best["step"],
+            "best": (self.best() or {}).get("step"),
             "curve": self.curve,
             "seconds": self.seconds + sum(self.timings),
             "seconds_per_step": self._typical(),
             "epoch_loss": self.epoch_loss,
             "counts": self.counts,
         }
-        checkpoint.save(
-            self.folder / "checkpoints",
-            step,
-            self.learner.net,
-            self.learner.engine.optimizer,
-            {**self.about, "progress": progress},
-            self.config.checkpoint.keep,
-        )
+        about, keep = {**self.about, "progress": progress}, self.config.checkpoint.keep
+        checkpoint.save(self.checkpoints, step, self.learner.net, self.learner.engine.optimizer, about, keep)
         self.saved = time.monotonic()
 
     def diverge(self, step: int, what: str, batch: Batch | None) -> NoReturn:
@@ -105,7 +101,7 @@ class Run:
             f"infinity in {where}; lower optim.lr (now {self.config.optim.lr:g}), clip (optim.clip_norm) or set a norm"
         )
         self.finish(step, failed=message)
-        kept = checkpoint.complete(self.folder / "checkpoints")
+        kept = checkpoint.complete(self.checkpoints)
         good = (
             f"the last good checkpoint is {kept[-1]}" if kept else f"no checkpoint was due before it in {self.folder}"
         )
@@ -116,27 +112,27 @@ class Run:
 
     def finish(self, step: int, failed: str | None = None) -> Result:
         """Write report.html and result.json, and return the result; ``diverged_at`` is the last step of a lost run."""
+        config, best, measures = self.config, self.best(), ("accuracy", "top5", "loss")
         last = self.curve[-1] if self.curve and failed is None else {}
-        best, measures = self.best(), ("accuracy", "top5", "loss")
         run: dict[str, Any] = {
             "name": self.name,
             "folder": ".",
-            "rule": self.config.rule.name,
-            "net": self.config.net.name,
-            "width": self.config.net.width,
-            "data": self.config.data.name,
-            "seed": self.config.seed,
+            "rule": config.rule.name,
+            "net": config.net.name,
+            "width": config.net.width,
+            "data": config.data.name,
+            "seed": config.seed,
             "parameters": sum(p.numel() for p in self.learner.net.parameters()),
-            "config": as_dict(self.config),
+            "config": as_dict(config),
             "steps": step,
-            "epochs": self.config.epochs,
-            "batch": self.config.batch_size,
+            "epochs": config.epochs,
+            "batch": config.batch_size,
             "seconds": self.seconds + sum(self.timings),
             "seconds_per_step": self._typical(),
             "skipped": sum(examples.skipped for examples in self.splits.values()),
             **{
                 split: {key: finite(last.get(f"{split}_{key}")) for key in measures}
-                for split in ("test", *self.config.evaluation.splits)
+                for split in ("test", *config.evaluation.splits)
             },
             "curve": [{key: finite(value) for key, value in point.items()} for point in self.curve],
             "diverged_at": None if failed is None else step,
@@ -144,20 +140,11 @@ class Run:
         }
         run["train"] = {**run.get("train", {}), "loss": finite(last.get("train_loss"))}
         if best is not None:
-            split = self.config.checkpoint.best
-            run["best"] = {"split": split, "accuracy": best[f"{split}_accuracy"]} | {
-                key: best[key] for key in ("epoch", "step")
-            }
-        result = {
-            "format": FORMAT,
-            "title": self.name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": self.command,
-            "hardware": hardware(self.learner.encoding.device),
-            "versions": versions(),
-            "config": as_dict(self.config),
-            "runs": [run],
-        }
+            split = config.checkpoint.best
+            where = {key: best[key] for key in ("epoch", "step")}
+            run["best"] = {"split": split, "accuracy": best[f"{split}_accuracy"], **where}
+        run_on = {"hardware": hardware(self.learner.encoding.device), "versions": versions()}
+        result = make_result(self.name, self.command, run_on, as_dict(config), [run])
         write_report(result, self.folder / "report.html", "result.json")
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
         return result

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Weight = Callable[[int], Tensor]
@@ -32,10 +31,6 @@ class Batch:
     size: int
     step: int = 0
     view: int = 0
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on ``device``."""
-        return Batch(self.images.to(device), self.targets.to(device), self.keys, self.size, self.step, self.view)
 
 
 class NormState(NamedTuple):

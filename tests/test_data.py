@@ -34,7 +34,7 @@ def keys(examples: Examples) -> list[int]:
 
 def encoding(train: Examples, normalisation: str = "none", **options: Any) -> Encoding:
     data = DataConfig("some", normalisation=normalisation, **options)
-    return Encoding.of(data, train, make_loss(MSEConfig()), torch.float64, torch.float64, torch.device("cpu"))
+    return Encoding(make_loss(MSEConfig()), torch.float64, torch.float64, torch.device("cpu")).of(data, train)
 
 
 @given(ANY_LABELS)

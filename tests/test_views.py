@@ -23,7 +23,7 @@ def examples(count: int = 40) -> Examples:
 
 def images_of(data: Examples, places: Tensor, view: int) -> Tensor:
     config = DataConfig("some", views=4, shift=2, flip=True)
-    code = Encoding.of(config, data, make_loss(MSEConfig()), torch.float64, torch.float64, torch.device("cpu"))
+    code = Encoding(make_loss(MSEConfig()), torch.float64, torch.float64, torch.device("cpu")).of(config, data)
     return code.batch(data, places, 0, view=view).images
 
 

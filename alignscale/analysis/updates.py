@@ -23,12 +23,6 @@ def cosines(first: list[Tensor | None], second: list[Tensor | None]) -> list[flo
     ]
 
 
-def mean_cosine(first: list[Tensor | None], second: list[Tensor | None]) -> float:
-    """Mean over the layers of the cosine of two updates, so that each layer's direction counts alike."""
-    values = cosines(first, second)
-    return sum(values) / len(values)
-
-
 def _cosine(a: Tensor, b: Tensor) -> float:
     scale = math.sqrt(a.square().sum().item() * b.square().sum().item())
     return (a * b).sum().item() / scale if scale > 0 else 0.0

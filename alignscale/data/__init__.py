@@ -1,25 +1,29 @@
 """Data sets by name: training, validation and test examples."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignscale.choices import (
-    ArchiveConfig,
-    ConfigError,
-    DataConfig,
-    DigitsConfig,
-    ImageFolderConfig,
-    SyntheticConfig,
-)
+from alignscale.choices import ArchiveConfig, ConfigError, DataConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
 from alignscale.data.archives import archive
 from alignscale.data.digits import digits
 from alignscale.data.examples import Examples
+from alignscale.data.image_folder import image_folder
 from alignscale.data.synthetic import synthetic
 from alignscale.initial import Stream, permutation
 
 __all__ = ["Examples", "load", "split"]
+
+READERS: dict[type[DataConfig], Callable[[Any], tuple[Examples, Examples]]] = {
+    DigitsConfig: digits,
+    SyntheticConfig: synthetic,
+    ArchiveConfig: archive,
+    ImageFolderConfig: image_folder,
+}
+"""Of each class of options, what reads training and test examples."""
 
 
 def load(config: DataConfig) -> dict[str, Examples]:
@@ -31,17 +35,9 @@ def load(config: DataConfig) -> dict[str, Examples]:
 
 
 def _read(config: DataConfig) -> tuple[Examples, Examples]:
-    if isinstance(config, DigitsConfig):
-        return digits(config)
-    if isinstance(config, SyntheticConfig):
-        return synthetic(config)
-    if isinstance(config, ArchiveConfig):
-        return archive(config)
-    if isinstance(config, ImageFolderConfig):
-        from alignscale.data.image_folder import image_folder  # needs PIL
-
-        return image_folder(config)
-    raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
+    if type(config) not in READERS:
+        raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
+    return READERS[type(config)](config)
 
 
 def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Examples]:

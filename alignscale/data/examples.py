@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,9 +37,7 @@ class Examples:
 
     def part(self, places: Tensor) -> "Examples":
         """The examples at ``places``, which keep their keys."""
-        return Examples(
-            self.images[places], self.labels[places], self.classes, self.shard, self.rows[places], self.skipped
-        )
+        return replace(self, images=self.images[places], labels=self.labels[places], rows=self.rows[places])
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -75,26 +73,16 @@ class Encoding:
     affine: tuple[Tensor, Tensor] | None = None
     moves: Moves | None = None
 
-    @classmethod
-    def of(
-        cls,
-        data: DataConfig,
-        train: Examples,
-        loss: Loss,
-        dtype: torch.dtype,
-        master: torch.dtype,
-        device: torch.device,
-    ) -> "Encoding":
+    def of(self, data: DataConfig, train: Examples) -> "Encoding":
         """As ``data`` asks, with the moments of the training examples."""
         channels, scale = train.images.shape[1], pixel_scale(train.images)
         mean, std = moments(train.images) if data.normalisation == "channel" else (torch.zeros(channels), 1.0)
         affine = None
         if scale != 1.0 or data.normalisation == "channel":
             gain = torch.ones(channels, dtype=torch.float64) / std
-            first, second = (x.view(-1, 1, 1).to(device, master) for x in (gain / scale, -mean * gain))
+            first, second = (x.view(-1, 1, 1).to(self.device, self.master) for x in (gain / scale, -mean * gain))
             affine = (first, second)
-        moves = Moves(data.shift, data.flip) if data.views > 1 else None
-        return cls(loss, dtype, master, device, affine, moves)
+        return replace(self, affine=affine, moves=Moves(data.shift, data.flip) if data.views > 1 else None)
 
     def images(self, images: Tensor) -> Tensor:
         """Stored images (B, C, H, W) -> what the network reads."""
