@@ -142,8 +142,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / MANIFEST}: expected a checkpoint's manifest: {problem}; delete {path}"
         ) from problem
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if found != FORMAT:
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; delete {path}")
     missing = {"step", "files", "config", "examples", "fingerprint", "progress", "made_with"} - manifest.keys()
     if missing:

@@ -12,7 +12,7 @@ from alignscale.choices import ConfigError, RuleConfig
 from alignscale.config import CompareConfig, GridConfig, TrainConfig, run_name
 from alignscale.files import write_atomic
 from alignscale.report import write_report
-from alignscale.results import Result, flatten, make_result, read_result
+from alignscale.results import Result, make_result, read_result
 from alignscale.rules import RULES
 from alignscale.run import Diverged
 from alignscale.train import train
@@ -86,13 +86,11 @@ def combine(grid: CompareConfig, results: list[Result], command: str) -> Result:
 
 def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:
     """The options in which all runs agree, nested as they were."""
-    first, *others = [flatten(config) for config in configs]
     common: dict[str, Any] = {}
-    for path, value in first.items():
-        if all(path in other and other[path] == value for other in others):
-            *groups, leaf = path.split(".")
-            place = common
-            for group in groups:
-                place = place.setdefault(group, {})
-            place[leaf] = value
-    return common
+    for key, value in configs[0].items():
+        values = [config.get(key) for config in configs]
+        if isinstance(value, dict):
+            common[key] = _common([one if isinstance(one, dict) else {} for one in values])
+        elif all(key in config and config[key] == value for config in configs):
+            common[key] = value
+    return {key: value for key, value in common.items() if value != {}}

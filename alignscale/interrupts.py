@@ -41,5 +41,4 @@ class Interrupts:
             signal.signal(number, handler)
 
     def __exit__(self, *_: object) -> None:
-        """Leave the handlers as they were."""
         self._restore()

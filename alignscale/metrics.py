@@ -53,11 +53,9 @@ class Metrics:
         return self.examples, self.right
 
     def __enter__(self) -> "Metrics":
-        """The metrics, to be closed at the end of the block."""
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Close the files and the bar."""
         self.bar.close()
         for sink in (self.file, self.events):
             if sink:

@@ -70,18 +70,9 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
 def make_learner(config: TrainConfig, train: Examples, device: torch.device) -> Learner:
     """The learner of a run at its start, which reads examples as the run does."""
     learner = Learner(
-        config.net,
-        train.shape,
-        train.classes,
-        config.rule,
-        config.optim,
-        config.loss,
-        seed=config.seed,
-        precision=config.precision,
-        device=device,
-        frozen_weights=config.frozen.weights,
-        state_rows=config.batch_size,
-    )
+        config.net, train.shape, train.classes, config.rule, config.optim, config.loss, seed=config.seed,
+        precision=config.precision, device=device, frozen_weights=config.frozen.weights, state_rows=config.batch_size,
+    )  # fmt: skip
     learner.encoding = learner.encoding.of(config.data, train)
     return learner
 

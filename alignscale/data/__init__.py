@@ -9,10 +9,9 @@ from torch import Tensor
 
 from alignscale.choices import ArchiveConfig, ConfigError, DataConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
 from alignscale.data.archives import archive
-from alignscale.data.digits import digits
+from alignscale.data.builtin import digits, synthetic
 from alignscale.data.examples import Examples
 from alignscale.data.image_folder import image_folder
-from alignscale.data.synthetic import synthetic
 from alignscale.initial import Stream, permutation
 
 __all__ = ["Examples", "load", "split"]

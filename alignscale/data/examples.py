@@ -40,7 +40,6 @@ class Examples:
         return replace(self, images=self.images[places], labels=self.labels[places], rows=self.rows[places])
 
     def __len__(self) -> int:
-        """Number of examples."""
         return len(self.labels)
 
     @property

@@ -31,13 +31,11 @@ class Plan:
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Update index and example indices of the steps from ``start`` to before ``stop``."""
-        order, ordered = None, -1
-        for step in range(start, stop):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != ordered:
-                order, ordered = self.epoch(epoch), epoch
-            assert order is not None
-            yield step, order[place * self.batch_size : (place + 1) * self.batch_size]
+        for epoch, steps in itertools.groupby(range(start, stop), lambda step: step // self.steps_per_epoch):
+            order = self.epoch(epoch)
+            for step in steps:
+                place = step % self.steps_per_epoch * self.batch_size
+                yield step, order[place : place + self.batch_size]
 
 
 def even_batches(examples: int, most: int) -> list[slice]:

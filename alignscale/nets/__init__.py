@@ -1,8 +1,7 @@
 """Networks: built by name from their configuration."""
 
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
-from alignscale.nets.conv import conv
-from alignscale.nets.mlp import mlp
+from alignscale.nets.layered import conv, mlp
 from alignscale.nets.network import Network
 from alignscale.nets.rnn import RNN
 

@@ -18,19 +18,24 @@ from torch import Tensor
 class Activation:
     """An elementwise function and its derivative, on tensors of any shape.
 
-    forward: x -> the activation of x, and the residue. It may overwrite x when no graph is built.
-    gate: residue -> the gate, in the form that ``pullback`` reads.
-    pullback: signal after the activation, gate -> delta before it, signal * act'(x).
+    function: may overwrite x when no graph is built. gate: residue -> the gate, in the form that ``pullback`` reads.
+    pullback: signal after the activation, gate -> delta before it, signal * act'(x). of_output: whether the residue is
+    the function's value, else x.
     """
 
-    forward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    function: Callable[[Tensor], Tensor]
     gate: Callable[[Tensor], Tensor]
     pullback: Callable[[Tensor, Tensor], Tensor] = torch.mul
+    of_output: bool = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x -> the activation of x, and the residue. May overwrite x when no graph is built."""
+        a = self.function(x)
+        return a, a if self.of_output else x
 
 
-def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    a = torch.relu(x) if torch.is_grad_enabled() else torch.relu_(x)
-    return a, a
+def _relu(x: Tensor) -> Tensor:
+    return torch.relu(x) if torch.is_grad_enabled() else torch.relu_(x)
 
 
 def _itself(residue: Tensor) -> Tensor:
@@ -42,19 +47,9 @@ def _where_open(signal: Tensor, gate: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(signal, gate, 0)
 
 
-def _tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    a = torch.tanh(x)
-    return a, a
-
-
 def _tanh_gate(residue: Tensor) -> Tensor:
     """1 - tanh(x)^2, a function of the value."""
     return 1 - residue.square()
-
-
-def _erf(x: Tensor) -> tuple[Tensor, Tensor]:
-    """erf(x), whose infinite-width kernel is known in closed form."""
-    return torch.erf(x), x
 
 
 def _erf_gate(residue: Tensor) -> Tensor:
@@ -62,20 +57,15 @@ def _erf_gate(residue: Tensor) -> Tensor:
     return torch.exp(-residue.square()) * (2 / math.sqrt(math.pi))
 
 
-def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x * Phi(x), Phi the normal distribution function (Hendrycks & Gimpel 2016, the exact form)."""
-    return torch.nn.functional.gelu(x), x
-
-
 def _gelu_gate(residue: Tensor) -> Tensor:
-    """Phi(x) + x * phi(x)."""
+    """Phi(x) + x * phi(x), Phi the normal distribution function and phi its density."""
     density = torch.exp(-residue.square() / 2) / math.sqrt(2 * math.pi)
     return torch.special.ndtr(residue) + residue * density
 
 
 ACTIVATIONS = {
-    "relu": Activation(_relu, _itself, _where_open),
-    "gelu": Activation(_gelu, _gelu_gate),
-    "tanh": Activation(_tanh, _tanh_gate),
-    "erf": Activation(_erf, _erf_gate),
+    "relu": Activation(_relu, _itself, _where_open, of_output=True),
+    "gelu": Activation(torch.nn.functional.gelu, _gelu_gate),  # x * Phi(x), exact (Hendrycks & Gimpel 2016)
+    "tanh": Activation(torch.tanh, _tanh_gate, of_output=True),
+    "erf": Activation(torch.erf, _erf_gate),  # whose infinite-width kernel is known in closed form
 }

@@ -3,10 +3,13 @@
 It stands alone as the one forward pass and the one pullback of every MLP and convolutional network here.
 """
 
+import itertools
+import math
+
 from torch import Tensor
 
-from alignscale.choices import NetConfig
-from alignscale.nets.layers import Layer
+from alignscale.choices import ConvConfig, MLPConfig, NetConfig
+from alignscale.nets.layers import Conv, Layer, Linear
 from alignscale.nets.network import Deltas, Gates, Network, States
 from alignscale.types import Parameters, Trace, Weight
 
@@ -59,3 +62,25 @@ class LayeredNet(Network):
             return signal
         _, height, width = self.direct_shapes[-1]
         return (signal / (height * width))[:, :, None, None].expand(-1, -1, height, width)
+
+
+def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> LayeredNet:
+    """A multi-layer perceptron for images of ``shape`` (C, H, W), which it flattens, with ``classes`` logits."""
+    sizes = [math.prod(shape), *[config.width] * config.depth, classes]
+    layers: list[Layer] = [
+        Linear((out, fan_in), True, config.gain if index else 1.0, config.parameterisation)
+        for index, (fan_in, out) in enumerate(itertools.pairwise(sizes))
+    ]
+    return LayeredNet(config, layers, [(config.width,)] * config.depth)
+
+
+def conv(config: ConvConfig, shape: tuple[int, ...], classes: int) -> LayeredNet:
+    """The paper's networks for images of ``shape`` (C, H, W): 3x3 layers, a mean over the map, a linear readout."""
+    layers: list[Layer] = []
+    shapes: list[tuple[int, ...]] = [shape]
+    for stride in config.strides:
+        layer = Conv(shapes[-1], config.width, stride, config.gain if layers else 1.0, config.parameterisation)
+        layers.append(layer)
+        shapes.append(layer.outputs)
+    layers.append(Linear((classes, config.width), True, config.gain, config.parameterisation))
+    return LayeredNet(config, layers, shapes[1:])

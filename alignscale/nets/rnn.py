@@ -110,11 +110,8 @@ def _stack(states: list[NormState | None]) -> NormState | None:
     present = [state for state in states if state is not None]
     if not present:
         return None
-    return NormState(
-        torch.stack([s.z for s in present], 1),
-        torch.cat([s.mean for s in present]),
-        torch.cat([s.inverse_std for s in present]),
-    )
+    z, mean, inverse_std = zip(*present, strict=True)
+    return NormState(torch.stack(z, 1), torch.cat(mean), torch.cat(inverse_std))
 
 
 def _at(state: NormState | None, step: int) -> NormState | None:

@@ -1,0 +1,45 @@
+"""Data sets that need no files: real digits that come with a library, and noisy prototypes of any shape."""
+
+import numpy as np
+import torch
+
+from alignscale.choices import DigitsConfig, SyntheticConfig
+from alignscale.data.examples import Examples
+from alignscale.initial import Stream, normal
+
+TRAIN = 1437
+
+
+def digits(config: DigitsConfig) -> tuple[Examples, Examples]:
+    """scikit-learn's handwritten digits (Alpaydin & Kaynak 1998): 1797 real images of 8x8, pixels in [0, 1].
+
+    1437 are for training and 360 for testing; the split is fixed and no run's seed changes it.
+    """
+    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
+
+    data = load_digits()
+    images = torch.from_numpy(data.images / 16).float()[:, None]
+    labels = torch.from_numpy(data.target).long()
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))  # a stream that numpy never changes
+    images, labels = images[order], labels[order]
+    return (
+        Examples.whole(images[:TRAIN], labels[:TRAIN], 10, "digits-train"),
+        Examples.whole(images[TRAIN:], labels[TRAIN:], 10, "digits-test"),
+    )
+
+
+def synthetic(config: SyntheticConfig) -> tuple[Examples, Examples]:
+    """Image = prototype of its class + noise, all standard normal times 1 or ``config.noise``; labels go round.
+
+    For benchmarks, and for trying a network out before its real data is there.
+    """
+    shape = tuple(config.shape)
+    prototypes = normal(config.seed, Stream.DATA, 0, (config.classes, *shape))
+    labels = torch.arange(config.train + config.test) % config.classes
+    noise = normal(config.seed, Stream.DATA, 1, (len(labels), *shape))
+    images = prototypes[labels] + config.noise * noise
+    train, test = slice(0, config.train), slice(config.train, None)
+    return (
+        Examples.whole(images[train], labels[train], config.classes, "synthetic-train"),
+        Examples.whole(images[test], labels[test], config.classes, "synthetic-test"),
+    )
