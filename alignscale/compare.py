@@ -1,6 +1,7 @@
 """Rules x widths x seeds: train each, skip what is finished, go on where it stopped, and report on all of it."""
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from alignscale.choices import ConfigError, RuleConfig
+from alignscale.choices import ConfigError
 from alignscale.config import CompareConfig, GridConfig, TrainConfig, run_name
 from alignscale.files import write_atomic
 from alignscale.report import write_report
@@ -54,23 +55,15 @@ def expand(config: GridConfig) -> Iterator[TrainConfig]:
         if rule not in RULES:
             raise ConfigError(f"compare.rules: {rule}: expected some of {', '.join(sorted(RULES))}")
     shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    runs = []
-    for width in grid.widths:
-        for seed in grid.seeds:
-            for name in grid.rules:
-                single = TrainConfig(**copy.deepcopy(shared))
-                single.rule = _rule(name, config)
-                single.net = replace(single.net, width=width)
-                single.seed = seed
-                validate(single)
-                single.run.dir = str(Path(grid.folder) / run_name(single))
-                runs.append(single)
-    yield from runs
-
-
-def _rule(name: str, config: GridConfig) -> RuleConfig:
-    """The options given on the command line where they are this rule's, else its defaults."""
-    return copy.deepcopy(config.rule) if config.rule.name == name else RULES[name].options(name=name)
+    for width, seed, name in itertools.product(grid.widths, grid.seeds, grid.rules):
+        single = TrainConfig(**copy.deepcopy(shared))
+        if single.rule.name != name:  # else it has the options that were given
+            single.rule = RULES[name].options(name=name)
+        single.net = replace(single.net, width=width)
+        single.seed = seed
+        validate(single)
+        single.run.dir = str(Path(grid.folder) / run_name(single))
+        yield single
 
 
 def combine(grid: CompareConfig, results: list[Result], command: str) -> Result:

@@ -58,8 +58,7 @@ class LocalEngine:
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run the rule on a batch."""
-        output: StepOutput = self.rule(batch)
-        return output
+        return self.rule(batch)
 
     def backward(self, surrogate: Tensor) -> None:
         """Add the update's gradient to that of the parameters."""

@@ -39,16 +39,16 @@ def initial_weight(net: Network, seed: int, index: int, stream: Stream = Stream.
     return numbers.to(weight.dtype).mul_(net.layers[index].initial_std)
 
 
+@dataclass(frozen=True)
 class Frozen:
     """A network as it was at the start: the structure and norms of ``net`` with other weights, which never change.
 
-    Not a Module and without parameters, so that no engine partitions, restores or updates it.
+    parameters: layer -> (weight, bias) of the initial network. Not a Module and without parameters of its own, so that
+    no engine partitions, restores or updates it.
     """
 
-    def __init__(self, net: Network, parameters: Parameters) -> None:
-        """Parameters: layer -> (weight, bias) of the initial network."""
-        self.net = net
-        self.parameters = parameters
+    net: Network
+    parameters: Parameters
 
     @classmethod
     def copy_of(cls, net: Network) -> "Frozen":
@@ -135,24 +135,17 @@ def calibrate(frozen: Frozen, images: Tensor) -> None:
             norm.calibrate(mean, (square - mean.square()).clamp(min=0), at)
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the norm that is being calibrated, with the tensor that the norm is given."""
-
-
 def _input_of(norm: CalibratedNorm, at: int | slice, frozen: Frozen, images: Tensor) -> Tensor:
-    def stop(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        if arguments[1:] in ((), (at,)):
-            raise _Reached(arguments[0])
+    """What the norm is given; what the norms above it make of it, not being calibrated yet, is not looked at."""
+    caught: list[Tensor] = []
 
-    handle = norm.register_forward_pre_hook(stop)
-    try:
+    def keep(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments[1:] in ((), (at,)):
+            caught.append(arguments[0])
+
+    with norm.register_forward_pre_hook(keep):
         frozen.trace(images)
-    except _Reached as reached:
-        z: Tensor = reached.args[0]
-        return z
-    finally:
-        handle.remove()
-    raise RuntimeError("the network did not reach the norm that is being calibrated")
+    return caught[0]
 
 
 def fingerprint(net: Network, architecture: dict[str, object], seed: int) -> str:

@@ -68,14 +68,9 @@ def quantiles(device: torch.device) -> Tensor:
 
 
 def normal(
-    seed: int,
-    stream: Stream,
-    layer: int,
-    shape: tuple[int, ...],
-    rows: slice | None = None,
-    draw: int = 0,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+    seed: int, stream: Stream, layer: int, shape: tuple[int, ...],
+    rows: slice | None = None, draw: int = 0, device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
     """Standard normal numbers, float32: ``rows`` (all by default) of the tensor of ``shape`` at (stream, layer, draw).
 
     A slice of rows has the bits of the same rows of the whole. 16 bits a number: the largest is 4.3.

@@ -5,8 +5,8 @@ It stands alone because only the loop knows when a run is whole, and only a sign
 
 import signal
 import threading
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,26 +19,19 @@ class Interrupted(RuntimeError):
         self.signum = signum
 
 
-class Interrupts:
-    """Inside the block, the first signal is kept in ``signum``; a second one acts as it would have outside of it."""
+class Interrupts(ExitStack):
+    """Until the end of the block, the first signal is kept in ``signum``; a second one acts as it would have outside.
+
+    In a thread other than the main one, where Python allows no handlers, it does nothing.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.signum = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        """Listen; in a thread other than the main one, where Python allows no handlers, do nothing."""
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._keep) for number in SIGNALS}
-        return self
+            for number in SIGNALS:
+                self.callback(signal.signal, number, signal.signal(number, self._keep))
 
     def _keep(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+        self.close()

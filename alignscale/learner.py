@@ -38,20 +38,10 @@ class Learner:
     """
 
     def __init__(
-        self,
-        net: NetConfig,
-        shape: Sequence[int],
-        classes: int,
-        rule: str | RuleConfig = "align_ada",
-        optim: OptimConfig | None = None,
-        loss: LossConfig | None = None,
-        *,
-        seed: int = 0,
-        precision: str = "fp32",
-        device: str | torch.device = "cpu",
-        frozen_weights: str = "stored",
-        state_rows: int = 0,
-    ) -> None:
+        self, net: NetConfig, shape: Sequence[int], classes: int, rule: str | RuleConfig = "align_ada",
+        optim: OptimConfig | None = None, loss: LossConfig | None = None, *, seed: int = 0, precision: str = "fp32",
+        device: str | torch.device = "cpu", frozen_weights: str = "stored", state_rows: int = 0,
+    ) -> None:  # fmt: skip
         """Shape: of one example, (C, H, W) or (T, F). state_rows: of a recurrent network's trained initial state.
 
         Raises ConfigError for an unknown rule, or for a network that the data do not fit.

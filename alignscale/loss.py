@@ -1,6 +1,7 @@
 """The loss and the error at the output, e = dLoss/dlogits: what every rule takes from the current network."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,13 +29,15 @@ class Loss(ABC):
         """The gradient of ``value`` by the logits, in their shape and the targets' precision."""
 
 
+@dataclass(frozen=True)
 class MSE(Loss):
-    """Squared error, without a factor 1/2."""
+    """Squared error, without a factor 1/2.
 
-    def __init__(self, centred: bool = True, mean: bool = True) -> None:
-        """centred: targets are one-hot labels minus 1 / classes. mean: over classes, else their sum."""
-        self.centred = centred
-        self.mean = mean
+    centred: targets are one-hot labels minus 1 / classes. mean: over classes, else their sum.
+    """
+
+    centred: bool = True
+    mean: bool = True
 
     def targets(self, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
         """One-hot, minus 1 / classes where centred."""
@@ -53,12 +56,11 @@ class MSE(Loss):
         return size * targets.shape[-1] if self.mean else size
 
 
+@dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """-sum over classes of target * log softmax(logits)."""
+    """-sum over classes of target * log softmax(logits); smoothing: the part of a target spread over all classes."""
 
-    def __init__(self, smoothing: float = 0.0) -> None:
-        """Smoothing: the part of a target that is spread evenly over all classes."""
-        self.smoothing = smoothing
+    smoothing: float = 0.0
 
     def targets(self, labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
         """One-hot * (1 - smoothing) + smoothing / classes."""

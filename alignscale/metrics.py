@@ -23,15 +23,9 @@ class Metrics:
     """Rows go to ``folder/metrics.jsonl``, one JSON object a line, and their numbers to TensorBoard and perhaps W&B."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: LogConfig,
-        name: str,
-        first: int,
-        steps: int,
-        counts: Sequence[int] = (0, 0),
-        options: dict[str, Any] | None = None,
-    ) -> None:
+        self, folder: Path, config: LogConfig, name: str, first: int, steps: int,
+        counts: Sequence[int] = (0, 0), options: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """first: update to go on from; rows that a killed run wrote after it are dropped. counts: as they were there.
 
         options: shown by W&B.
@@ -116,14 +110,9 @@ def _wandb(config: LogConfig, folder: Path, name: str, first: int, options: Any)
     if first == 0 or not path.exists():
         write_atomic(path, secrets.token_hex(4).encode())
     return wandb.init(
-        project=config.wandb_project,
-        name=name,
-        id=path.read_text(),
-        dir=folder,
-        config=options,
-        resume="allow",
+        project=config.wandb_project, name=name, id=path.read_text(), dir=folder, config=options, resume="allow",
         settings=wandb.Settings(silent=not config.progress),
-    )
+    )  # fmt: skip
 
 
 def _rows(path: Path, last: int) -> str:

@@ -7,8 +7,6 @@ What it says is in report.html.jinja; here is what that has to know.
 Stands alone because the page and the terminal must show the same table.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,29 +58,23 @@ def write_report(data: Result, path: Path, json_name: str = "result.json") -> No
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
     environment.tests["diverged"] = results.diverged
-    environment.filters |= {
-        "accuracy_words": _accuracy_words,
-        "duration": results.duration,
-        "grouped": _grouped,
-        "option_text": results.option_text,
-    }
+    environment.filters |= {"accuracy_words": _accuracy_words, "grouped": _grouped}
+    environment.globals |= {"figures": figures, "results": results, "theme": theme}
     runs, lines = data["runs"], results.series(data["runs"])
     ordered = [run for line in lines for run in line.runs]
     page = environment.get_template("report.html.jinja").render(
         **data,
         **_cells(lines, results.widths(runs)),
         **_runs_table(lines),
+        data=data,
         differences=_differences(runs),
-        drawn=figures.figures(data),
         json_name=json_name,
+        lines=lines,
         links=[_link(run, path) for run in ordered],
-        looks=theme.looks(lines),
         measures=_measures(runs[0]),
         ordered=ordered,
-        plots=figures.PLOTS,
         seconds=sum(finite(run.get("seconds")) or 0.0 for run in runs),
         skipped=max(run.get("skipped") or 0 for run in runs),
-        style=theme.style_sheet(),
         text=text_table(data),
         values={name: len({line.options[name] for line in lines}) for name in lines[0].options},
     )

@@ -8,8 +8,6 @@ Some runs have more: OPTIONAL, and top-5 accuracies; accuracies are fractions.
 Stands alone because the page, the figures and the terminal's table must agree on every mean, gap and divergence.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics
@@ -21,6 +19,7 @@ from typing import Any
 
 Result = dict[str, Any]
 Run = dict[str, Any]
+Options = dict[str, Any]
 
 FORMAT = 1
 TOP_FIELDS = {"title": str, "created": str, "command": str, "hardware": dict, "versions": dict, "config": dict}
@@ -58,7 +57,7 @@ class Series:
     label: str
     options: dict[str, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
-    base: Series | None = None
+    base: "Series | None" = None
 
     def at(self, width: int) -> list[Run]:
         """The runs at one width: one for each seed."""
@@ -90,18 +89,13 @@ class Series:
         return spread(None if time is None else 1000 * time for time in times)
 
 
-def make_result(title: str, command: str, run_on: Mapping[str, Any], config: Result, runs: list[Run]) -> Result:
+def make_result(title: str, command: str, run_on: Mapping[str, Any], config: Options, runs: list[Run]) -> Result:
     """A result of now. run_on: the hardware and versions; config: the options common to all runs."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
     return {
-        "format": FORMAT,
-        "title": title,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "hardware": run_on["hardware"],
-        "versions": run_on["versions"],
-        "config": config,
-        "runs": runs,
-    }
+        "format": FORMAT, "title": title, "created": created, "command": command, "hardware": run_on["hardware"],
+        "versions": run_on["versions"], "config": config, "runs": runs,
+    }  # fmt: skip
 
 
 def read_result(path: Path) -> Result:

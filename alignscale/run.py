@@ -50,11 +50,6 @@ class Run:
     finished: Result | None = None
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
     def stop(self) -> int:
         """The number of updates in the whole run."""
         return self.plan.steps_per_epoch * self.config.epochs
@@ -88,8 +83,9 @@ class Run:
             "epoch_loss": self.epoch_loss,
             "counts": self.counts,
         }
-        about, keep = {**self.about, "progress": progress}, self.config.checkpoint.keep
-        checkpoint.save(self.checkpoints, step, self.learner.net, self.learner.engine.optimizer, about, keep)
+        about, learner = {**self.about, "progress": progress}, self.learner
+        folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
+        checkpoint.save(folder, step, learner.net, learner.engine.optimizer, about, keep)
         self.saved = time.monotonic()
 
     def diverge(self, step: int, what: str, batch: Batch | None) -> NoReturn:
@@ -101,7 +97,7 @@ class Run:
             f"infinity in {where}; lower optim.lr (now {self.config.optim.lr:g}), clip (optim.clip_norm) or set a norm"
         )
         self.finish(step, failed=message)
-        kept = checkpoint.complete(self.checkpoints)
+        kept = checkpoint.complete(self.folder / "checkpoints")
         good = (
             f"the last good checkpoint is {kept[-1]}" if kept else f"no checkpoint was due before it in {self.folder}"
         )
@@ -112,32 +108,20 @@ class Run:
 
     def finish(self, step: int, failed: str | None = None) -> Result:
         """Write report.html and result.json, and return the result; ``diverged_at`` is the last step of a lost run."""
-        config, best, measures = self.config, self.best(), ("accuracy", "top5", "loss")
+        config, best = self.config, self.best()
         last = self.curve[-1] if self.curve and failed is None else {}
         run: dict[str, Any] = {
-            "name": self.name,
-            "folder": ".",
-            "rule": config.rule.name,
-            "net": config.net.name,
-            "width": config.net.width,
-            "data": config.data.name,
-            "seed": config.seed,
+            "name": self.name, "folder": ".", "config": as_dict(config), "data": config.data.name, "seed": config.seed,
+            "rule": config.rule.name, "net": config.net.name, "width": config.net.width, "steps": step,
             "parameters": sum(p.numel() for p in self.learner.net.parameters()),
-            "config": as_dict(config),
-            "steps": step,
-            "epochs": config.epochs,
-            "batch": config.batch_size,
-            "seconds": self.seconds + sum(self.timings),
-            "seconds_per_step": self._typical(),
+            "epochs": config.epochs, "batch": config.batch_size,
+            "seconds": self.seconds + sum(self.timings), "seconds_per_step": self._typical(),
             "skipped": sum(examples.skipped for examples in self.splits.values()),
-            **{
-                split: {key: finite(last.get(f"{split}_{key}")) for key in measures}
-                for split in ("test", *config.evaluation.splits)
-            },
             "curve": [{key: finite(value) for key, value in point.items()} for point in self.curve],
-            "diverged_at": None if failed is None else step,
-            "failed": failed,
-        }
+            "diverged_at": None if failed is None else step, "failed": failed,
+        }  # fmt: skip
+        for split in ("test", *config.evaluation.splits):
+            run[split] = {key: finite(last.get(f"{split}_{key}")) for key in ("accuracy", "top5", "loss")}
         run["train"] = {**run.get("train", {}), "loss": finite(last.get("train_loss"))}
         if best is not None:
             split = config.checkpoint.best

@@ -1,11 +1,10 @@
-"""What a report looks like: the colours of its two themes, the look of each rule; report.css has the rest of the style.
+"""What a report looks like: theme.toml has its colours and the look of each rule, report.css the rest of the style.
 
 Stands alone because the page and the figures in it must agree on all three, and the page needs them without matplotlib.
 """
 
-from __future__ import annotations
-
 import itertools
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,9 @@ from alignscale.results import Series
 Palette = dict[str, str]
 Dash = str | tuple[int, tuple[float, ...]]
 
-# Okabe and Ito's hues, lighter or darker: each stands out from its paper by 3:1 or more. Those of backprop, align_ada,
-# align_zero, both kinds of feedback and readout_only differ from one another by 13 units of CIELAB or more, also to an
-# eye that lacks one of the three kinds of cones (as simulated after Machado, Oliveira and Fernandes, 2009).
-LIGHT: Palette = {
-    "ink": "#1b1f24", "muted": "#59616b", "grid": "#dde1e6", "paper": "#ffffff", "panel": "#f5f6f8", "link": "#00589b",
-    "blue": "#00629f", "vermillion": "#e0660f", "green": "#00805d", "purple": "#c768a0",
-    "orange": "#6f4d00", "sky": "#2f95d0", "olive": "#7c8a00",
-}  # fmt: skip
-DARK: Palette = {
-    "ink": "#e8eaed", "muted": "#a3abb5", "grid": "#363c45", "paper": "#14171b", "panel": "#1c2025", "link": "#7cc0f5",
-    "blue": "#2f8fd8", "vermillion": "#e2691c", "green": "#10cf98", "purple": "#c97aa6",
-    "orange": "#ffc950", "sky": "#9fd4f2", "olive": "#f3e93a",
-}  # fmt: skip
+_STYLE = tomllib.loads(Path(__file__).with_name("theme.toml").read_text(encoding="utf-8"))
+LIGHT: Palette = _STYLE["light"]
+DARK: Palette = _STYLE["dark"]
 # Stand for the roles in a drawing until they are replaced by CSS variables: colours that nothing else has.
 SENTINELS: Palette = {role: f"#fd{index:02x}fe" for index, role in enumerate(LIGHT)}
 
@@ -42,14 +31,8 @@ class Look:
 
 
 LOOKS = {
-    "backprop": Look("ink", "o", (0, (5.0, 1.8))),
-    "align_ada": Look("blue", "s", "-"),
-    "align_zero": Look("vermillion", "^", (0, (7.0, 1.5, 1.5, 1.5))),
-    "feedback_alignment": Look("green", "v", (0, (3.0, 1.2))),
-    "direct_feedback_alignment": Look("purple", "D", (0, (1.2, 1.2))),
-    "readout_only": Look("orange", "P", (0, (5.0, 1.2, 1.2, 1.2, 1.2, 1.2))),
-    "align_prop": Look("sky", "X", (0, (9.0, 2.0))),
-    "sign_symmetric": Look("olive", "p", (0, (2.0, 2.0))),
+    rule: Look(color, marker, (0, tuple(dash)) if isinstance(dash, list) else dash)
+    for rule, (color, marker, dash) in _STYLE["looks"].items()
 }
 
 

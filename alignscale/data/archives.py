@@ -22,6 +22,7 @@ from alignscale.choices import ArchiveConfig
 from alignscale.data.examples import DataError, Examples
 from alignscale.data.torchvision import datasets
 
+Pixels = NDArray[np.uint8]
 PIXELS = 3 * 32 * 32
 """Of a CIFAR image: a row holds its red, green and blue plane one after the other."""
 
@@ -39,10 +40,17 @@ def archive(config: ArchiveConfig) -> tuple[Examples, Examples]:
     """
     published = getattr(datasets(), config.name.upper())
     read = _cifar if config.name.startswith("cifar") else _mnist
-    return read(config, published, "train"), read(config, published, "test")
+    train, test = (_examples(config, split, *read(config, published, split)) for split in ("train", "test"))
+    return train, test
 
 
-def _cifar(config: ArchiveConfig, published: Any, split: str) -> Examples:
+def _examples(config: ArchiveConfig, split: str, images: Pixels, labels: list[int], classes: int) -> Examples:
+    if not labels:
+        raise DataError(f"{config.root}: expected at least one {split} example of {config.name}, found none; {_REMEDY}")
+    return Examples.whole(torch.from_numpy(images), torch.tensor(labels), classes, f"{config.name}-{split}")
+
+
+def _cifar(config: ArchiveConfig, published: Any, split: str) -> tuple[Pixels, list[int], int]:
     key, classes = ("fine_labels", 100) if config.name == "cifar100" else ("labels", 10)
     images, labels = [], []
     for name, checksum in getattr(published, f"{split}_list"):
@@ -54,27 +62,18 @@ def _cifar(config: ArchiveConfig, published: Any, split: str) -> Examples:
             raise _damaged(path, f"data: Array and {key}: list in its dict, found {found}")
         images.append(rows.pixels(path))
         labels += _checked(path, numbers, len(images[-1]), classes)
-    return _examples(config, split, np.concatenate(images).reshape(-1, 3, 32, 32), labels, classes)
+    return np.concatenate(images).reshape(-1, 3, 32, 32), labels, classes
 
 
-def _mnist(config: ArchiveConfig, published: Any, split: str) -> Examples:
+def _mnist(config: ArchiveConfig, published: Any, split: str) -> tuple[Pixels, list[int], int]:
     files = published.resources[:2] if split == "train" else published.resources[2:]
-    (path, pixels), (label_path, numbers) = (
-        _read(config, f"{published.__name__}/raw", name, checksum) for name, checksum in files
-    )
+    folder = f"{published.__name__}/raw"
+    (path, pixels), (label_path, numbers) = (_read(config, folder, *file) for file in files)
     images = _idx(path, pixels, 3)
     if images.shape[1:] != (28, 28):
         raise _damaged(path, f"images of (28, 28), found {images.shape[1:]}")
     labels = _checked(label_path, _idx(label_path, numbers, 1).tolist(), len(images), 10)
-    return _examples(config, split, images[:, None].copy(), labels, 10)
-
-
-def _examples(
-    config: ArchiveConfig, split: str, images: NDArray[np.uint8], labels: list[int], classes: int
-) -> Examples:
-    if not labels:
-        raise DataError(f"{config.root}: expected at least one {split} example of {config.name}, found none; {_REMEDY}")
-    return Examples.whole(torch.from_numpy(images), torch.tensor(labels), classes, f"{config.name}-{split}")
+    return images[:, None].copy(), labels, 10
 
 
 def _checked(path: Path, labels: list[Any], images: int, classes: int) -> list[int]:
@@ -118,7 +117,7 @@ def _read(
     return path, content
 
 
-def _idx(path: Path, content: bytes, dimensions: int) -> NDArray[np.uint8]:
+def _idx(path: Path, content: bytes, dimensions: int) -> Pixels:
     """The bytes of an idx file in its shape, read-only: a magic number, the lengths, then the values."""
     if path.suffix == ".gz":
         try:
@@ -146,7 +145,7 @@ class Array:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def pixels(self, path: Path) -> NDArray[np.uint8]:
+    def pixels(self, path: Path) -> Pixels:
         """(N, 3072), read-only. Raises DataError, which names ``path``, for any other array."""
         try:
             _, (count, width), dtype, fortran, raw = self.state

@@ -70,8 +70,7 @@ class Layer(nn.Module, ABC):
 
     def port(self, a: Tensor, delta: Tensor) -> Tensor:
         """A scalar whose backward pass puts ``weight_gradient(a, delta)`` into the weight and bias."""
-        port: Tensor = _WeightGradient.apply(self.weight, self.bias, self, a, delta)
-        return port
+        return _WeightGradient.apply(self.weight, self.bias, self, a, delta)
 
 
 class Linear(Layer):

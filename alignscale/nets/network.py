@@ -103,7 +103,4 @@ class Network(nn.Module, ABC):
 
     def run_layer(self, index: int, a: Tensor, parameters: Parameters | None) -> Tensor:
         """Layer ``index`` under its own weight (a module call, so that an engine's hooks see it) or under another."""
-        if parameters is None:
-            output: Tensor = self.layers[index](a)
-            return output
-        return self.layers[index].compute(a, *parameters(index))
+        return self.layers[index](a) if parameters is None else self.layers[index].compute(a, *parameters(index))
