@@ -153,9 +153,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{key}": value for index, values in state.items() for key, value in values.items() if value is not None
-    }
+    return {f"{index}.{key}": value for index, own in state.items() for key, value in own.items() if value is not None}
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

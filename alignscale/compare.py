@@ -29,15 +29,13 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     grid = list(expand(config))
     folder = Path(config.compare.folder)
     done: list[Result] = []
-    for number, single in enumerate(grid, 1):
-        show(
-            f"[{number}/{len(grid)}] {single.rule.name}, width {single.net.width}, seed {single.seed}: {single.run.dir}"
-        )
+    for number, run in enumerate(grid, 1):
+        show(f"[{number}/{len(grid)}] {run.rule.name}, width {run.net.width}, seed {run.seed}: {run.run.dir}")
         try:
-            done.append(train(single, lambda line: None, command))
+            done.append(train(run, lambda line: None, command))
         except Diverged as problem:
             show(f"diverged: {problem}")
-            done.append(read_result(Path(single.run.dir) / "result.json"))
+            done.append(read_result(Path(run.run.dir) / "result.json"))
     result = combine(config.compare, done, command)
     write_atomic(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
     write_report(result, folder / "report.html", "result.json")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alignscale import choices
+from alignscale.results import ABSENT, flatten
 
 
 @dataclass
@@ -160,16 +161,11 @@ def run_name(config: TrainConfig) -> str:
     return f"{config.name}-{config.rule.name}-{config.net.name}-w{config.net.width}-s{config.seed}-{digest(config)}"
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """``option: old -> new`` for every leaf in which two nested dictionaries differ."""
-    lines: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += difference(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before} -> {after}")
-    return lines
+    before, after = flatten(old), flatten(new)
+    pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in sorted(before.keys() | after.keys())}
+    return [f"{key}: {one} -> {other}" for key, (one, other) in pairs.items() if one != other]
 
 
 def refuse_difference(path: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:

@@ -25,9 +25,7 @@ def make_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> t
     """
     decay = config.weight_decay if config.decay_towards == "zero" else 0.0
     if isinstance(config, SGDConfig):
-        return torch.optim.SGD(
-            parameters, config.lr, config.momentum, weight_decay=decay, nesterov=config.nesterov, fused=True
-        )
+        return torch.optim.SGD(parameters, config.lr, config.momentum, 0, decay, config.nesterov, fused=True)
     if isinstance(config, AdamConfig):
         betas = (config.beta1, config.beta2)
         return OPTIMIZERS[config.name](parameters, config.lr, betas, config.eps, decay, fused=True)

@@ -76,9 +76,8 @@ class Metrics:
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
         if self.events:
-            self.events.write(
-                step, summary=Summary(value=[Summary.Value(tag=k, simple_value=numbers[k]) for k in numbers])
-            )
+            tagged = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
+            self.events.write(step, summary=Summary(value=tagged))
         if self.wandb:
             self.wandb.log(numbers, step=step)
 

@@ -4,7 +4,7 @@ Seed first, then calibration, then the fingerprint, and only then a checkpoint.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,11 +180,9 @@ def _load_norms(path: Path, learner: Learner) -> None:
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:
     """Go on from the newest checkpoint, or return the result of a run that has ended."""
-    path = run.folder / "result.json"
-    try:
-        ended = read_result(path) if path.exists() else None
-    except ValueError:
-        ended = None  # a damaged result is written again, from the checkpoint
+    ended = None
+    with suppress(ValueError):  # there is none, or a damaged one, which is written again from the checkpoint
+        ended = read_result(run.folder / "result.json")
     lost = ended["runs"][0].get("diverged_at") if ended else None
     if lost is not None:
         raise Diverged(
@@ -194,10 +192,9 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
     if not found:
         return
     manifest = checkpoint.restore(found[-1], run.learner.net, run.learner.engine.optimizer, run.about)
-    progress = manifest["progress"]
-    run.start, run.curve, run.seconds = manifest["step"], progress["curve"], progress["seconds"]
-    run.seconds_per_step, run.epoch_loss = progress["seconds_per_step"], progress["epoch_loss"]
-    run.counts = progress["counts"]
+    run.start, progress = manifest["step"], manifest["progress"]
+    for name in ("curve", "seconds", "seconds_per_step", "epoch_loss", "counts"):
+        setattr(run, name, progress[name])
     if ended is not None and run.start == run.stop:
         run.finished = ended
         show("finished before; resume=never trains it again")

@@ -1,9 +1,11 @@
 """Where a network's numbers stop being finite: for the message of a run that is lost."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignscale.nets.network import Network
 
@@ -19,19 +21,14 @@ def first_not_finite(net: Network, images: Tensor) -> str:
         return "the images"
     found: list[str] = []
 
-    def look(name: str, output: Tensor) -> None:
+    def look(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         if not torch.isfinite(output).all():
             found.append(name)
 
-    hooks = [
-        layer.register_forward_hook(lambda _, __, output, name=name: look(name, output))
-        for name, layer in zip(names, net.layers, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in zip(names, net.layers, strict=True):
+            hooks.enter_context(layer.register_forward_hook(partial(look, name)))
         net(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return f"the output of {found[0]}" if found else "the loss alone: all layers' outputs are finite"
 
 

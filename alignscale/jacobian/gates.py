@@ -5,6 +5,8 @@ Pure functions; they stand alone so that caches can store them.
 With these bits, the frozen weights and the error, the pullback needs no frozen forward pass.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,8 @@ def pack(residue: Tensor) -> Tensor:
     """Residue or gate (B, *site) of relu -> uint8 (B, ceil(units / 8)); unit 8 i + k is bit k of byte i."""
     bits = (residue.flatten(1) > 0).to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8))
-    return (bits.view(len(bits), -1, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(
-        2, dtype=torch.uint8
-    )
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.view(len(bits), -1, 8) << places).sum(2, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, site: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -23,10 +24,8 @@ def unpack(packed: Tensor, site: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     Raises ValueError if the bytes do not fit the site.
     """
-    units = int(torch.Size(site).numel())
-    if packed.shape[1] != -(-units // 8):
-        raise ValueError(
-            f"packed gates: expected {-(-units // 8)} bytes an example for {units} units, found {packed.shape[1]}"
-        )
+    units, found = math.prod(site), packed.shape[1]
+    if found != -(-units // 8):
+        raise ValueError(f"packed gates: expected {-(-units // 8)} bytes an example for {units} units, found {found}")
     bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.view(len(packed), -1)[:, :units].to(dtype).view(len(packed), *site)
