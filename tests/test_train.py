@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_run_folder_holds_all_of_the_run(tmp_path: Path) -> None:
     result = train(config(tmp_path / "run"), silent)
-    names = {path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
+    names = {path.name for path in (tmp_path / "run").iterdir() if path.name not in (".lock", "source.diff")}
     assert names == {
         "config.yaml", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html",
     }  # fmt: skip
