@@ -96,21 +96,23 @@ class Fixed:
         keep = functools.cache if stored else lambda function: function
 
         def weights(stream: Stream) -> Weight:
-            return keep(
-                lambda index: initial_weight(net, seed, index, stream).to(dtype or net.layers[index].weight.dtype)
-            )
+            def weight(index: int) -> Tensor:
+                return initial_weight(net, seed, index, stream).to(dtype or net.layers[index].weight.dtype)
 
-        weight = weights(Stream.WEIGHT)
+            return keep(weight)
+
+        initial = weights(Stream.WEIGHT)
 
         def direct(site: int) -> Tensor:
-            shape, readout = net.direct_shapes[site], net.layers[net.readout].weight
-            numbers = normal(seed, Stream.DIRECT_FEEDBACK, site, (*shape, len(readout)), device=readout.device)
-            return numbers.to(readout.dtype).div_(math.sqrt(math.prod(shape))).to(dtype or readout.dtype)
+            shape, readout = net.direct_shapes[site], net.layers[net.readout]
+            whole, weight = (*shape, readout.shape[0]), readout.weight
+            numbers = normal(seed, Stream.DIRECT_FEEDBACK, site, whole, device=weight.device)
+            return numbers.to(weight.dtype).div_(math.sqrt(math.prod(shape))).to(dtype or weight.dtype)
 
         def magnitude(index: int, draw: int) -> Tensor:
             return initial_weight(net, seed, index, Stream.MAGNITUDE, draw).abs_()
 
-        frozen = Frozen(net, lambda index: (weight(index), None))
+        frozen = Frozen(net, lambda index: (initial(index), None))
         return cls(frozen, weights(Stream.FEEDBACK), keep(direct), magnitude)
 
 
