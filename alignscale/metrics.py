@@ -6,6 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from alignscale.files import write_atomic
 from alignscale.results import finite
 
 
-class Metrics:
+class Metrics(ExitStack):
     """Rows go to ``folder/metrics.jsonl``, one JSON object a line, and their numbers to TensorBoard and perhaps W&B."""
 
     def __init__(
@@ -30,14 +31,17 @@ class Metrics:
 
         options: shown by W&B.
         """
+        super().__init__()
         path = folder / "metrics.jsonl"
         write_atomic(path, _rows(path, first).encode() if first else b"")
         self.every = config.every_steps
-        self.file = path.open("a", buffering=1)
-        self.events = _Events(folder / "tensorboard", first) if config.tensorboard else None
-        self.wandb = _wandb(config, folder, name, first, options) if config.wandb else None
-        self.bar = tqdm(
-            total=steps, initial=first, desc=name, unit="step", dynamic_ncols=True, disable=not config.progress
+        self.wandb: Any = _wandb(config, folder, name, first, options) if config.wandb else None
+        if self.wandb:
+            self.push(self._end)
+        self.file = self.enter_context(path.open("a", buffering=1))
+        self.events = self.enter_context(_Events(folder / "tensorboard", first)) if config.tensorboard else None
+        self.bar = self.enter_context(
+            tqdm(total=steps, initial=first, desc=name, unit="step", dynamic_ncols=True, disable=not config.progress)
         )
         self.examples, self.right, self.seconds = *counts, 0.0
 
@@ -46,16 +50,8 @@ class Metrics:
         """Examples since the last row, and how many of them were right: for a run that goes on from here."""
         return self.examples, self.right
 
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.bar.close()
-        for sink in (self.file, self.events):
-            if sink:
-                sink.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+    def _end(self, kind: object, *_: object) -> None:
+        self.wandb.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, loss: float, right: int, examples: int, seconds: float, lr: float) -> None:
         """After update ``step``: advance the bar, and write a row when one is due.
@@ -82,12 +78,14 @@ class Metrics:
             self.wandb.log(numbers, step=step)
 
 
-class _Events:
+class _Events(ExitStack):
     """A file of TensorBoard's, written at once: its own writer has a thread, in which errors are lost."""
 
     def __init__(self, folder: Path, first: int) -> None:
+        super().__init__()
         folder.mkdir(exist_ok=True)
-        self.file = (folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}").open("wb")
+        path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = self.enter_context(path.open("wb"))
         self.records = RecordWriter(self.file)
         self.write(0, file_version="brain.Event:2")
         # makes TensorBoard forget what a killed run wrote after its last checkpoint
@@ -96,9 +94,6 @@ class _Events:
     def write(self, step: int, **what: Any) -> None:
         self.records.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
         self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
 
 
 def _wandb(config: LogConfig, folder: Path, name: str, first: int, options: Any) -> Any:

@@ -18,9 +18,8 @@ def weight_updates(rule: torch.nn.Module, net: Network, batch: Batch) -> list[Te
 
 def cosines(first: list[Tensor | None], second: list[Tensor | None]) -> list[float]:
     """Cosine of two updates layer by layer, in float64; 0 for a layer that has no update in one of them."""
-    return [
-        0.0 if a is None or b is None else _cosine(a.double(), b.double()) for a, b in zip(first, second, strict=True)
-    ]
+    pairs = zip(first, second, strict=True)
+    return [0.0 if a is None or b is None else _cosine(a.double(), b.double()) for a, b in pairs]
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

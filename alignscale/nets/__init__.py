@@ -22,6 +22,5 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int, batch: int = 
         return conv(config, shape, classes)
     if isinstance(config, MLPConfig):
         return mlp(config, shape, classes)
-    raise ConfigError(
-        f"net={config.name}: expected an MLPConfig, ConvConfig or RNNConfig, found {type(config).__name__}"
-    )
+    found = type(config).__name__
+    raise ConfigError(f"net={config.name}: expected an MLPConfig, ConvConfig or RNNConfig, found {found}")
