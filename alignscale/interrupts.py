@@ -4,6 +4,7 @@ It stands alone because only the loop knows when a run is whole, and only a sign
 """
 
 import signal
+import sys
 import threading
 from contextlib import ExitStack
 from types import FrameType
@@ -34,4 +35,5 @@ class Interrupts(ExitStack):
 
     def _keep(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
+        print("\nstopping at the next step; once more to stop at once", file=sys.stderr)
         self.close()

@@ -27,12 +27,12 @@ def train(config: TrainConfig, show: Callable[[str], None] = print, command: str
     option, DataError for a data file that cannot be used, CheckpointError for such a checkpoint, Diverged when the loss
     is not finite, Interrupted after a checkpoint when SIGINT or SIGTERM came, OSError when the disk is full.
     """
-    with ExitStack() as held:
+    with ExitStack() as held, Interrupts() as interrupts:
         run = prepare(config, show, command, held)
         if run.finished is not None:
             return run.finished
         options = (run.folder, config.log, run.name, run.start, run.stop, run.counts, as_dict(config))
-        with Interrupts() as interrupts, Metrics(*options) as metrics:
+        with Metrics(*options) as metrics:
             steps(run, metrics, interrupts)
         return run.finish(run.stop)
 
@@ -43,8 +43,9 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
     batches = stream(
         examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views
     )
-    if run.start == 0:
+    if run.start == 0 and not interrupts.signum:
         measure(run, metrics, 0, None, None)
+    stop_if_asked(run, run.start, interrupts)
     begin = time.perf_counter()
     for step, parts in batches:
         done, size = step + 1, parts[0].size
@@ -64,13 +65,19 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
             run.epoch_loss = 0.0
         if due or interrupts.signum:
             run.save(done)
-        if interrupts.signum and done < run.stop:
-            raise Interrupted(
-                f"{run.name}: stopped by signal {interrupts.signum} after step {done} of {run.stop} and a checkpoint; "
-                "the same command goes on from it",
-                interrupts.signum,
-            )
+        stop_if_asked(run, done, interrupts)
         begin = time.perf_counter()
+
+
+def stop_if_asked(run: Run, done: int, interrupts: Interrupts) -> None:
+    """Raise Interrupted after update ``done``, of which a checkpoint is on disk, if a signal came and more is to do."""
+    if interrupts.signum and done < run.stop:
+        saved = " and a checkpoint" if done else ""
+        raise Interrupted(
+            f"{run.name}: stopped by signal {interrupts.signum} after step {done} of {run.stop}{saved}; the same "
+            "command goes on from it",
+            interrupts.signum,
+        )
 
 
 def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float | None) -> bool:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import shutil
+import signal
 import sysconfig
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -52,6 +53,7 @@ REQUIREMENTS: dict[str, Callable[[], str | None]] = {
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the same sums, hence the same bits, on every machine
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
