@@ -7,9 +7,10 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from alignscale.choices import ConfigError, DataConfig, MLPConfig, RNNConfig, SGDConfig
+from alignscale.choices import ConfigError, MLPConfig, RNNConfig, SGDConfig
 from alignscale.config import TrainConfig, as_dict
 from alignscale.results import flatten
 
@@ -52,9 +53,8 @@ def validate(config: TrainConfig) -> None:
             wanted = _wanted(option, value)
             if wanted:
                 raise ConfigError(f"{option}={values}: expected {wanted}")
-    for conflict in (_data_conflict(config.data), _net_conflict(config), _output_conflict(config), _conflict(config)):
-        if conflict:
-            raise ConfigError(conflict)
+    for conflict in _conflicts(config):
+        raise ConfigError(conflict)
 
 
 def _wanted(option: str, value: Any) -> str | None:
@@ -76,63 +76,51 @@ def _wanted(option: str, value: Any) -> str | None:
     return None
 
 
-def _data_conflict(data: DataConfig) -> str | None:
+def _conflicts(config: TrainConfig) -> Iterator[str]:
+    """Options that exclude one another, in words."""
+    data, net, best = config.data, config.net, config.checkpoint.best
     shape = getattr(data, "shape", [0, 0, 0])
     if len(shape) != 3:
-        return f"data.shape={shape}: expected [channels, height, width]"
+        yield f"data.shape={shape}: expected [channels, height, width]"
     if (data.shift > 0 or data.flip) != (data.views > 1):
-        return (
+        yield (
             f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift "
             "or flip, and view 0 has neither; expected both, or neither"
         )
-    return None
-
-
-def _net_conflict(config: TrainConfig) -> str | None:
-    net = config.net
     if isinstance(net, MLPConfig) and net.blocks == "public":
-        return "net.blocks=public: the paper's public code has no mlp; expected theory"
+        yield "net.blocks=public: the paper's public code has no mlp; expected theory"
     if getattr(net, "strides", None) == []:
-        return "net.strides=[]: expected at least one stride, one for each convolution"
-    if isinstance(net, RNNConfig) and net.initial_state == "trained":
-        if config.accumulation > 1:
-            return (
-                f"accumulation={config.accumulation}: expected 1 with net.initial_state=trained, whose rows belong to "
-                "the places in a batch"
-            )
-        if config.evaluation.batch_size > config.batch_size:
-            return (
-                f"evaluation.batch_size={config.evaluation.batch_size}: expected at most "
-                f"batch_size={config.batch_size}, the rows of net.initial_state=trained"
-            )
-    return None
-
-
-def _output_conflict(config: TrainConfig) -> str | None:
+        yield "net.strides=[]: expected at least one stride, one for each convolution"
+    trained = isinstance(net, RNNConfig) and net.initial_state == "trained"
+    if trained and config.accumulation > 1:
+        yield (
+            f"accumulation={config.accumulation}: expected 1 with net.initial_state=trained, whose rows belong to the "
+            "places in a batch"
+        )
+    if trained and config.evaluation.batch_size > config.batch_size:
+        yield (
+            f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
+            "the rows of net.initial_state=trained"
+        )
     evaluated = dict.fromkeys(("test", *config.evaluation.splits))
-    if "validation" in (*evaluated, config.checkpoint.best) and config.data.validation == 0:
-        return "evaluation.splits, checkpoint.best: validation needs data.validation above 0, or train or test instead"
-    if config.checkpoint.best not in evaluated:
-        return (
-            f"checkpoint.best={config.checkpoint.best}: expected a split that is evaluated, one of "
-            f"{', '.join(evaluated)}; add it to evaluation.splits"
+    if "validation" in (*evaluated, best) and data.validation == 0:
+        yield "evaluation.splits, checkpoint.best: validation needs data.validation above 0, or train or test instead"
+    if best not in evaluated:
+        yield (
+            f"checkpoint.best={best}: expected a split that is evaluated, one of {', '.join(evaluated)}; add it to "
+            "evaluation.splits"
         )
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        return "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"
-    return None
-
-
-def _conflict(config: TrainConfig) -> str | None:
+        yield "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"
     if isinstance(config.optim, SGDConfig) and config.optim.nesterov and config.optim.momentum == 0:
-        return "optim.nesterov=true: expected optim.momentum above 0, found 0"
+        yield "optim.nesterov=true: expected optim.momentum above 0, found 0"
     if config.schedule.warmup > config.epochs:
-        return f"schedule.warmup={config.schedule.warmup}: expected at most epochs={config.epochs}"
+        yield f"schedule.warmup={config.schedule.warmup}: expected at most epochs={config.epochs}"
     if config.accumulation > config.batch_size:
-        return (
+        yield (
             f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
             "it divides"
         )
-    return None
 
 
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:

@@ -58,7 +58,7 @@ def test_the_readmes_example_runs_in_a_notebook(tmp_path: Path) -> None:
 def test_a_run_in_a_notebook_can_be_stopped_and_gone_on_with(tmp_path: Path) -> None:
     """A kernel's interrupt is SIGINT: the run saves itself, and the next cell goes on."""
     first = f"""
-import _thread, signal, threading
+import pathlib, signal, threading, time
 from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
 from alignscale.config import LogConfig, RunConfig, TrainConfig
 from alignscale.interrupts import Interrupted
@@ -69,7 +69,12 @@ config = TrainConfig(
     data=SyntheticConfig(shape=[1, 4, 4], train=400, test=20), run=RunConfig(dir={str(tmp_path / "run")!r}),
     batch_size=10, log=LogConfig(progress=False, every_steps=1),
 )
-threading.Timer(1.5, lambda: signal.raise_signal(signal.SIGINT)).start()
+rows = pathlib.Path({str(tmp_path / "run/metrics.jsonl")!r})
+def interrupt():
+    while not (rows.exists() and rows.read_text().count("train") > 100):
+        time.sleep(0.01)
+    signal.raise_signal(signal.SIGINT)
+threading.Thread(target=interrupt).start()
 try:
     train(config, lambda line: None)
 except Interrupted as stopped:
