@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from alignscale.choices import ConfigError, DataConfig, DigitsConfig, MSEConfig, SyntheticConfig
+from alignscale.choices import ConfigError, DataConfig, DigitsConfig, MLPConfig, MSEConfig, SyntheticConfig
 from alignscale.data import balanced_order, load, split
-from alignscale.data.examples import Encoding, Examples, moments
+from alignscale.data.examples import Encoding, Examples, moments, stream
+from alignscale.data.plan import Plan
+from alignscale.learner import Learner
 from alignscale.loss import make_loss
 
 ANY_LABELS = st.lists(st.integers(0, 5), min_size=2, max_size=60).map(torch.tensor)
@@ -153,3 +155,11 @@ def test_a_batch_has_the_keys_targets_and_moved_images_of_its_examples() -> None
     assert torch.allclose(batch.targets, torch.eye(6, dtype=torch.float64)[[5, 0]] - 1 / 6)
     still = code.batch(train, torch.tensor([2, 0]), step=7)
     assert_close(still.images, train.images[[2, 0]].double() / 255, rtol=1e-15, atol=0)
+
+
+def test_a_batch_comes_in_no_more_parts_than_asked_for() -> None:
+    learner = Learner(MLPConfig(width=4), (1, 8, 8), 10)
+    train = load(DigitsConfig(train_limit=47))["train"]
+    found = [batches for _, batches in stream(train, Plan(47, 10, 0), learner.encoding, 0, 5, parts=4)]
+    assert [[len(part.images) for part in parts] for parts in found] == [[2, 3, 2, 3]] * 4 + [[1, 2, 2, 2]]
+    assert [parts[0].size for parts in found] == [10, 10, 10, 10, 7]

@@ -89,3 +89,32 @@ def test_a_forgotten_gradient_leaves_no_trace() -> None:
 def test_an_optimizer_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="optim=lion: expected an SGDConfig or AdamConfig, found OptimConfig"):
         make_optimizer(OptimConfig("lion", 0.1), [])
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_step_uses_the_rate_that_it_is_given(name: str) -> None:
+    config, _ = TORCH[name]
+    moved = []
+    for rate in (0.0, 0.05, None):
+        built = make(Case("mlp"))
+        before = [p.detach().clone() for p in built.net.parameters()]
+        engine = LocalEngine(built.rule("align_ada"), make_optimizer(config, built.net.parameters()), config)
+        engine.backward(engine(built.batch).surrogate)
+        engine.step(rate)
+        moved.append((before[0] - built.net.layers[0].weight).norm().item())
+    assert moved[0] == 0
+    assert moved[1] == pytest.approx(moved[2] / 2, rel=1e-9)
+
+
+def test_weights_that_a_rule_does_not_train_are_not_pulled_to_their_start() -> None:
+    built = make(Case("mlp"))
+    hidden = built.net.layers[0].weight
+    config = SGDConfig(lr=0.1, weight_decay=0.5, decay_towards="initial")
+    parameters = list(built.net.parameters())
+    engine = LocalEngine(
+        built.rule("readout_only"), make_optimizer(config, parameters), config, [None] * len(parameters)
+    )
+    before = hidden.detach().clone()
+    engine.backward(engine(built.batch).surrogate)
+    engine.step()
+    assert torch.equal(hidden, before)

@@ -1,10 +1,13 @@
 """Claims about the library's entry: a network and its rule on a user's own tensors."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import close
 
-from alignscale.choices import ConfigError, CrossEntropyConfig, MLPConfig, SGDConfig
+from alignscale.choices import ConfigError, CrossEntropyConfig, DigitsConfig, MLPConfig, SGDConfig
+from alignscale.data.examples import Examples
 from alignscale.learner import Learner
 
 IMAGES = torch.randn(60, 1, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -62,3 +65,51 @@ def test_tensors_that_do_not_fit_are_refused(images: torch.Tensor, labels: torch
 def test_an_unknown_rule_is_refused_with_the_valid_ones() -> None:
     with pytest.raises(ConfigError, match="rule=alignada: expected one of align_ada, align_prop"):
         learner("alignada")
+
+
+def test_an_update_counts_what_was_right_before_it() -> None:
+    made = learner()
+    batch = made.encoding.batch(made._examples(IMAGES, LABELS), torch.arange(60), 0)
+    expected = round(60 * made.evaluate(IMAGES, LABELS)["accuracy"])
+    assert 0 < expected < 60
+    assert made.update([batch], 0.1)[1] == expected
+
+
+def test_a_mean_loss_weighs_each_example_alike() -> None:
+    made = learner(lr=1e-30)
+    (mean,) = made.fit(IMAGES, LABELS, epochs=1, batch_size=50)
+    assert mean == pytest.approx(made.evaluate(IMAGES, LABELS)["loss"], rel=1e-5)
+
+
+def test_orders_go_on_from_one_fit_to_the_next() -> None:
+    once, twice = learner(), learner()
+    whole = once.fit(IMAGES, LABELS, epochs=5, batch_size=25)
+    assert [loss for count in (2, 2, 1) for loss in twice.fit(IMAGES, LABELS, count, 25)] == whole
+
+
+def test_a_lost_update_leaves_no_gradient_behind() -> None:
+    made = learner()
+    batch = made.encoding.batch(made._examples(IMAGES, LABELS), torch.arange(60), 0)
+    made.update([dataclasses.replace(batch, images=batch.images * torch.nan)], 0.1)
+    assert all(parameter.grad is None for parameter in made.net.parameters())
+
+
+def test_a_negative_label_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"found torch\\.int64 from -1 to 1"):
+        learner().fit(IMAGES, LABELS - 1)
+
+
+def test_regenerated_weights_are_not_kept() -> None:
+    for kept, frozen_weights in ((True, "stored"), (False, "regenerated")):
+        frozen = learner(frozen_weights=frozen_weights).fixed.frozen
+        assert (frozen.weight(0) is frozen.weight(0)) == kept
+
+
+def test_bf16_images_are_rounded_once_after_they_are_normalised() -> None:
+    pixels = Examples.whole(torch.randint(256, (9, 3, 4, 4), dtype=torch.uint8), torch.zeros(9).long(), 2, "x")
+    found = []
+    for precision in ("fp32", "bf16"):
+        made = Learner(MLPConfig(width=4), (3, 4, 4), 2, precision=precision)
+        encoding = made.encoding.of(DigitsConfig(normalisation="channel"), pixels)
+        found.append(encoding.images(pixels.images))
+    assert torch.equal(found[0].to(torch.bfloat16), found[1])

@@ -58,4 +58,12 @@ def test_rows_count_right_examples_since_the_last_row(tmp_path: Path) -> None:
             metrics.step(step, 0.5, right, 10, 0.1, 1e-3)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["accuracy"]) for row in rows] == [(2, 0.2), (4, 0.25)]
-    assert rows[0]["examples_per_second"] == pytest.approx(100)
+    assert [row["examples_per_second"] for row in rows] == pytest.approx([100, 100])
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    with Metrics(tmp_path, LogConfig(progress=False), "run", 0, 4) as metrics:
+        metrics.row("epoch", 1, {"test_loss": float("nan"), "test_accuracy": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "kind": "epoch", "step": 1, "test_loss": None, "test_accuracy": 0.5,
+    }  # fmt: skip

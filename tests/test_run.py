@@ -1,16 +1,27 @@
 """Claims about what a run refuses, goes on from and leaves alone."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from run_cases import config, silent
+from safetensors.torch import load_file
 
 from alignscale.checkpoint import CheckpointError, complete
 from alignscale.choices import ConfigError, MLPConfig, RuleConfig
 from alignscale.config import EvaluationConfig
+from alignscale.data import load
+from alignscale.folder import opened
+from alignscale.learner import Learner
 from alignscale.train import train
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -131,3 +142,54 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="expected a folder that can be written"):
         train(config(tmp_path / "file/run"), silent)
+
+
+def test_resume_never_leaves_nothing_of_the_old_run(tmp_path: Path) -> None:
+    options = config(tmp_path / "run", net=MLPConfig(width=16, depth=2, norm="calibrated"))
+    options.calibration.examples = 50
+    train(options, silent)
+    (tmp_path / "run/notes.txt").write_text("mine")
+    train(config(tmp_path / "run", epochs=1, resume="never"), silent)
+    assert not (tmp_path / "run/norms.safetensors").exists()
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+def test_the_newest_process_is_named_as_the_holder(tmp_path: Path) -> None:
+    options = config(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").write_text("process 1 on elsewhere")
+    with opened(tmp_path / "run", options):
+        assert re.fullmatch(rf"process {os.getpid()} on \S+", (tmp_path / "run/.lock").read_text())
+
+
+def test_calibration_uses_the_first_examples_alone(tmp_path: Path) -> None:
+    options = config(tmp_path / "run", net=MLPConfig(width=16, depth=2, norm="calibrated"), epochs=1)
+    options.calibration.examples = 50
+    train(options, silent)
+    learner = Learner(options.net, (1, 4, 4), 4)
+    learner.calibrate(load(options.data)["train"].images[:50])
+    moments = load_file(tmp_path / "run/norms.safetensors")
+    assert torch.equal(moments["0.mean"], learner.net.norms[0].mean)
+
+
+def test_a_changed_source_leaves_its_difference_in_the_folder(tmp_path: Path) -> None:
+    """In a checkout of its own, with one file changed."""
+    clone = tmp_path / "clone"
+    ignored = shutil.ignore_patterns("__pycache__", "runs", ".git", ".venv", ".cache")
+    shutil.copytree(ROOT / "alignscale", clone / "alignscale", ignore=ignored)
+    git = ["git", "-C", str(clone), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (clone / "alignscale/loss.py").write_text((clone / "alignscale/loss.py").read_text() + "# changed\n")
+    code = (
+        "from pathlib import Path; import torch; from alignscale.folder import describe_folder; "
+        "from alignscale.choices import *; from alignscale.config import TrainConfig; "
+        "c = TrainConfig(RuleConfig('backprop'), MLPConfig(), DigitsConfig(), SGDConfig()); "
+        f"describe_folder(Path({str(tmp_path)!r}), c, torch.device('cpu'))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=clone, check=True)
+    about = json.loads((tmp_path / "versions.json").read_text())
+    assert about["source"]["changed"] == [" M alignscale/loss.py"]
+    assert about["versions"]["source"].endswith("+")
+    assert "+# changed" in (tmp_path / "source.diff").read_text()

@@ -1,5 +1,7 @@
 """Claims about learning rates, against torch's schedulers."""
 
+import math
+
 import pytest
 import torch
 
@@ -55,3 +57,11 @@ def test_cosine_after_a_warm_up_is_the_cosine_of_what_is_left() -> None:
 
 def test_half_epochs_count() -> None:
     assert ours(StepConfig(milestones=[0.5]))[3:5] == [1.0, pytest.approx(0.1)]
+
+
+def test_a_warm_up_of_half_a_step_changes_nothing_and_one_as_long_as_training_is_all_there_is() -> None:
+    assert factor(ConstantConfig(warmup=0.05), 0, PER_EPOCH, STOP) == 1.0
+    assert factor(CosineConfig(warmup=10), STOP - 1, PER_EPOCH, STOP) == pytest.approx(1.0)
+    assert factor(CosineConfig(warmup=9.8), STOP - 1, PER_EPOCH, STOP) == pytest.approx(
+        (1 + math.cos(math.pi * 2 / 7)) / 2
+    )

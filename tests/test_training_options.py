@@ -52,6 +52,11 @@ def test_every_split_is_scored_and_the_best_is_of_the_split_asked_for(tmp_path: 
     assert {"accuracy", "top5", "loss"} <= run["validation"].keys() & run["test"].keys() & run["train"].keys()
     best = max(run["curve"][1:], key=lambda point: point["validation_accuracy"])
     assert (run["best"]["split"], run["best"]["accuracy"]) == ("validation", best["validation_accuracy"])
+    points = [
+        {"train_loss", "train_end_loss", "validation_loss", "test_loss"} <= point.keys() for point in run["curve"]
+    ]
+    assert all(points)
+    assert run["curve"][-1]["train_end_loss"] != run["curve"][-1]["train_loss"]
     rows = tool.scores(tmp_path / "run", "best", ["train", "validation", "test"], None)
     assert [row["examples"] for row in rows] == [87, 20, 31]
     assert [row["accuracy"] for row in rows] == [best[f"{split}_accuracy"] for split in ("train", "validation", "test")]
@@ -198,3 +203,13 @@ def test_every_data_set_trains_from_its_files(tmp_path: Path, name: str) -> None
     run = train(config(tmp_path / "run", data=data, epochs=2, batch_size=5), silent)["runs"][0]
     assert run["data"] == name
     assert 0 <= run["test"]["accuracy"] <= run["test"]["top5"] <= 1
+
+
+def test_files_that_were_left_out_are_counted_in_the_result(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "data")
+    next(iter((tmp_path / "data/train").rglob("*.*"))).write_bytes(b"no image")
+    data = replace(DATA_SETS["imagefolder"], root=str(tmp_path / "data"), size=8, skip_undecodable=True)
+    lines: list[str] = []
+    run = train(config(tmp_path / "run", data=data, epochs=1, batch_size=5), lines.append)["runs"][0]
+    assert run["skipped"] == 1
+    assert "warning: 1 files hold no readable image and are left out" in "\n".join(lines)

@@ -79,3 +79,10 @@ def test_every_move_up_to_shift_is_as_frequent_as_any_other() -> None:
 def test_without_shift_and_flip_nothing_moves() -> None:
     down, right, mirrored = Moves(shift=0, flip=False).of(ROWS, 5, ROWS)
     assert not torch.stack([down, right, mirrored]).any()
+
+
+def test_draws_of_a_view_never_change() -> None:
+    """Cached Jacobians belong to them."""
+    down, right, mirrored = Moves(2, True).of(torch.arange(6), 1, torch.arange(6))
+    assert (down.tolist(), right.tolist()) == ([-1, -2, 2, 2, -1, 2], [0, -1, -2, 2, -2, -2])
+    assert mirrored.tolist() == [True, False, True, False, True, True]
