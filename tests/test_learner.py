@@ -95,7 +95,7 @@ def test_a_lost_update_leaves_no_gradient_behind() -> None:
 
 
 def test_a_negative_label_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"found torch\\.int64 from -1 to 1"):
+    with pytest.raises(ConfigError, match=r"found torch\.int64 from -1 to 1"):
         learner().fit(IMAGES, LABELS - 1)
 
 
