@@ -43,13 +43,13 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def long_run(folder: Path) -> TrainConfig:
-    """900 updates, with all that has a state: momentum, a schedule, parts of a batch, views, partial epochs."""
+    """1800 updates, with all that has a state: momentum, a schedule, parts of a batch, views, partial epochs."""
     data = SyntheticConfig(shape=[1, 4, 4], train=107, test=31, classes=4, views=3, shift=1)
     return config(
         folder,
         "sign_symmetric",
         data=data,
-        epochs=150,
+        epochs=300,
         accumulation=2,
         optim=SGDConfig(lr=0.05, momentum=0.9, clip_norm=1.0, weight_decay=1e-3, decay_towards="initial"),
         schedule=CosineConfig(warmup=2),
