@@ -63,7 +63,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
-    describe_folder(folder, config, device)
+    if run.finished is None:  # what trained a finished run stays on record
+        describe_folder(folder, config, device)
     return run
 
 
