@@ -27,7 +27,7 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     command: shown in the report. Raises ConfigError before any work for an option that is wrong.
     """
     grid = list(expand(config))
-    folder = Path(config.compare.folder)
+    folder = Path(config.compare.folder).expanduser()
     done: list[Result] = []
     for number, run in enumerate(grid, 1):
         show(f"[{number}/{len(grid)}] {run.rule.name}, width {run.net.width}, seed {run.seed}: {run.run.dir}")

@@ -19,6 +19,8 @@ from alignscale.config import LogConfig
 from alignscale.files import write_atomic
 from alignscale.results import finite
 
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
 
 class Metrics(ExitStack):
     """Rows go to ``folder/metrics.jsonl``, one JSON object a line, and their numbers to TensorBoard and perhaps W&B."""
@@ -41,7 +43,7 @@ class Metrics(ExitStack):
         self.file = self.enter_context(path.open("a", buffering=1))
         self.events = self.enter_context(_Events(folder / "tensorboard", first)) if config.tensorboard else None
         self.bar = self.enter_context(
-            tqdm(total=steps, initial=first, desc=name, unit="step", dynamic_ncols=True, disable=not config.progress)
+            tqdm(total=steps, initial=first, dynamic_ncols=True, bar_format=BAR, disable=not config.progress)
         )
         self.examples, self.right, self.seconds = *counts, 0.0
 
