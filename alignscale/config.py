@@ -161,6 +161,11 @@ def run_name(config: TrainConfig) -> str:
     return f"{config.name}-{config.rule.name}-{config.net.name}-w{config.net.width}-s{config.seed}-{digest(config)}"
 
 
+def run_folder(config: TrainConfig) -> Path:
+    """Where a run leaves everything: ``run.dir``, or ``run.root`` and its name; ``~`` is the home folder."""
+    return Path(config.run.dir or Path(config.run.root) / run_name(config)).expanduser()
+
+
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """``option: old -> new`` for every leaf in which two nested dictionaries differ."""
     before, after = flatten(old), flatten(new)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from alignscale.choices import ConfigError
+
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
 PACKAGES = ("alignscale", "torch", "numpy", "hydra-core", "safetensors")
 
@@ -53,6 +55,18 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "memory_gib": round(memory, 1),
     }
+
+
+def device_called(name: str) -> torch.device:
+    """``auto`` (a GPU where there is one), or a device of torch's. Raises ConfigError where this machine has none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as problem:
+        found = str(problem).splitlines()[0]
+        raise ConfigError(f"device={name}: expected auto or cpu, or a device of this machine, found: {found}") from None
+    return torch.device(name)
 
 
 def keep_freed_memory() -> None:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save
 from alignscale import checkpoint
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
-from alignscale.config import TrainConfig, as_dict, defining, difference, run_name
+from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Examples, load
 from alignscale.data.plan import Plan
-from alignscale.environment import hardware, keep_freed_memory, torch_settings, versions
+from alignscale.environment import device_called, hardware, keep_freed_memory, torch_settings, versions
 from alignscale.files import write_atomic
 from alignscale.folder import describe_folder, opened, read_config
 from alignscale.frozen import fingerprint
@@ -43,11 +43,11 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     validate(config)
     keep_freed_memory()
     held.enter_context(torch_settings(config.threads, config.deterministic))
-    device = _device(config.device)
+    device = device_called(config.device)
     splits = load(config.data)
     check_data(config, {split: len(examples) for split, examples in splits.items()})
     name = run_name(config)
-    folder = Path(config.run.dir or Path(config.run.root) / name).expanduser()
+    folder = run_folder(config)
     train = splits["train"]
     _check_memory(config, train, device)
     plan = Plan(len(train), config.batch_size, config.seed)
@@ -96,7 +96,7 @@ def restored(folder: Path, which: str = "last") -> Restored:
     config = read_config(folder)
     path = checkpoint.find(folder / "checkpoints", which)
     splits = load(config.data)
-    learner = make_learner(config, splits["train"], _device("auto"))
+    learner = make_learner(config, splits["train"], device_called("auto"))
     if config.net.norm == "calibrated":
         _load_norms(folder / "norms.safetensors", learner)
     manifest = checkpoint.verified(path, _identity(config, splits, learner))
@@ -111,12 +111,6 @@ def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner
         "examples": {split: examples.digest for split, examples in splits.items()},
         "fingerprint": fingerprint(learner.net, as_dict(config.net), config.seed),
     }
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: torch sees no CUDA device; expected auto or cpu on this machine")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _check_memory(config: TrainConfig, train: Examples, device: torch.device) -> None:

@@ -18,7 +18,6 @@ from alignscale.data.plan import Plan
 from alignscale.environment import hardware, versions
 from alignscale.files import write_atomic
 from alignscale.learner import Learner
-from alignscale.report import write_report
 from alignscale.results import Result, finite, make_result
 from alignscale.types import Batch
 
@@ -107,7 +106,7 @@ class Run:
         return statistics.median(self.timings) if self.timings else self.seconds_per_step
 
     def finish(self, step: int, failed: str | None = None) -> Result:
-        """Write report.html and result.json, and return the result; ``diverged_at`` is the last step of a lost run."""
+        """Write result.json and return the result; ``diverged_at`` is the last step of a lost run."""
         config, best = self.config, self.best()
         last = self.curve[-1] if self.curve and failed is None else {}
         run: dict[str, Any] = {
@@ -129,6 +128,5 @@ class Run:
             run["best"] = {"split": split, "accuracy": best[f"{split}_accuracy"], **where}
         run_on = {"hardware": hardware(self.learner.encoding.device), "versions": versions()}
         result = make_result(self.name, self.command, run_on, as_dict(config), [run])
-        write_report(result, self.folder / "report.html", "result.json")
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
         return result

@@ -23,6 +23,8 @@ from alignscale.schedule import factor
 def train(config: TrainConfig, show: Callable[[str], None] = print, command: str = "alignscale.train") -> Result:
     """Train as ``config`` says and return the run's result, also found in its folder as result.json.
 
+    Draws no report: ``tools/plot_runs.py`` and the commands of launch/ do, from the result.
+
     show: is given each line for the user. command: shown in the report. Raises ConfigError before any work for a wrong
     option, DataError for a data file that cannot be used, CheckpointError for such a checkpoint, Diverged when the loss
     is not finite, Interrupted after a checkpoint when SIGINT or SIGTERM came, OSError when the disk is full.

@@ -50,7 +50,10 @@ def validate(config: TrainConfig) -> None:
     """Check every value that does not depend on the data. Raises ConfigError for the first that is wrong."""
     for option, values in flatten(as_dict(config)).items():
         for value in values if isinstance(values, list) else [values]:
-            wanted = _wanted(option, value)
+            try:
+                wanted = _wanted(option, value)
+            except TypeError:  # the library takes any object
+                wanted = f"a number, found {type(value).__name__}"
             if wanted:
                 raise ConfigError(f"{option}={values}: expected {wanted}")
     for conflict in _conflicts(config):
@@ -125,28 +128,32 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
 
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:
     """Check the options that depend on the number of examples in each split. Raises ConfigError for the first wrong."""
-    train = sizes["train"]
+    if "train" in sizes:
+        _check_train(config, sizes["train"])
+    evaluated = [split for split in ("test", *config.evaluation.splits) if split in sizes]
+    for split in evaluated if config.net.norm == "batch" else ():
+        if sizes[split] // -(-sizes[split] // config.evaluation.batch_size) == 1:
+            raise ConfigError(
+                f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of 1 of {sizes[split]} "
+                "examples, which has no batch moments; choose another, or net.norm=none or calibrated"
+            )
+    if isinstance(config.net, RNNConfig) and config.net.readout == "every":
+        raise ConfigError(
+            f"net.readout=every: wants a target at each step, and data={config.data.name} has one label an example; "
+            "expected net.readout=last"
+        )
+
+
+def _check_train(config: TrainConfig, train: int) -> None:
     if config.batch_size > train:
         raise ConfigError(f"batch_size={config.batch_size}: expected at most the {train} training examples")
     if config.net.norm == "calibrated" and config.calibration.examples > train:
         raise ConfigError(
             f"calibration.examples={config.calibration.examples}: expected at most the {train} training examples"
         )
-    if config.net.norm == "batch":
-        for batch in (config.batch_size, train % config.batch_size or config.batch_size):
-            if batch // -(-batch // -(-batch // config.accumulation)) == 1:
-                raise ConfigError(
-                    f"batch_size={config.batch_size}, accumulation={config.accumulation}: they make a batch of one "
-                    f"example of {train}, which has no batch moments; choose others, or net.norm=none or calibrated"
-                )
-        for split in dict.fromkeys(("test", *config.evaluation.splits)):
-            if sizes[split] // -(-sizes[split] // config.evaluation.batch_size) == 1:
-                raise ConfigError(
-                    f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of 1 of {sizes[split]} "
-                    "examples, which has no batch moments; choose another, or net.norm=none or calibrated"
-                )
-    if isinstance(config.net, RNNConfig) and config.net.readout == "every":
-        raise ConfigError(
-            f"net.readout=every: wants a target at each step, and data={config.data.name} has one label an example; "
-            "expected net.readout=last"
-        )
+    for batch in (config.batch_size, train % config.batch_size or config.batch_size):
+        if config.net.norm == "batch" and batch // -(-batch // -(-batch // config.accumulation)) == 1:
+            raise ConfigError(
+                f"batch_size={config.batch_size}, accumulation={config.accumulation}: they make a batch of one "
+                f"example of {train}, which has no batch moments; choose others, or net.norm=none or calibrated"
+            )

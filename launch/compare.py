@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 from _hydra import command_line, entry
+from _report.page import text_table
+from _runs import compare
 
 from alignscale.choices import ConfigError
-from alignscale.compare import compare
 from alignscale.config import GridConfig
-from alignscale.report import text_table
+
+GRID = ("net.width", "seed", "run.dir", "run.root")
 
 
 @entry("compare")
@@ -19,12 +21,12 @@ def main(config: GridConfig) -> None:
     """Train the grid, print accuracy x width, and say where the report is."""
     for option in sys.argv[1:]:
         name, _, value = option.partition("=")
-        if name in ("net.width", "seed", "run.dir") or (name == "rule" and value not in config.compare.rules):
+        if name in GRID or (name == "rule" and value not in config.compare.rules):
             raise ConfigError(
                 f"{option}: the grid sets it; use compare.rules, compare.widths, compare.seeds, compare.folder"
             )
     result = compare(config, command_line("launch/compare.py"))
-    folder = Path(config.compare.folder)
+    folder = Path(config.compare.folder).expanduser()
     print(f"\n{text_table(result)}\n\nreport: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
 
 

@@ -3,11 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from _runs import compare, expand
 
 from alignscale.choices import ConfigError, MLPConfig, OptimConfig, RuleConfig, SGDConfig, SyntheticConfig
-from alignscale.compare import compare, expand
 from alignscale.config import CompareConfig, GridConfig, LogConfig
 from alignscale.results import read_result
 from alignscale.rules.feedback import SignSymmetricConfig
@@ -57,6 +58,24 @@ def test_every_run_has_its_folder_beside_the_report(tmp_path: Path) -> None:
     assert (tmp_path / result["runs"][0]["folder"] / "report.html").exists()
 
 
+def test_a_page_that_was_deleted_is_drawn_again_and_a_moved_comparison_keeps_its_links(tmp_path: Path) -> None:
+    compare(grid(tmp_path / "old", ["align_zero", "align_ada"], [4]), "command", silent)
+    (tmp_path / "old").rename(tmp_path / "new")
+    page = next((tmp_path / "new").glob("*/report.html"))
+    page.unlink()
+    result = compare(grid(tmp_path / "new", ["align_zero", "align_ada"], [4]), "command", silent)
+    assert page.exists()
+    assert result["runs"][0]["folder"] == page.parent.name
+    assert f'href="{page.parent.name}/report.html"' in (tmp_path / "new/report.html").read_text()
+
+
+def test_a_comparison_says_that_it_leaves_runs_of_another_out(tmp_path: Path) -> None:
+    compare(grid(tmp_path, ["backprop"], [4, 8]), "command", silent)
+    lines: list[str] = []
+    compare(grid(tmp_path, ["backprop"], [4]), "command", lines.append)
+    assert any(line.startswith("note: the report leaves out 1 runs") for line in lines)
+
+
 def test_options_of_a_rule_reach_its_runs_and_others_keep_theirs(tmp_path: Path) -> None:
     options = grid(tmp_path, ["backprop", "sign_symmetric"], [4])
     options.rule = SignSymmetricConfig(magnitude="fixed")
@@ -72,9 +91,10 @@ def test_options_of_a_rule_reach_its_runs_and_others_keep_theirs(tmp_path: Path)
         ({"widths": []}, r"compare.widths=\[\]: expected at least one value"),
         ({"widths": [4, 4]}, "each once"),
         ({"widths": [0]}, "net.width=0"),
+        ({"folder": ""}, "compare.folder=: expected a folder"),
     ],
 )
-def test_wrong_grid_is_refused_before_any_work(tmp_path: Path, changes: dict[str, list[int]], message: str) -> None:
+def test_wrong_grid_is_refused_before_any_work(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     options = grid(tmp_path / "grid", ["backprop"], [4])
     for name, value in changes.items():
         setattr(options.compare, name, value)

@@ -1,12 +1,23 @@
 """Claims about the library's entry: a network and its rule on a user's own tensors."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from cases import close
 
-from alignscale.choices import ConfigError, CrossEntropyConfig, DigitsConfig, MLPConfig, SGDConfig
+from alignscale.choices import (
+    ConfigError,
+    CrossEntropyConfig,
+    DigitsConfig,
+    MLPConfig,
+    MSEConfig,
+    RNNConfig,
+    SGDConfig,
+)  # fmt: skip
 from alignscale.data.examples import Examples
 from alignscale.learner import Learner
 
@@ -50,10 +61,12 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (IMAGES[:, :, :2], LABELS, r"images \(60, 1, 2, 4\), labels \(60,\): expected \('N', 1, 3, 4\) and \(N,\)"),
-        (IMAGES, LABELS[:5], r"labels \(5,\)"),
-        (IMAGES, LABELS.float(), "expected int64 from 0 to 2, found torch.float32"),
-        (IMAGES, LABELS + 1, "expected int64 from 0 to 2, found torch.int64 from 1 to 3"),
+        (IMAGES[:, :, :2], LABELS, r"images \(60, 1, 2, 4\): expected \('N', 1, 3, 4\)"),
+        (IMAGES, LABELS[:5], r"labels \(5,\): expected \(60,\), one for each"),
+        (IMAGES, LABELS.float(), "expected whole numbers from 0 to 2, found torch.float32"),
+        ((IMAGES * 9).byte(), LABELS, "images: expected floating point, as the network reads them, found torch.uint8"),
+        (IMAGES[:0], LABELS[:0], r"images \(0, 1, 3, 4\): expected"),
+        (IMAGES, LABELS + 1, "expected whole numbers from 0 to 2, found torch.int64 from 1 to 3"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(images: torch.Tensor, labels: torch.Tensor, message: str) -> None:
@@ -62,14 +75,90 @@ def test_tensors_that_do_not_fit_are_refused(images: torch.Tensor, labels: torch
             call(images, labels)
 
 
-def test_an_unknown_rule_is_refused_with_the_valid_ones() -> None:
-    with pytest.raises(ConfigError, match="rule=alignada: expected one of align_ada, align_prop"):
-        learner("alignada")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"net": MLPConfig(width=0)}, "net.width=0: expected a whole number of at least 1"),
+        ({"net": MLPConfig(width="64")}, "net.width=64: expected a number, found str"),
+        ({"net": MLPConfig(parameterisation="mup")}, "net.parameterisation=mup: expected one of ntk, standard"),
+        ({"net": "resnet"}, "net=resnet: expected one of conv3, conv7"),
+        ({"rule": "alignada"}, "rule=alignada: expected one of align_ada, align_prop"),
+        ({"optim": SGDConfig(decay_towards="start")}, "optim.decay_towards=start: expected one of zero, initial"),
+        ({"optim": SGDConfig(clip_norm=-1.0)}, "optim.clip_norm=-1.0: expected a finite number of at least 0"),
+        ({"optim": SGDConfig(lr=0.0)}, "optim.lr=0.0: expected a finite number above 0"),
+        ({"optim": torch.optim.SGD}, "optim=type: expected one of adam, adamw, sgd, or options of OptimConfig"),
+        ({"loss": MSEConfig(reduction="average")}, "loss.reduction=average: expected one of mean, sum"),
+        ({"loss": "hinge"}, "loss=hinge: expected one of cross_entropy, mse"),
+        ({"precision": "fp8"}, "precision=fp8: expected one of fp32"),
+        ({"seed": -1}, "seed=-1: expected a whole number from 0"),
+        ({"frozen_weights": "recomputed"}, "frozen.weights=recomputed: expected one of stored, regenerated"),
+        ({"device": "tpu"}, "device=tpu: expected auto or cpu, or a device of this machine"),
+        ({"shape": (1, 0, 4)}, r"shape=\(1, 0, 4\): expected at least 2 classes, and sizes above 0"),
+        ({"classes": 1}, "classes=1"),
+        ({"net": RNNConfig(initial_state="trained")}, "state_rows=0: net.initial_state=trained wants"),
+    ],
+)
+def test_a_wrong_option_is_refused_as_on_the_command_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Learner(**{"net": MLPConfig(), "shape": (1, 3, 4), "classes": 3} | options)
+
+
+@pytest.mark.parametrize(
+    ("net", "call", "message"),
+    [
+        ("mlp", lambda made: made.fit(IMAGES, LABELS, batch_size=0), "batch_size=0: expected a whole number"),
+        ("mlp", lambda made: made.fit(IMAGES, LABELS, epochs=0), "epochs=0: expected a whole number"),
+        ("mlp", lambda made: made.fit(IMAGES, LABELS, batch_size=61), "batch_size=61: expected at most the 60"),
+        ("mlp", lambda made: made.evaluate(IMAGES, LABELS, 0), "batch_size=0: expected a whole number"),
+        ("conv3", lambda made: made.fit(IMAGES, LABELS, batch_size=59), "make a batch of one example of 60"),
+        ("conv3", lambda made: made.evaluate(IMAGES, LABELS, 1), "makes a batch of 1 of 60"),
+        (MLPConfig(norm="calibrated"), lambda made: made.fit(IMAGES, LABELS), r"found none; call calibrate\(images\)"),
+        (MLPConfig(norm="calibrated"), lambda made: made.calibrate(IMAGES[:, :, :2]), r"images \(60, 1, 2, 4\)"),
+        (RNNConfig(readout="every"), lambda made: made.fit(IMAGES, LABELS), "net.readout=every: wants a target"),
+        (RNNConfig(initial_state="trained"), lambda made: made.fit(IMAGES, LABELS, 1, 31), "at most state_rows=30"),
+        (RNNConfig(initial_state="trained"), lambda made: made.evaluate(IMAGES, LABELS), "at most state_rows=30"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused(net: Any, call: Callable[[Learner], Any], message: str) -> None:
+    made = Learner(net, (1, 3, 4), 3, state_rows=30)
+    with pytest.raises(ConfigError, match=message):
+        call(made)
+    assert not made.trained
+
+
+def test_moments_are_of_the_untrained_network() -> None:
+    made = Learner(MLPConfig(width=8, norm="calibrated"), (1, 3, 4), 3)
+    made.calibrate(IMAGES)
+    made.fit(IMAGES, LABELS, 1)
+    with pytest.raises(ConfigError, match="calibrate: expected an untrained network"):
+        made.calibrate(IMAGES)
+
+
+def test_arrays_lists_and_names_will_do() -> None:
+    one = Learner("mlp", (1, 3, 4), 3, "align_ada", "sgd", "cross_entropy", device="auto")
+    other = Learner(MLPConfig(), (1, 3, 4), 3, "align_ada", SGDConfig(), CrossEntropyConfig())
+    expected = other.fit(IMAGES, LABELS, 1)
+    assert one.fit(IMAGES.numpy(), LABELS.tolist(), 1) == expected
+
+
+def test_an_epoch_that_is_broken_off_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, count = learner(), itertools.count()
+    update = made.update
+
+    def broken(batches: Any, lr: float) -> Any:
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return update(batches, lr)
+
+    monkeypatch.setattr(made, "update", broken)
+    with pytest.raises(KeyboardInterrupt):
+        made.fit(IMAGES, LABELS, 5, 20)
+    assert made.epochs == 1
 
 
 def test_an_update_counts_what_was_right_before_it() -> None:
     made = learner()
-    batch = made.encoding.batch(made._examples(IMAGES, LABELS), torch.arange(60), 0)
+    batch = made.encoding.batch(made._examples(IMAGES, LABELS, "train", 60), torch.arange(60), 0)
     expected = round(60 * made.evaluate(IMAGES, LABELS)["accuracy"])
     assert 0 < expected < 60
     assert made.update([batch], 0.1)[1] == expected
@@ -89,7 +178,7 @@ def test_orders_go_on_from_one_fit_to_the_next() -> None:
 
 def test_a_lost_update_leaves_no_gradient_behind() -> None:
     made = learner()
-    batch = made.encoding.batch(made._examples(IMAGES, LABELS), torch.arange(60), 0)
+    batch = made.encoding.batch(made._examples(IMAGES, LABELS, "train", 60), torch.arange(60), 0)
     made.update([dataclasses.replace(batch, images=batch.images * torch.nan)], 0.1)
     assert all(parameter.grad is None for parameter in made.net.parameters())
 

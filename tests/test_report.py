@@ -15,9 +15,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from _report import figures, series, theme
+from _report import page as report
 from result_cases import RULES, comparison, diverge, make_result, make_run, measure_more, set_option
 
-from alignscale import figures, report, results, theme
 from tools import plot_runs
 
 
@@ -60,7 +61,7 @@ def test_several_seeds_give_mean_and_sample_deviation_and_the_gap_is_between_mea
     for run, accuracy in zip(runs, [0.96, 0.98, 0.95, 0.96], strict=True):
         run["test"]["accuracy"] = accuracy
     assert "95.5 ±0.7 (-1.5)" in report.text_table(make_result(runs))
-    gap = results.series(runs)[1].gap(8)
+    gap = series.series_of(runs)[1].gap(8)
     assert gap.mean == pytest.approx(-1.5)
     assert gap.std == pytest.approx(math.sqrt(0.5))  # of the differences -1 and -2, seed by seed
 
@@ -81,7 +82,7 @@ def test_runs_that_differ_in_an_option_are_averaged_over_seeds_alone(tmp_path: P
     assert "over 2 seeds." in html
     assert len(set(re.findall(r'<i style="background:([^"]+)"', html))) == 4
     labels = figures.figures(make_result(runs))["test_accuracy"]
-    assert all(f">{line.label}<" in labels for line in results.series(runs))
+    assert all(f">{line.label}<" in labels for line in series.series_of(runs))
 
 
 def test_of_options_that_differ_only_those_that_part_the_runs_of_a_cell_make_series() -> None:
@@ -89,15 +90,18 @@ def test_of_options_that_differ_only_those_that_part_the_runs_of_a_cell_make_ser
     for number, run in enumerate(runs):
         inert = {"run": {"dir": f"runs/{number}"}, "threads": number, "log": {"progress": number % 2 == 0}}
         run["config"] |= inert | {"checkpoint": {"keep": number}, "optim": {"lr": 1.0 / run["width"]}}
-    assert {"optim.lr", "threads"} <= set(results.differences(runs))
-    assert [line.label for line in results.series(runs)] == ["backprop", "align_ada"]
-    assert [len(line.at(8)) for line in results.series(runs)] == [2, 2]
+    assert {"optim.lr", "threads"} <= set(series.differences(runs))
+    assert [line.label for line in series.series_of(runs)] == ["backprop", "align_ada"]
+    assert [len(line.at(8)) for line in series.series_of(runs)] == [2, 2]
 
 
 def test_two_options_that_differ_together_are_one_difference() -> None:
     runs = [set_option(make_run(seed=seed), "optim", "name", name) for name in ("sgd", "adam") for seed in (0, 1)]
     runs = [set_option(run, "optim", "lr", len(run["config"]["optim"]["name"])) for run in runs]
-    assert [line.label for line in results.series(runs)] == ["align_ada, optim.name=sgd", "align_ada, optim.name=adam"]
+    assert [line.label for line in series.series_of(runs)] == [
+        "align_ada, optim.name=sgd",
+        "align_ada, optim.name=adam",
+    ]
 
 
 def test_there_is_no_gap_to_backprop_with_other_options() -> None:
@@ -105,7 +109,7 @@ def test_there_is_no_gap_to_backprop_with_other_options() -> None:
         set_option(make_run("align_ada", width), "data", "train_limit", n) for width in (8, 32) for n in (100, 1000)
     ]
     runs += [set_option(make_run("backprop", width), "data", "train_limit", 1000) for width in (8, 32)]
-    backprop, small, whole = results.series(runs)
+    backprop, small, whole = series.series_of(runs)
     assert (backprop.label, small.label) == ("backprop", "align_ada, data.train_limit=100")
     assert (backprop.base, small.base, whole.base) == (None, None, backprop)
     assert f">{small.label}<" not in figures.figures(make_result(runs))["gap_width"]
@@ -215,21 +219,21 @@ def test_gaps_are_to_backprop_on_the_same_net() -> None:
 
 
 def test_every_rule_known_or_not_looks_different() -> None:
-    lines = [results.Series(rule, "conv3", rule) for rule in [*list(theme.LOOKS)[1:], "a_rule_of_my_own"]]
+    lines = [series.Series(rule, "conv3", rule) for rule in [*list(theme.LOOKS)[1:], "a_rule_of_my_own"]]
     looks = list(theme.looks(lines).values())
     assert len({look.marker for look in looks}) == len({look.color for look in looks}) == len(lines)
 
 
 def test_no_two_series_look_the_same_when_the_colours_are_used_up() -> None:
     runs = [set_option(make_run() | {"rule": rule}, "optim", "lr", lr) for rule in theme.LOOKS for lr in (1, 2, 3, 4)]
-    looks = theme.looks(results.series(runs))
+    looks = theme.looks(series.series_of(runs))
     assert len(set(looks.values())) == len(runs) == 32
     assert all(theme.LOOKS[line.rule] == look for line, look in looks.items() if line.label.endswith("=1"))
 
 
 def test_options_that_differ_are_listed_with_whose_they_are(tmp_path: Path) -> None:
     data = comparison(rules=["backprop", "align_ada"], widths=(8, 32))
-    assert list(results.differences(data["runs"])) == ["frozen.weights"]
+    assert list(series.differences(data["runs"])) == ["frozen.weights"]
     row = re.search(r"<td[^>]*><code>stored</code></td><td[^>]*>(.*?)</td>", html_of(data, tmp_path))
     assert row
     assert row[1] == "rule align_<wbr>ada"
@@ -258,8 +262,18 @@ def test_a_page_needs_nothing_but_itself_and_is_the_same_again(tmp_path: Path) -
 
 
 def test_importing_the_report_does_not_import_matplotlib() -> None:
-    code = "import sys, alignscale.report; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys; sys.path.append('launch'); import _report.page; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_plot_runs_draws_the_whole_page_again(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(comparison(rules=RULES[:2])), encoding="utf-8")
+    arguments = [str(tmp_path / "result.json"), "--format", "html", "--out", str(tmp_path / "again")]
+    assert plot_runs.main(arguments) == 0
+    page = (tmp_path / "again/report.html").read_text()
+    assert all(f">{rule}<" in page for rule in RULES[:2])
+    assert 'href="../result.json"' in page
+    assert plot_runs.main([*arguments, "--figure", "test_accuracy"]) == 2
 
 
 @pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from _runs import train_and_report
 from run_cases import config, same, silent, weights
 
 from alignscale.checkpoint import complete
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_run_folder_holds_all_of_the_run(tmp_path: Path) -> None:
-    result = train(config(tmp_path / "run"), silent)
+    result = train_and_report(config(tmp_path / "run"), silent, "command")
     names = {path.name for path in (tmp_path / "run").iterdir() if path.name not in (".lock", "source.diff")}
     assert names == {
         "config.yaml", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints", "result.json", "report.html",
@@ -95,7 +96,7 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_divergence_ends_the_run_with_its_step(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"loss is not finite at step \d+: .*lower optim.lr \(now 1e\+06\)"):
-        train(config(tmp_path / "run", optim=SGDConfig(lr=1e6)), silent)
+        train_and_report(config(tmp_path / "run", optim=SGDConfig(lr=1e6)), silent, "command")
     run = json.loads((tmp_path / "run/result.json").read_text())["runs"][0]
     assert run["test"]["accuracy"] is None
     assert (tmp_path / "run/report.html").exists()

@@ -1,5 +1,7 @@
 """Draw the figures of a report again, each as a file of its own in colours for white paper, from the JSON beside it.
 
+``--format html`` draws the page itself.
+
     python tools/plot_runs.py runs/demo/result.json --figure accuracy_width --format pdf --out paper/figures
 
 Stands alone because a paper needs its figures one by one, long after the runs.
@@ -9,11 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignscale.figures import PLOTS, figure_names, save_figure
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "launch"))
+
+from _report.figures import PLOTS, figure_names, save_figure
+from _report.page import write_report
+
 from alignscale.files import write_atomic
 from alignscale.results import read_result
 
@@ -26,6 +34,12 @@ def draw(result: Path, figure: str | None, out: Path, kind: str) -> list[dict[st
         OSError: a figure cannot be written.
     """
     data = read_result(result)
+    if kind == "html":
+        if figure is not None:
+            raise ValueError(f"--figure {figure}: expected --format svg, png or pdf; a page has all figures")
+        out.mkdir(parents=True, exist_ok=True)
+        write_report(data, out / "report.html", os.path.relpath(result, out))
+        return [{"figure": "report", "file": str(out / "report.html")}]
     names = figure_names(data)
     if figure is not None and figure not in names:
         reason = "this result lacks the numbers for it" if figure in PLOTS else "there is no such figure"
@@ -45,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("--figure", metavar="NAME", help=f"one of {', '.join(PLOTS)} (default: all that there are)")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder to write to (default: here)")
-    parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg")
+    parser.add_argument("--format", choices=("svg", "png", "pdf", "html"), default="svg")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the list of figures and files here as well")
     options = parser.parse_args(arguments)
     try:

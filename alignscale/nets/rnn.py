@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alignscale.choices import RNNConfig
+from alignscale.choices import ConfigError, RNNConfig
 from alignscale.nets.layers import Layer, Linear, State
 from alignscale.nets.network import Deltas, Gates, Network, States
 from alignscale.types import NormState, Parameters, Trace, Weight
@@ -72,7 +72,7 @@ class RNN(Network):
     def _initial(self, h: Tensor) -> Tensor:
         state: Tensor = self.layers[STATE](h)
         if state.shape[0] < h.shape[0]:
-            raise ValueError(
+            raise ConfigError(
                 f"net.initial_state=trained: a batch of {h.shape[0]} examples, but the state has {state.shape[0]} "
                 "rows; use batches of at most that many, or net.initial_state=zero"
             )

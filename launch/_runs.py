@@ -1,23 +1,42 @@
-"""Rules x widths x seeds: train each, skip what is finished, go on where it stopped, and report on all of it."""
+"""Runs as the commands do them: one with its page; or rules x widths x seeds, gone on with and reported on as one."""
 
 import copy
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from _report.page import write_report
+
 from alignscale.choices import ConfigError
-from alignscale.config import CompareConfig, GridConfig, TrainConfig, run_name
+from alignscale.config import CompareConfig, GridConfig, TrainConfig, run_folder, run_name
 from alignscale.files import write_atomic
-from alignscale.report import write_report
 from alignscale.results import Result, make_result, read_result
 from alignscale.rules import RULES
 from alignscale.run import Diverged
 from alignscale.train import train
 from alignscale.validation import validate
+
+
+def train_and_report(config: TrainConfig, show: Callable[[str], None], command: str) -> Result:
+    """``train``, and report.html in the run's folder, for a run that diverged as well. Raises what ``train`` raises."""
+    folder = run_folder(config)
+    try:
+        result = train(config, show, command)
+    except Diverged:
+        _draw(read_result(folder / "result.json"), folder)
+        raise
+    _draw(result, folder)
+    return result
+
+
+def _draw(result: Result, folder: Path) -> None:
+    """Write the page where there is none, or one that is older than the numbers."""
+    page = folder / "report.html"
+    if not page.exists() or page.stat().st_mtime_ns < (folder / "result.json").stat().st_mtime_ns:
+        write_report(result, page)
 
 
 def compare(config: GridConfig, command: str, show: Callable[[str], None] = print) -> Result:
@@ -32,11 +51,14 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     for number, run in enumerate(grid, 1):
         show(f"[{number}/{len(grid)}] {run.rule.name}, width {run.net.width}, seed {run.seed}: {run.run.dir}")
         try:
-            done.append(train(run, lambda line: None, command))
+            done.append(train_and_report(run, lambda line: None, command))
         except Diverged as problem:
             show(f"diverged: {problem}")
-            done.append(read_result(Path(run.run.dir) / "result.json"))
-    result = combine(config.compare, done, command)
+            done.append(read_result(run_folder(run) / "result.json"))
+    result = combine(config.compare, grid, done, command)
+    others = {page.parent.name for page in folder.glob("*/result.json")} - {run["folder"] for run in result["runs"]}
+    if others:
+        show(f"note: the report leaves out {len(others)} runs in {folder} that are not of this grid")
     write_atomic(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
     write_report(result, folder / "report.html", "result.json")
     return result
@@ -52,6 +74,8 @@ def expand(config: GridConfig) -> Iterator[TrainConfig]:
     for rule in grid.rules:
         if rule not in RULES:
             raise ConfigError(f"compare.rules: {rule}: expected some of {', '.join(sorted(RULES))}")
+    if not grid.folder:
+        raise ConfigError("compare.folder=: expected a folder for the runs and their report, found nothing")
     shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     for width, seed, name in itertools.product(grid.widths, grid.seeds, grid.rules):
         single = TrainConfig(**copy.deepcopy(shared))
@@ -64,15 +88,15 @@ def expand(config: GridConfig) -> Iterator[TrainConfig]:
         yield single
 
 
-def combine(grid: CompareConfig, results: list[Result], command: str) -> Result:
-    """One result of many: the common options, and every run with its folder relative to the grid's."""
+def combine(compared: CompareConfig, grid: list[TrainConfig], results: list[Result], command: str) -> Result:
+    """One result of many: the common options, and every run with its folder, which lies in the grid's."""
     runs = []
-    for result in results:
+    for config, result in zip(grid, results, strict=True):
         run = dict(result["runs"][0])
-        run["folder"] = os.path.relpath(run["config"]["run"]["dir"], grid.folder)
+        run["folder"] = run_folder(config).name
         run["config"] = {group: options for group, options in run["config"].items() if group != "run"}
         runs.append(run)
-    return make_result(grid.title, command, results[-1], _common([run["config"] for run in runs]), runs)
+    return make_result(compared.title, command, results[-1], _common([run["config"] for run in runs]), runs)
 
 
 def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:

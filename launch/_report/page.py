@@ -14,14 +14,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from alignscale import figures, results, theme
+from _report import figures, series, theme
+from _report.series import Series, series_of, widths
 from alignscale.files import write_atomic
-from alignscale.results import Result, Run, Series, finite
+from alignscale.results import Result, Run, accuracy, diverged, finite, flatten
 
 
 def text_table(data: Result) -> str:
     """Test accuracy in percent over widths as aligned plain text, each cell with its gap to backprop: "97.2 (-0.3)"."""
-    lines, found = results.series(data["runs"]), results.widths(data["runs"])
+    lines, found = series_of(data["runs"]), widths(data["runs"])
     rows = [["test accuracy, %", *(f"width {width}" for width in found)]]
     for line in lines:
         rows.append([line.label])
@@ -37,7 +38,7 @@ def text_table(data: Result) -> str:
 def _accuracy_words(line: Series, width: int) -> tuple[str, str, str]:
     """A cell's accuracy over seeds, its gap to backprop, how many seeds diverged; empty where there is none."""
     own, accuracy, gap = line.at(width), line.accuracy(width), line.gap(width)
-    lost = sum(results.diverged(run) for run in own)
+    lost = sum(diverged(run) for run in own)
     if accuracy.mean is None:
         return "diverged" if lost else "-", "", ""
     words = f"{accuracy.mean:.1f}" + ("" if accuracy.std is None else f" ±{accuracy.std:.1f}")
@@ -57,14 +58,14 @@ def write_report(data: Result, path: Path, json_name: str = "result.json") -> No
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
-    environment.tests["diverged"] = results.diverged
+    environment.tests["diverged"] = diverged
     environment.filters |= {"accuracy_words": _accuracy_words, "grouped": _grouped}
-    environment.globals |= {"figures": figures, "results": results, "theme": theme}
-    runs, lines = data["runs"], results.series(data["runs"])
+    environment.globals |= {"figures": figures, "series": series, "theme": theme}
+    runs, lines = data["runs"], series_of(data["runs"])
     ordered = [run for line in lines for run in line.runs]
     page = environment.get_template("report.html.jinja").render(
         **data,
-        **_cells(lines, results.widths(runs)),
+        **_cells(lines, widths(runs)),
         **_runs_table(lines),
         data=data,
         differences=_differences(runs),
@@ -100,8 +101,8 @@ def _measures(run: Run) -> dict[str, str]:
         f"best {best.get('split')} (%)": reached and f"{100 * reached:.1f} (epoch {best.get('epoch')})",
         "test loss": _number(run, "test", "loss"),
         "training loss": _number(run, "train", "loss"),
-        "ms per step": step and results.significant(1000 * step),
-        "time": seconds and results.duration(seconds),
+        "ms per step": step and series.significant(1000 * step),
+        "time": seconds and series.duration(seconds),
         "parameters": f"{run['parameters']:,}",
         "epochs": f"{run['epochs']:,}",
         "steps": f"{run['steps']:,}",
@@ -112,9 +113,9 @@ def _measures(run: Run) -> dict[str, str]:
 
 def _number(run: Run, split: str, key: str = "accuracy") -> str:
     """A number at the end of a run as text, ``diverged`` in the place of one that was lost; empty if never measured."""
-    value = finite(run[split].get(key)) if key == "loss" else results.accuracy(run, split, key)
+    value = finite(run[split].get(key)) if key == "loss" else accuracy(run, split, key)
     if value is None:
-        return "diverged" if results.diverged(run) and key in (run.get(split) or {}) else ""
+        return "diverged" if diverged(run) and key in (run.get(split) or {}) else ""
     return f"{value:#.3g}".rstrip(".") if key == "loss" else f"{value:.1f}"
 
 
@@ -146,7 +147,7 @@ def _differences(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
             value: _whose([run for run, own in zip(runs, values, strict=True) if own == value], runs)
             for value in values
         }
-        for option, values in results.differences(runs).items()
+        for option, values in series.differences(runs).items()
     }
 
 
@@ -162,5 +163,5 @@ def _whose(its: Sequence[Run], runs: Sequence[Run]) -> str:
 def _grouped(options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Nested options by their outer names; those that have no outer name come first."""
     groups = {"": {key: value for key, value in options.items() if not isinstance(value, dict)}}
-    groups |= {key: results.flatten(value) for key, value in options.items() if isinstance(value, dict)}
+    groups |= {key: flatten(value) for key, value in options.items() if isinstance(value, dict)}
     return [(title, group) for title, group in groups.items() if group]

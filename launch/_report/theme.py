@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignscale.results import Series
+from _report.series import Series
 
 Palette = dict[str, str]
 Dash = str | tuple[int, tuple[float, ...]]

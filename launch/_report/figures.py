@@ -1,10 +1,9 @@
 """Figures of a result: accuracy over width, training curves, update cosines and step times, drawn from its JSON object.
 
-One drawing serves every reader: it asks a palette for its colours, and the palette is either real (a print) or made of
-sentinel colours that become CSS variables, so that one inline SVG follows a page's light or dark theme.
+A drawing asks a palette for its colours, either real ones (a print) or sentinels that become CSS variables, so that one
+inline SVG follows a page's light or dark theme.
 
-Stands alone because it is the only file that draws. Matplotlib takes most of a second to import, so only the functions
-that draw import it.
+Stands alone because it is the only file that draws; only what draws waits for the import of Matplotlib.
 """
 
 from __future__ import annotations
@@ -19,20 +18,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignscale import results
+from _report.series import Series, Spread, series_of, significant, spread, widths
+from _report.theme import LIGHT, LOOKS, SENTINELS, Look, Palette, looks
 from alignscale.files import write_atomic
-from alignscale.results import Result, Run, Series, Spread, finite, spread
-from alignscale.theme import LIGHT, LOOKS, SENTINELS, Look, Palette, looks
+from alignscale.results import Result, Run, diverged, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+STYLE = Path(__file__).with_name("report.mplstyle")
+
 
 def _panels(figure: Figure, runs: Sequence[Run], row: float, left: float, label: str = "") -> list[Axes]:
     """A panel for each width, at most three abreast; a row's height and the left margin are in inches."""
-    found = results.widths(runs)
+    found = widths(runs)
     columns = {1: 1, 2: 2, 4: 2}.get(len(found), 3)
     rows = math.ceil(len(found) / columns)
     panel = {1: max(2.0, 4.4 - left), 2: 3.5, 3: 2.5}[columns]
@@ -68,12 +69,12 @@ def _numbers(spreads: Sequence[Spread]) -> tuple[list[float], list[float]]:
 
 def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -> None:
     """Final accuracy, or its gap to backprop, over the width."""
-    runs, found = data["runs"], results.widths(data["runs"])
+    runs, found = data["runs"], widths(data["runs"])
     figure.set_size_inches(4.4, 3.0)
     axis, handles, crosses = figure.subplots(), {}, dict.fromkeys(found, 0)
     if gaps:
         handles["backprop"] = axis.axhline(0, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
-    lines = looks(results.series(runs))
+    lines = looks(series_of(runs))
     room = min(math.log2(wide / narrow) for narrow, wide in itertools.pairwise(found))
     for place, (line, look) in enumerate(lines.items()):
         if gaps and line.base is None:
@@ -84,7 +85,7 @@ def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -
         handles[line.label] = axis.errorbar([aside * w for w in found], mean, **bars, **_drawing(look, palette))[0]
         # A run that diverged has no height: crosses at the foot of the figure see to it that it is not overlooked.
         for width in found:
-            if any(results.diverged(run) for run in line.at(width)):
+            if any(diverged(run) for run in line.at(width)):
                 foot = 0.03 + 0.06 * crosses[width]
                 axis.plot(width, foot, "x", color=palette[look.color], mew=1.6, transform=axis.get_xaxis_transform())
                 crosses[width] += 1
@@ -100,7 +101,7 @@ def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -
 
 def _finished(runs: Sequence[Run]) -> Sequence[Run]:
     """The runs that did not diverge; where all did, all."""
-    return [run for run in runs if not results.diverged(run)] or runs
+    return [run for run in runs if not diverged(run)] or runs
 
 
 def _history(own: Sequence[Run], key: str) -> tuple[list[float], list[float], list[float]]:
@@ -122,10 +123,10 @@ def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: 
 
     runs, handles = data["runs"], {}
     axes = _panels(figure, runs, row=2.3, left=0.5, label=label)
-    for axis, width in zip(axes, results.widths(runs), strict=True):
+    for axis, width in zip(axes, widths(runs), strict=True):
         if key == "update_cosine":
             handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
-        for line, look in looks(results.series(runs)).items():
+        for line, look in looks(series_of(runs)).items():
             epochs, mean, std = _history(line.at(width), key)
             if not epochs or (key, line.rule) == ("update_cosine", "backprop"):
                 continue
@@ -169,9 +170,9 @@ def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str) -> None:
 def _step_time(figure: Figure, data: Result, palette: Palette) -> None:
     """Time per step as bars: a panel a width, its milliseconds and its ratio to backprop written beside each bar."""
     runs = data["runs"]
-    chosen = looks(results.series(runs))
+    chosen = looks(series_of(runs))
     axes = _panels(figure, runs, row=0.55 + 0.23 * len(chosen), left=0.065 * max(len(line.label) for line in chosen))
-    for axis, width in zip(axes, results.widths(runs), strict=True):
+    for axis, width in zip(axes, widths(runs), strict=True):
         longest = max(line.step_milliseconds(width).mean or 0.0 for line in chosen) or 1.0
         for place, (line, look) in enumerate(chosen.items()):
             time = line.step_milliseconds(width)
@@ -179,7 +180,7 @@ def _step_time(figure: Figure, data: Result, palette: Palette) -> None:
                 continue
             axis.barh(place, time.mean, height=0.62, color=palette[look.color], xerr=time.std, ecolor=palette["muted"])
             compared = line.base.step_milliseconds(width).mean if line.base else None
-            words = results.significant(time.mean) + (f" ({time.mean / compared:.2f}×)" if compared else "")
+            words = significant(time.mean) + (f" ({time.mean / compared:.2f}×)" if compared else "")
             end = time.mean + (time.std or 0.0) + 0.03 * longest
             axis.text(end, place, words, va="center", fontsize=8, color=palette["ink"])
         axis.set_yticks(range(len(chosen)), [line.label for line in chosen])
@@ -195,8 +196,8 @@ def _has(data: Result, key: str, values: int) -> bool:
 
 def _has_widths(data: Result, measure: Callable[[Series, int], Spread]) -> bool:
     """Whether a quantity is known at two widths or more: fewer make no figure over the width."""
-    lines = results.series(data["runs"])
-    return sum(any(measure(line, w).mean is not None for line in lines) for w in results.widths(data["runs"])) > 1
+    lines = series_of(data["runs"])
+    return sum(any(measure(line, w).mean is not None for line in lines) for w in widths(data["runs"])) > 1
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
     colors = {setting: palette[role] for role, settings in roles.items() for setting in settings}
     stamps = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer")}
     buffer = io.BytesIO()
-    with matplotlib.style.context(["default", "alignscale.report", {"svg.hashsalt": name, **colors}]):
+    with matplotlib.style.context(["default", str(STYLE), {"svg.hashsalt": name, **colors}]):
         figure = Figure(layout="constrained")
         PLOTS[name].draw(figure, data, palette)
         figure.suptitle(PLOTS[name].title, x=0.003, ha="left", color=palette["ink"])
@@ -280,7 +281,7 @@ def _render(data: Result, name: str, palette: Palette, kind: str) -> bytes:
 def figures(data: Result) -> dict[str, str]:
     """Every figure of a result as SVG for a page: name -> svg.
 
-    The CSS variables of the style sheet of `alignscale.theme` give the colours; ids are such that no other figure has
+    The CSS variables of the style sheet of `theme.py` give the colours; ids are such that no other figure has
     them: Matplotlib numbers its own from 1 in every file, and clips and markers would go astray.
     """
     drawn = {}
