@@ -19,7 +19,7 @@ from alignscale.config import refuse_difference
 from alignscale.files import sync, write_atomic
 from alignscale.nets.network import Network
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -51,7 +51,7 @@ def save(
                 raise OSError(f"{path}: {problem}") from problem
             sums[path.name] = _checksum(path)
             sync(path)
-        manifest = {"format": FORMAT, "step": step, "files": sums, **about}
+        manifest = sealed({"format": FORMAT, "step": step, "files": sums, **about})
         write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         if final.exists():
             shutil.rmtree(final)
@@ -145,10 +145,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if found != FORMAT:
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; delete {path}")
-    missing = {"step", "files", "config", "examples", "fingerprint", "progress", "made_with"} - manifest.keys()
-    if missing:
-        raise CheckpointError(f"{path / MANIFEST}: expected {', '.join(sorted(missing))}, found none; delete {path}")
+    if sealed(manifest) != manifest or _name(manifest["step"]) != path.name:
+        raise CheckpointError(
+            f"{path / MANIFEST}: expected the manifest as it was written for {path.name}, found another, changed "
+            f"or moved; delete {path} to go on from the checkpoint before it, or use resume=never"
+        )
     return manifest
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the checksum of all else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -132,8 +132,8 @@ class GridConfig(TrainConfig):
     compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-DISPLAY = ("run", "log", "checkpoint", "resume", "name")
-"""Options that change none of a run's numbers."""
+DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device")
+"""Options that change none of a run's numbers, or, as threads and device, only their rounding."""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -57,6 +57,14 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had without swapping, the kernel's file cache counted; on a GPU those that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].removesuffix("kB"))
+
+
 def device_called(name: str) -> torch.device:
     """``auto`` (a GPU where there is one), or a device of torch's. Raises ConfigError where this machine has none."""
     if name == "auto":

@@ -16,6 +16,9 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)

@@ -54,7 +54,8 @@ def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
             ) from problem
         except OSError as problem:
             raise ConfigError(
-                f"run folder {folder}: expected a folder that can be written, found: {problem}; set run.dir or run.root"
+                f"run folder {folder}: expected a folder that can be written, found: {problem}; choose another "
+                "(run.dir or run.root, compare.folder for a comparison)"
             ) from problem
         yield
 
@@ -102,6 +103,8 @@ def read_config(folder: Path) -> TrainConfig:
     chosen |= {"schedule": SCHEDULES, "rule": {name: rule.options(name=name) for name, rule in RULES.items()}}
     try:
         options = yaml.safe_load(path.read_text())
+        if not isinstance(options, dict):
+            raise TypeError(f"a {type(options).__name__} in place of options")
         for field in fields(TrainConfig):
             value = options[field.name]
             if field.name in chosen:
@@ -112,8 +115,13 @@ def read_config(folder: Path) -> TrainConfig:
         return TrainConfig(**options)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as problem:
         raise ConfigError(
-            f"{path}: expected a run's configuration, found: {problem!r}; give the folder of a run of this version"
+            f"{path}: expected a run's configuration, found: {_one_line(problem)}; give the folder of a run of this "
+            "version"
         ) from problem
+
+
+def _one_line(problem: Exception) -> str:
+    return f"no or an unknown {problem}" if isinstance(problem, KeyError) else " ".join(str(problem).split())
 
 
 def _same_run(path: Path, config: TrainConfig) -> None:
@@ -122,7 +130,9 @@ def _same_run(path: Path, config: TrainConfig) -> None:
     try:
         options = without_display(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as problem:
-        raise ConfigError(f"{path}: expected a run's configuration, found: {problem}; use another run.dir") from problem
+        raise ConfigError(
+            f"{path}: expected a run's configuration, found: {_one_line(problem)}; use another run.dir"
+        ) from problem
     refuse_difference(path, options, defining(config), "options")
 
 

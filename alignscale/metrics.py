@@ -15,6 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from alignscale.choices import ConfigError
 from alignscale.config import LogConfig
 from alignscale.files import write_atomic
 from alignscale.results import finite
@@ -71,7 +72,11 @@ class Metrics(ExitStack):
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one row; a number that is not finite is null in JSON, and absent elsewhere."""
         values = {key: finite(value) for key, value in values.items()}
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as problem:
+            problem.filename = self.file.name
+            raise
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
         if self.events:
             tagged = [Summary.Value(tag=key, simple_value=value) for key, value in numbers.items()]
@@ -105,10 +110,17 @@ def _wandb(config: LogConfig, folder: Path, name: str, first: int, options: Any)
     path = folder / "wandb.id"
     if first == 0 or not path.exists():
         write_atomic(path, secrets.token_hex(4).encode())
-    return wandb.init(
-        project=config.wandb_project, name=name, id=path.read_text(), dir=folder, config=options, resume="allow",
-        settings=wandb.Settings(silent=not config.progress),
-    )  # fmt: skip
+    settings = wandb.Settings(silent=not config.progress)
+    project, identity = config.wandb_project, path.read_text()
+    try:
+        return wandb.init(
+            project=project, name=name, id=identity, dir=folder, config=options, resume="allow", settings=settings
+        )
+    except wandb.Error as problem:
+        found = " ".join(str(problem).split())
+        raise ConfigError(
+            f"log.wandb=true: expected a login, found: {found}; WANDB_MODE=offline needs none"
+        ) from problem
 
 
 def _rows(path: Path, last: int) -> str:

@@ -3,9 +3,10 @@
 Seed first, then calibration, then the fingerprint, and only then a checkpoint.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from safetensors.torch import load_file, save
 from alignscale import checkpoint
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
-from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
+from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Examples, load
 from alignscale.data.plan import Plan
-from alignscale.environment import device_called, hardware, keep_freed_memory, torch_settings, versions
+from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
 from alignscale.files import write_atomic
 from alignscale.folder import describe_folder, opened, read_config
 from alignscale.frozen import fingerprint
@@ -93,7 +94,8 @@ def restored(folder: Path, which: str = "last") -> Restored:
 
     Raises ConfigError, DataError or CheckpointError where a part of the run is missing or damaged.
     """
-    config = read_config(folder)
+    config = replace(read_config(folder), log=LogConfig(), threads=0)  # what another machine had is nothing to refuse
+    validate(config)
     path = checkpoint.find(folder / "checkpoints", which)
     splits = load(config.data)
     learner = make_learner(config, splits["train"], device_called("auto"))
@@ -116,14 +118,17 @@ def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner
 def _check_memory(config: TrainConfig, train: Examples, device: torch.device) -> None:
     with torch.device("meta"):
         outline = build(config.net, train.shape, train.classes, config.batch_size)
+    dtype, master = PRECISIONS[config.precision]
     copies = 3 if config.frozen.weights == "stored" else 2
-    itemsize = PRECISIONS[config.precision][1].itemsize
-    needed = copies * itemsize * sum(p.numel() for p in outline.parameters()) / 2**30
-    found = hardware(device)["memory_gib"]
-    if device.type == "cpu" and needed > found:
+    weights = copies * master.itemsize * sum(p.numel() for p in outline.parameters())
+    units = sum(math.prod(shape) for shape in outline.direct_shapes)
+    outputs = max(-(-config.batch_size // config.accumulation), 1) * units * dtype.itemsize
+    found = available_memory(device)
+    if weights + outputs > found:
         raise ConfigError(
-            f"net.width={config.net.width}: weights, gradient and initial weights take {needed:.1f} GiB, found "
-            f"{found} GiB of memory; choose a smaller width, or frozen.weights=regenerated"
+            f"net.width={config.net.width}: weights, gradient and initial weights take {weights / 2**30:.1f} GiB and "
+            f"the layers' outputs {outputs / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB of available memory; choose "
+            "a smaller width or batch_size, more accumulation, or frozen.weights=regenerated"
         )
 
 
@@ -169,7 +174,8 @@ def _load_norms(path: Path, learner: Learner) -> None:
         torch.nn.ModuleList(learner.net.norms).load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as problem:
         raise CheckpointError(
-            f"{path}: expected the moments of this network's norms, found: {problem}; resume=never makes them again"
+            f"{path}: expected the moments of this network's norms, found: {problem}; put the file "
+            "back, or train again with resume=never"
         ) from problem
 
 

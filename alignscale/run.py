@@ -92,7 +92,7 @@ class Run:
         images = torch.zeros(2, *self.learner.shape) if batch is None else batch.images
         where = first_not_finite(self.learner.net, images.to(self.learner.encoding.device, self.learner.encoding.dtype))
         message = (
-            f"{self.name}: the {what} is not finite at step {step}: expected a finite number, found the first NaN or "
+            f"the {what} is not finite at step {step}: expected a finite number, found the first NaN or "
             f"infinity in {where}; lower optim.lr (now {self.config.optim.lr:g}), clip (optim.clip_norm) or set a norm"
         )
         self.finish(step, failed=message)
@@ -100,7 +100,7 @@ class Run:
         good = (
             f"the last good checkpoint is {kept[-1]}" if kept else f"no checkpoint was due before it in {self.folder}"
         )
-        raise Diverged(f"{message}; {good}")
+        raise Diverged(f"{self.name}: {message}; {good}")
 
     def _typical(self) -> float | None:
         return statistics.median(self.timings) if self.timings else self.seconds_per_step
@@ -121,7 +121,8 @@ class Run:
         }  # fmt: skip
         for split in ("test", *config.evaluation.splits):
             run[split] = {key: finite(last.get(f"{split}_{key}")) for key in ("accuracy", "top5", "loss")}
-        run["train"] = {**run.get("train", {}), "loss": finite(last.get("train_loss"))}
+        measured = last.get("train_end_loss", last.get("train_loss"))  # of the final network, else the epoch's mean
+        run["train"] = {**run.get("train", {}), "loss": finite(measured)}
         if best is not None:
             split = config.checkpoint.best
             where = {key: best[key] for key in ("epoch", "step")}

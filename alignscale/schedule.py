@@ -16,7 +16,7 @@ def factor(config: ScheduleConfig, step: int, per_epoch: int, stop: int) -> floa
     if isinstance(config, ConstantConfig):
         return 1.0
     if isinstance(config, StepConfig):
-        return float(config.factor ** sum(step >= milestone * per_epoch for milestone in config.milestones))
+        return math.prod(config.factor for milestone in config.milestones if step >= milestone * per_epoch)
     if isinstance(config, CosineConfig):
         passed = max(step - warmup, 0) / max(stop - warmup, 1)
         return config.final + (1 - config.final) * (1 + math.cos(math.pi * passed)) / 2

@@ -72,6 +72,10 @@ def _wanted(option: str, value: Any) -> str | None:
         return "a number from 0 to below 1"
     if option in SEEDS and not 0 <= value < 2**63:
         return "a whole number from 0 to 2^63 - 1"
+    if option in ("run.root", "data.root") and not value:
+        return "a folder, found nothing"
+    if isinstance(value, float) and abs(value) > 3.4e38:
+        return "a number of at most 3.4e+38 in size, as fp32 holds"
     if option == "name" and not re.fullmatch(r"\w[\w.-]*", value):
         return "letters, digits, '.', '_' and '-': it begins the folder's name"
     if option == "threads" and value > (most := 4 * (os.cpu_count() or 1)):

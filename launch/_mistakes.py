@@ -6,7 +6,9 @@ The line names the option, what was found, what is valid and, where there is one
 import argparse
 import dataclasses
 import difflib
+import importlib.metadata
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -40,6 +42,9 @@ def check(name: str, arguments: Sequence[str]) -> None:
 
     name: of the configuration in configs/.
     """
+    if "--version" in arguments:
+        print(f"alignscale {importlib.metadata.version('alignscale')}")
+        sys.exit()
     flags, strangers = get_args_parser().parse_known_args(list(arguments))
     _check_flags(flags, strangers)
     if flags.hydra_help or flags.shell_completion or flags.experimental_rerun:
@@ -111,10 +116,8 @@ def _check_override(override: Override, multirun: bool) -> None:
         raise ConfigError(f"{line}: expected {line.replace('.name', '', 1)}, which brings the options of that choice")
     if override.is_sweep_override():
         if not multirun:
-            raise ConfigError(
-                f"{line}: expected one value, found several; write a list as {key}=[a,b], or add --multirun for a run "
-                "with each"
-            )
+            listed = f"write a list as {key}=[a,b], or " if get_args(TYPES.get(key)) else ""
+            raise ConfigError(f"{line}: expected one value, found several; {listed}add --multirun for a run with each")
         if not override.is_discrete_sweep():
             raise ConfigError(f"{line}: expected values as 1,2,3 or range(1,4)")
     elif key in GROUPS and not isinstance(override.value(), str):

@@ -82,7 +82,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     done = run([*without, *COMMAND, f"run.dir={tmp_path / 'closed/run'}"])
     assert done.returncode == 2, done.stderr
     assert "expected a folder that can be written, found: [Errno 13] Permission denied" in done.stderr
-    assert "set run.dir or run.root" in done.stderr
+    assert "choose another (run.dir or run.root, compare.folder for a comparison)" in done.stderr
     assert not list((tmp_path / "closed").iterdir())
 
 

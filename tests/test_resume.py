@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from run_cases import config, long_run, long_run_that_may_be_stopped, same, silent, weights
 
-from alignscale.checkpoint import complete, read_manifest
+from alignscale.checkpoint import complete, read_manifest, sealed
 from alignscale.choices import ConfigError, MLPConfig
 from alignscale.config import CheckpointConfig
 from alignscale.train import train
@@ -107,7 +107,7 @@ def test_other_data_under_the_same_options_are_refused(tmp_path: Path) -> None:
     path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["examples"]["train"] = "107-0"
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ConfigError, match=r"examples\.train: 107-0 -> 107-"):
         train(config(tmp_path / "run", epochs=1), silent)
 

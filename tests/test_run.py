@@ -13,7 +13,7 @@ import torch
 from run_cases import config, silent
 from safetensors.torch import load_file
 
-from alignscale.checkpoint import CheckpointError, complete
+from alignscale.checkpoint import CheckpointError, complete, sealed
 from alignscale.choices import ConfigError, MLPConfig, RuleConfig
 from alignscale.config import EvaluationConfig
 from alignscale.data import load
@@ -59,7 +59,7 @@ def test_checkpoint_of_another_initial_network_is_refused(tmp_path: Path) -> Non
     train(config(tmp_path / "run", epochs=1), silent)
     path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "fingerprint": "0" * 16}))
+    path.write_text(json.dumps(sealed({**manifest, "fingerprint": "0" * 16})))
     with pytest.raises(CheckpointError, match="expected the initial network"):
         train(config(tmp_path / "run", epochs=1), silent)
 
@@ -75,7 +75,7 @@ def test_moments_of_another_configuration_are_refused(tmp_path: Path) -> None:
         train(options, silent)
     options.seed = 0
     (tmp_path / "run/norms.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="resume=never makes them again"):
+    with pytest.raises(CheckpointError, match="put the file back, or train again with resume=never"):
         train(options, silent)
 
 
@@ -91,7 +91,7 @@ def test_resume_on_other_threads_warns(tmp_path: Path) -> None:
     path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["made_with"]["threads"] = 7
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(sealed(manifest)))
     (tmp_path / "run/result.json").unlink()
     lines: list[str] = []
     train(config(tmp_path / "run", epochs=1), lines.append)

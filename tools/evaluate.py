@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
+from alignscale.config import CheckpointConfig, EvaluationConfig
 from alignscale.data.examples import DataError
 from alignscale.evaluate import evaluate
 from alignscale.files import write_atomic
 from alignscale.prepare import restored
+from alignscale.validation import check_data, validate
 
 
 def scores(run: Path, which: str, splits: Sequence[str], batch_size: int | None) -> list[dict[str, Any]]:
@@ -30,6 +33,9 @@ def scores(run: Path, which: str, splits: Sequence[str], batch_size: int | None)
         if split not in found.splits:
             raise ConfigError(f"--splits: {split}: expected some of {', '.join(found.splits)}")
     most = batch_size or found.config.evaluation.batch_size
+    options = replace(found.config, evaluation=EvaluationConfig(list(splits), most), checkpoint=CheckpointConfig())
+    validate(options)
+    check_data(options, {split: len(found.splits[split]) for split in splits})
     return [
         {
             "run": str(run),

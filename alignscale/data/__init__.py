@@ -43,6 +43,8 @@ def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Exam
     """Hold ``config.validation`` examples out of the training set, cut the rest, and leave the test set whole."""
     if config.validation >= len(train):
         raise ConfigError(f"data.validation={config.validation}: expected less than the {len(train)} training examples")
+    if config.shift >= min(train.shape[-2:]):
+        raise ConfigError(f"data.shift={config.shift}: expected less than the images' {min(train.shape[-2:])} pixels")
     splits = {"test": test}
     order = balanced_order(train.labels)
     if config.validation:

@@ -1,10 +1,13 @@
 """Data sets that need no files: real digits that come with a library, and noisy prototypes of any shape."""
 
+import math
+
 import numpy as np
 import torch
 
-from alignscale.choices import DigitsConfig, SyntheticConfig
+from alignscale.choices import ConfigError, DigitsConfig, SyntheticConfig
 from alignscale.data.examples import Examples
+from alignscale.environment import available_memory
 from alignscale.initial import Stream, normal
 
 TRAIN = 1437
@@ -34,6 +37,12 @@ def synthetic(config: SyntheticConfig) -> tuple[Examples, Examples]:
     For benchmarks, and for trying a network out before its real data is there.
     """
     shape = tuple(config.shape)
+    needed, found = 8 * (config.train + config.test) * math.prod(shape), available_memory(torch.device("cpu"))
+    if needed > found:
+        raise ConfigError(
+            f"data.shape={config.shape}, data.train={config.train}, data.test={config.test}: they take "
+            f"{needed / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB of available memory; choose smaller ones"
+        )
     prototypes = normal(config.seed, Stream.DATA, 0, (config.classes, *shape))
     labels = torch.arange(config.train + config.test) % config.classes
     noise = normal(config.seed, Stream.DATA, 1, (len(labels), *shape))

@@ -18,6 +18,7 @@ from torch import Tensor
 from alignscale.choices import ConfigError, ImageFolderConfig
 from alignscale.data.examples import DataError, Examples
 from alignscale.data.torchvision import datasets
+from alignscale.environment import available_memory
 
 _LAYOUT = "arrange the images as docs/data.md says: train/<class>/* and test/<class>/* (or val/<class>/*)"
 
@@ -82,8 +83,7 @@ def _check_classes(folder: Path, classes: list[str], labels: Tensor) -> None:
 
 
 def _check_memory(config: ImageFolderConfig, images: int) -> None:
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    have = 1024 * int(lines["MemAvailable"].removesuffix("kB"))  # without swapping, the kernel's file cache counted
+    have = available_memory(torch.device("cpu"))
     need = images * config.channels * config.size**2
     if need > have:
         most = int(config.size * (have / need) ** 0.5)
