@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -118,7 +118,7 @@ def _check_override(override: Override, multirun: bool) -> None:
         if not multirun:
             listed = f"write a list as {key}=[a,b], or " if get_args(TYPES.get(key)) else ""
             raise ConfigError(f"{line}: expected one value, found several; {listed}add --multirun for a run with each")
-        if not override.is_discrete_sweep():
+        if not override.is_discrete_sweep() or isinstance(override.value(), Glob):
             raise ConfigError(f"{line}: expected values as 1,2,3 or range(1,4)")
     elif key in GROUPS and not isinstance(override.value(), str):
         raise ConfigError(f"{line}: expected {_kind(key)}")

@@ -98,6 +98,7 @@ def test_what_was_skipped_is_counted_once() -> None:
     ("options", "message"),
     [
         ({"validation": 2000}, "data.validation=2000: expected less than the 1437 training examples"),
+        ({"shift": 8, "views": 2}, "data.shift=8: expected less than the images' 8 pixels"),
         ({"train_limit": 1438}, "data.train_limit=1438: expected at most the 1437 training examples"),
         ({"train_limit": 1000, "validation": 500}, "data.train_limit=1000: expected at most the 937 training examples"),
     ],

@@ -1,5 +1,6 @@
 """Claims about the commands. Each is run as a user runs it, but for the checks of the command line alone."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -93,7 +94,9 @@ MISTAKES = [
     ("epochs=???", "epochs=???: expected int, found none"),
     ("epochs=${epoch}", "epochs=${epoch}: Interpolation key 'epoch' not found"),
     (f"seed={2**63}", "expected int of at most 64 bits"),
-    ("net.width=1,2", "net.width=1,2: expected one value, found several", "--multirun"),
+    ("net.width=1,2", "net.width=1,2: expected one value, found several; add --multirun for a run with each"),
+    ("net.strides=1,2", "net.strides=1,2: expected one value, found several; write a list as net.strides=[a,b], or"),
+    ("--multirun rule=glob(align*)", "rule=glob(align*): expected values as 1,2,3 or range(1,4)"),
     # the form
     ("net.width", "net.width: expected option=value"),
     ("=3", "=3: expected option=value"),
@@ -227,6 +230,13 @@ def test_multirun_trains_one_run_with_each_value(tmp_path: Path) -> None:
     done = run(str(ROOT / "launch/train.py"), "--multirun", "rule=align_ada,backprop", *FAST, root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(folder.name.split("-")[1] for folder in (tmp_path / "runs").iterdir()) == ["align_ada", "backprop"]
+
+
+def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        check("train", ["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"alignscale {importlib.metadata.version('alignscale')}\n"
 
 
 def test_an_interrupt_while_torch_loads_is_quiet(tmp_path: Path) -> None:

@@ -43,11 +43,13 @@ def test_mse_is_torchs_on_labels_centred_or_not(centred: bool, offset: float, re
     close(loss.value(LOGITS, loss.targets(LABELS, 5, torch.float64), 6), expected, 1e-14)
 
 
-def test_half_precision_logits_are_read_in_the_precision_of_the_targets() -> None:
+@pytest.mark.parametrize("loss", [MSE(), CrossEntropy()], ids=lambda loss: type(loss).__name__)
+def test_half_precision_logits_are_read_in_the_precision_of_the_targets(loss: Loss) -> None:
     logits = LOGITS.to(torch.bfloat16)
-    targets = MSE().targets(LABELS, 5, torch.float32)
-    assert MSE().error(logits, targets, 6).dtype == torch.float32
-    close(MSE().error(logits, targets, 6), MSE().error(logits.float(), targets, 6), 0.0)
+    targets = loss.targets(LABELS, 5, torch.float32)
+    for of in (loss.error, loss.value):
+        assert of(logits, targets, 6).dtype == torch.float32
+        close(of(logits, targets, 6), of(logits.float(), targets, 6), 0.0)
 
 
 def test_a_loss_of_another_kind_is_refused() -> None:

@@ -44,6 +44,20 @@ def test_wandb_is_off_by_default_and_asks_for_its_package(tmp_path: Path, monkey
         validate(options)
 
 
+def test_wandb_without_a_login_is_refused_in_one_line(tmp_path: Path) -> None:
+    places = {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "CONFIG", "DATA")}
+    known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run(
+        [*COMMAND, "log.wandb=true", "log.progress=false", f"run.dir={tmp_path / 'run'}"],
+        cwd=ROOT, env={**known, **places, "HOME": str(tmp_path), "WANDB_MODE": "online"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: log.wandb=true: expected a login, found: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_bar_shows_time_left_loss_accuracy_and_rate(tmp_path: Path) -> None:
     done = subprocess.run(
         [*COMMAND, f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

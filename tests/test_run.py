@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from run_cases import config, silent
 from safetensors.torch import load_file
 
 from alignscale.checkpoint import CheckpointError, complete, sealed
-from alignscale.choices import ConfigError, MLPConfig, RuleConfig
+from alignscale.choices import ConfigError, ConvConfig, MLPConfig, RuleConfig, SyntheticConfig
 from alignscale.config import EvaluationConfig
 from alignscale.data import load
 from alignscale.folder import opened
 from alignscale.learner import Learner
+from alignscale.prepare import restored
 from alignscale.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -193,3 +195,59 @@ def test_a_changed_source_leaves_its_difference_in_the_folder(tmp_path: Path) ->
     assert about["source"]["changed"] == [" M alignscale/loss.py"]
     assert about["versions"]["source"].endswith("+")
     assert "+# changed" in (tmp_path / "source.diff").read_text()
+
+
+@pytest.mark.parametrize("change", [{"step": 1}, {"progress": {}}, {"files": {}}, {"fingerprint": "0" * 16}])
+def test_a_manifest_that_was_changed_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(
+        CheckpointError, match=r"expected the manifest as it was written for step-000000006, found another"
+    ):
+        train(config(tmp_path / "run", epochs=1), silent)
+    with pytest.raises(CheckpointError, match=r"delete .*step-000000006 to go on from the checkpoint before it"):
+        restored(tmp_path / "run")
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1]
+    path.rename(path.with_name("step-000000004"))
+    with pytest.raises(CheckpointError, match=r"written for step-000000004, found another"):
+        train(config(tmp_path / "run", epochs=1), silent)
+
+
+def test_what_trained_a_finished_run_stays_on_record(tmp_path: Path) -> None:
+    first = train(config(tmp_path / "run", epochs=1), silent)
+    versions = tmp_path / "run/versions.json"
+    versions.write_text("as it was")
+    assert train(config(tmp_path / "run", epochs=1, device="cpu", threads=1), silent) == first
+    assert versions.read_text() == "as it was"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a NoneType in place of options"),
+        ("rule: {name: x}", "no or an unknown 'x'"),
+        ("[", "while parsing"),
+        ("x", "a str in"),
+    ],
+)
+def test_a_damaged_configuration_is_explained_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    (tmp_path / "run/config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"expected a run's configuration, found: .*{message}") as error:
+        restored(tmp_path / "run")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_outputs_that_cannot_fit_the_memory_are_refused(tmp_path: Path) -> None:
+    data = SyntheticConfig(shape=[1, 300, 300], train=2000, test=2)
+    options = config(tmp_path / "run", net=ConvConfig(width=4000, norm="none"), data=data, batch_size=2000)
+    with pytest.raises(ConfigError, match=r"the layers' outputs \d+\.\d GiB, found .* smaller width or batch_size"):
+        train(options, silent)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"data.train=1000000000, data.test=2: they take .* GiB of available memory"):
+        train(config(tmp_path / "run", data=SyntheticConfig(train=10**9, test=2)), silent)

@@ -55,6 +55,10 @@ def test_cosine_after_a_warm_up_is_the_cosine_of_what_is_left() -> None:
     assert ours(CosineConfig(warmup=2))[14:] == pytest.approx(shifted)
 
 
+def test_a_rate_that_overflows_is_infinite_and_no_error() -> None:
+    assert factor(StepConfig(factor=3e38, milestones=[0.0] * 9), 5, 10, 100) == math.inf
+
+
 def test_half_epochs_count() -> None:
     assert ours(StepConfig(milestones=[0.5]))[3:5] == [1.0, pytest.approx(0.1)]
 

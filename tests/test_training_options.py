@@ -21,6 +21,7 @@ from alignscale.choices import (
     DigitsConfig,
     MLPConfig,
     MSEConfig,
+    RNNConfig,
     SGDConfig,
     SyntheticConfig,
 )
@@ -87,6 +88,34 @@ def test_evaluate_refuses_what_is_not_there(
     assert message in capsys.readouterr().err
     assert tool.main([str(tmp_path), *arguments]) == 2
     assert "config.yaml: expected a run's configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "message"),
+    [
+        (
+            MLPConfig(width=8, norm="batch"),
+            ["--batch-size", "1"],
+            "evaluation.batch_size=1: it makes a batch of 1 of 31",
+        ),
+        (RNNConfig(width=8, initial_state="trained"), ["--batch-size", "21"], "expected at most batch_size=20"),
+    ],
+)
+def test_evaluate_refuses_batches_that_the_network_cannot_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], net: Any, options: list[str], message: str
+) -> None:
+    train(config(tmp_path / "run", net=net, epochs=1, evaluation=EvaluationConfig(batch_size=20)), silent)
+    assert tool.main([str(tmp_path / "run"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert tool.main([str(tmp_path / "run")]) == 0
+
+
+def test_the_training_loss_of_a_result_is_the_final_networks_where_it_was_measured(tmp_path: Path) -> None:
+    options = config(tmp_path / "run", epochs=1, evaluation=EvaluationConfig(splits=["train"]))
+    run = train(options, silent)["runs"][0]
+    found = tool.scores(tmp_path / "run", "last", ["train"], None)[0]
+    assert (run["train"]["accuracy"], run["train"]["loss"]) == (found["accuracy"], found["loss"])
+    assert run["curve"][-1]["train_loss"] != found["loss"]
 
 
 def test_a_view_is_trained_on_every_so_many_epochs(tmp_path: Path) -> None:

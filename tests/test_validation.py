@@ -45,6 +45,8 @@ def change(path: str, value: object) -> Callable[[TrainConfig], None]:
         ("net.parameterisation", "mup", "expected one of ntk, standard"),
         ("net.blocks", "all", "expected one of theory, public"),
         ("net.gain", float("nan"), "net.gain=nan: expected a finite number above 0"),
+        ("net.gain", 1e300, r"net.gain=1e\+300: expected a number of at most 3.4e\+38 in size"),
+        ("run.root", "", "run.root=: expected a folder, found nothing"),
         ("net.width", 0, "net.width=0: expected a whole number of at least 1"),
         ("net.strides", [], "at least one stride"),
         ("data.shape", [3, 4], r"expected \[channels, height, width\]"),
