@@ -6,18 +6,17 @@ initial network is not in it: it comes from the seed, before a restore, and the 
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignscale.config import refuse_difference
 from alignscale.files import sync, write_atomic
-from alignscale.nets.network import Network
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -27,13 +26,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
-def save(
-    folder: Path, step: int, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any], keep: int
-) -> Path:
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], about: dict[str, Any], keep: int) -> Path:
     """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and the best.
 
-    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``examples``
-    (digests of the splits), ``made_with`` and ``progress``, whose ``best`` is the step of the best checkpoint.
+    tensors: of each file, ``model`` and ``optimizer``. about: goes into the manifest: ``fingerprint``, ``config`` (the
+    defining options), ``examples`` (digests of the splits), ``made_with`` and ``progress``, whose ``best`` is the step
+    of the best checkpoint.
     Raises OSError (a full disk, say) with the checkpoints before it untouched.
     """
     final = folder / _name(step)
@@ -41,7 +39,6 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        tensors = {"model": net.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
         sums = {}
         for name, values in tensors.items():
             path = partial / f"{name}.safetensors"
@@ -80,7 +77,8 @@ def _remove(path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first; half-written ones have another name and are not among them."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9,}", path.name))
+    return sorted((path for path in found if (path / MANIFEST).is_file()), key=lambda path: int(path.name[5:]))
 
 
 def find(folder: Path, which: str) -> Path:
@@ -94,14 +92,6 @@ def find(folder: Path, which: str) -> Path:
         names = ", ".join(str(int(path.name[5:])) for path in found) or "none"
         raise CheckpointError(f"checkpoint {which}: expected last, best or one of the steps in {folder}: {names}")
     return path
-
-
-def restore(path: Path, net: Network, optimizer: torch.optim.Optimizer, about: dict[str, Any]) -> dict[str, Any]:
-    """Set ``net`` and ``optimizer`` to a checkpoint and return its manifest, ``verified``."""
-    manifest = verified(path, about)
-    net.load_state_dict(read(path, manifest, "model"))
-    _restore_optimizer(optimizer, read(path, manifest, "optimizer"))
-    return manifest
 
 
 def verified(path: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -157,19 +147,6 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with the checksum of all else in it."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, own in state.items() for key, value in own.items() if value is not None}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _checksum(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The parts of a configuration that are chosen by name: rule, net, data, loss, optimizer and schedule, as dataclasses.
+"""The parts of a configuration that are chosen by name, as dataclasses: rule, net, data, loss, optimizer, engine.
 
 Stands alone (no torch) beside config.py, whose TrainConfig has one of each. Hydra composes these classes in
 ``launch/``; library users construct them directly.
@@ -6,6 +6,7 @@ Stands alone (no torch) beside config.py, whose TrainConfig has one of each. Hyd
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -265,3 +266,33 @@ class CosineConfig(ScheduleConfig):
 
 
 SCHEDULES: dict[str, ScheduleConfig] = {"constant": ConstantConfig(), "step": StepConfig(), "cosine": CosineConfig()}
+
+
+@dataclass
+class EngineConfig:
+    """What runs a step: ``local`` (one process), or ``auto``: deepspeed under torchrun, else local."""
+
+    name: str = "auto"
+
+
+@dataclass
+class DeepSpeedConfig(EngineConfig):
+    """DeepSpeed on any number of ranks.
+
+    ``zero_stage``: what is partitioned over them: nothing (0), the optimizer (1), gradients too (2), weights too (3).
+    ``offload``: keep the optimizer's state in host memory. ``extra``: DeepSpeed's own settings, which go before ours.
+    ``timeout``: seconds after which a rank that waits for another one gives up.
+    """
+
+    name: str = "deepspeed"
+    zero_stage: int = 1
+    offload: bool = False
+    timeout: float = 1800.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+ENGINES: dict[str, EngineConfig] = {
+    "auto": EngineConfig(),
+    "local": EngineConfig("local"),
+    "deepspeed": DeepSpeedConfig(),
+}

@@ -19,7 +19,10 @@ from alignscale.results import ABSENT, flatten
 
 @dataclass
 class FrozenConfig:
-    """The initial network: its weights ``stored`` (memory) or ``regenerated`` from the seed at each use (compute)."""
+    """The initial network's weights: ``stored`` on every rank, ``regenerated`` at each use, or ``partitioned``.
+
+    They cost memory, compute, or the network, over which the ranks gather each other's parts at each use.
+    """
 
     weights: str = "stored"
 
@@ -84,10 +87,11 @@ class RunConfig:
 class TrainConfig:
     """One training run.
 
-    ``batch_size``: examples in an update, computed in ``accumulation`` parts that are as equal as they can be (norm
-    batch then takes the moments of each part). ``precision``: of the computation; with bf16 the weights, the optimizer
-    and the loss stay in fp32. ``deterministic``: the same bits on every run on a machine, whatever that costs; one
-    thread unless ``threads`` says how many.
+    ``batch_size``: examples in an update on all ranks, computed in ``accumulation`` parts that are as equal as they can
+    be. Norm batch takes the moments of each part, over all ranks with ``sync_norm``, else over each rank's examples.
+    ``precision``: of the computation; with fp16 and bf16 the weights, the optimizer and the loss stay in fp32.
+    ``deterministic``: the same bits on every run on a machine, whatever that costs; one thread unless ``threads`` says
+    how many.
     """
 
     rule: choices.RuleConfig
@@ -96,6 +100,7 @@ class TrainConfig:
     optim: choices.OptimConfig
     loss: choices.LossConfig = field(default_factory=choices.MSEConfig)
     schedule: choices.ScheduleConfig = field(default_factory=choices.ConstantConfig)
+    engine: choices.EngineConfig = field(default_factory=choices.EngineConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -107,6 +112,7 @@ class TrainConfig:
     epochs: int = 10
     batch_size: int = 50
     accumulation: int = 1
+    sync_norm: bool = True
     precision: str = "fp32"
     device: str = "auto"
     threads: int = 0
@@ -114,26 +120,8 @@ class TrainConfig:
     resume: str = "auto"
 
 
-@dataclass
-class CompareConfig:
-    """The grid of ``launch/compare.py``: each rule at each width with each seed."""
-
-    title: str = "Learning rules compared"
-    rules: list[str] = field(default_factory=lambda: ["backprop", "align_ada", "align_zero"])
-    widths: list[int] = field(default_factory=lambda: [8, 32, 128])
-    seeds: list[int] = field(default_factory=lambda: [0])
-    folder: str = "runs/compare"
-
-
-@dataclass
-class GridConfig(TrainConfig):
-    """A comparison: the options of every run, and the grid."""
-
-    compare: CompareConfig = field(default_factory=CompareConfig)
-
-
-DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device")
-"""Options that change none of a run's numbers, or, as threads and device, only their rounding."""
+DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device", "engine")
+"""Options that change none of a run's numbers, or, as threads, device and engine, only their rounding."""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Engines: what turns a rule's output into an update of the weights.
 
-Three calls: ``engine(batch)``, ``backward``, ``step``.
+Three calls: ``engine(batch)``, ``backward``, ``step``; and two for checkpoints: ``state``, ``load``.
 
 They stand alone so that the loop never learns whether it runs in one process or in many. Reduction, clipping,
 accumulation and the optimizer are the engine's; the learning rule is the module that it runs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,33 +34,83 @@ def make_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> t
     raise ConfigError(f"optim={config.name}: expected an SGDConfig or AdamConfig, found {type(config).__name__}")
 
 
-class LocalEngine:
+def pull_to_start(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], config: OptimConfig) -> None:
+    """Before each step, pull ``tensors`` towards what they are now as torch's optimizers pull towards 0."""
+    start = {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+    @torch.no_grad()
+    def pull(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    decoupled = config.name == "adamw"
+                    rate = -group["lr"] * config.weight_decay if decoupled else config.weight_decay
+                    target = parameter if decoupled else parameter.grad
+                    target.add_(parameter - start[id(parameter)], alpha=rate)
+
+    optimizer.register_step_pre_hook(pull)
+
+
+Tensors = dict[str, dict[str, Tensor]]
+"""What a checkpoint holds: ``model``, whose names are the network's, and ``optimizer``, ``<place>.<state>``."""
+
+
+class Engine(ABC):
+    """Runs a rule, and turns its surrogates into updates."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> StepOutput:
+        """Run the rule on a batch."""
+
+    @abstractmethod
+    def backward(self, surrogate: Tensor, last: bool = True) -> None:
+        """Add the update's gradient to that of the parameters; last: of the parts of a batch."""
+
+    @abstractmethod
+    def step(self, lr: float | None = None) -> None:
+        """Apply the update, with learning rate ``lr`` if one is given, and forget the gradient."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget the gradient without an update."""
+
+    @abstractmethod
+    def state(self) -> Tensors:
+        """Weights, norms and the optimizer's state, whole, on the first rank; called by all."""
+
+    @abstractmethod
+    def load(self, tensors: Tensors) -> None:
+        """Set what ``state`` gave on the first rank; called by all."""
+
+    def evaluate(self, batch: Batch) -> StepOutput:
+        """The forward pass alone."""
+        self.rule.eval()
+        try:
+            return self(batch)
+        finally:
+            self.rule.train()
+
+
+class LocalEngine(Engine):
     """One process, plain torch."""
 
-    def __init__(
-        self,
-        rule: Rule,
-        optimizer: torch.optim.Optimizer,
-        config: OptimConfig | None = None,
-        initial: Sequence[Tensor | None] = (),
-    ) -> None:
-        """The optimizer holds the parameters of ``rule``.
-
-        config: clips and decays as it says. initial: of each parameter, for a decay towards it; None stands for 0.
-        """
-        self.rule = rule
+    def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, config: OptimConfig | None = None) -> None:
+        """The optimizer holds the parameters of ``rule``, at their start. config: clips and decays as it says."""
+        super().__init__(rule)
         self.optimizer = optimizer
-        self.parameters = list(rule.parameters())
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.clip_norm = config.clip_norm if config else 0.0
-        self.decay = config.weight_decay if config and config.decay_towards == "initial" else 0.0
-        self.decoupled = config is not None and config.name == "adamw"
-        self.initial = initial
+        if config and config.weight_decay and config.decay_towards == "initial":
+            pull_to_start(optimizer, self.parameters, config)
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run the rule on a batch."""
         return self.rule(batch)
 
-    def backward(self, surrogate: Tensor) -> None:
+    def backward(self, surrogate: Tensor, last: bool = True) -> None:
         """Add the update's gradient to that of the parameters."""
         surrogate.backward()
 
@@ -69,8 +121,6 @@ class LocalEngine:
                 group["lr"] = lr
         if self.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        if self.decay:
-            self._decay()
         self.optimizer.step()
         self.forget()
 
@@ -78,12 +128,17 @@ class LocalEngine:
         """Forget the gradient without an update."""
         self.optimizer.zero_grad()
 
-    @torch.no_grad()
-    def _decay(self) -> None:
-        """Pull towards the initial weights as torch's optimizers pull towards 0: decoupled for AdamW."""
-        rate = -self.optimizer.param_groups[0]["lr"] * self.decay if self.decoupled else self.decay
-        for parameter, start in zip(self.parameters, self.initial, strict=True):
-            if parameter.grad is None:
-                continue
-            target = parameter if self.decoupled else parameter.grad
-            target.add_(parameter if start is None else parameter - start, alpha=rate)
+    def state(self) -> Tensors:
+        """As they are, not copies."""
+        states = self.optimizer.state_dict()["state"].items()
+        pairs = [(f"{place}.{key}", value) for place, own in states for key, value in own.items()]
+        return {"model": self.rule.net.state_dict(), "optimizer": {key: v for key, v in pairs if v is not None}}
+
+    def load(self, tensors: Tensors) -> None:
+        """Set weights, norms and the optimizer's state."""
+        self.rule.net.load_state_dict(tensors["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors["optimizer"].items():
+            place, key = name.split(".", 1)
+            state.setdefault(int(place), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

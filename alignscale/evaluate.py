@@ -1,22 +1,38 @@
-"""Accuracy and loss on a split, exact to the last partial batch."""
+"""Accuracy and loss on a split, exact to the last partial batch, on any number of ranks."""
 
 import torch
 from torch import Tensor
 
-from alignscale.data.examples import Encoding, Examples, evaluation_batches
-from alignscale.nets.network import Network
+from alignscale.data.examples import Encoding, Examples
+from alignscale.data.plan import even_batches
+from alignscale.distributed import Ranks
+from alignscale.engine import Engine
+
+ALONE = Ranks()
 
 
 @torch.no_grad()
-def evaluate(net: Network, examples: Examples, encoding: Encoding, most: int) -> dict[str, float]:
-    """``accuracy`` (top 1), ``top5`` (both fractions) and ``loss`` (mean) on all examples, ``most`` in a batch."""
-    first, fifth, loss = 0, 0, 0.0
-    for batch, labels in evaluation_batches(examples, encoding, most):
-        logits = net(batch.images)
-        loss += encoding.loss.value(logits, batch.targets, len(examples)).item()
-        at = rank_of(logits, labels.to(logits.device))
-        first += int((at < 1).sum())
-        fifth += int((at < 5).sum())
+def evaluate(
+    engine: Engine, examples: Examples, encoding: Encoding, most: int, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """``accuracy`` (top 1), ``top5`` (both fractions) and ``loss`` (mean) on all examples, ``most`` in a batch.
+
+    The batches are fixed, in key order, and taken in turn by the ranks, which all run as often; what each batch gives
+    is added up in their order, so that the sums have the same bits on any number of ranks.
+    """
+    batches = even_batches(len(examples), most)
+    found = [[0.0, 0.0, 0.0] for _ in batches]
+    for turn in range(-(-len(batches) // ranks.size)):
+        index = turn * ranks.size + ranks.rank
+        part = batches[index] if index < len(batches) else batches[0]  # a pass for the engine's sake
+        places = torch.arange(part.start, part.stop)
+        batch = encoding.batch(examples, places, 0, len(examples))
+        output = engine.evaluate(batch)
+        at = rank_of(output.logits, examples.labels[places].to(output.logits.device))
+        if index < len(batches):
+            found[index] = [(at < 1).sum().item(), (at < 5).sum().item(), output.loss.item()]
+    flat = ranks.totals([value for values in found for value in values], encoding.device)
+    first, fifth, loss = (sum(flat[place::3]) for place in range(3))
     return {"accuracy": first / len(examples), "top5": fifth / len(examples), "loss": loss}
 
 
@@ -25,4 +41,4 @@ def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(-1, labels[:, None])
     places = torch.arange(logits.shape[-1], device=logits.device)
     before = (logits > own) | ((logits == own) & (places < labels[:, None]))
-    return torch.where(own.isnan().squeeze(-1), logits.shape[-1], before.sum(-1))
+    return torch.where(own.isnan().squeeze(-1), max(logits.shape[-1], 5), before.sum(-1))

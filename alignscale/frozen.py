@@ -15,26 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignscale.distributed import Ranks
 from alignscale.initial import VERSION, Stream, normal, quantiles
 from alignscale.nets.network import Deltas, Network
 from alignscale.nets.norms import ALL, CalibratedNorm
 from alignscale.types import Parameters, Trace, Weight
 
 CALIBRATION_CHUNK = 250
+ALONE = Ranks()
 
 
 def initialise(net: Network, seed: int) -> None:
     """Set every weight of ``net`` to its initial value and every bias to 0."""
     with torch.no_grad():
         for index, layer in enumerate(net.layers):
-            layer.weight.copy_(initial_weight(net, seed, index))
-            if layer.bias is not None:
-                layer.bias.zero_()
+            weight, bias = layer.held
+            weight.copy_(initial_weight(net, seed, index))
+            if bias is not None:
+                bias.zero_()
 
 
 def initial_weight(net: Network, seed: int, index: int, stream: Stream = Stream.WEIGHT, draw: int = 0) -> Tensor:
     """The initial weight of layer ``index``, or random numbers of that shape and scale from another stream or draw."""
-    weight = net.layers[index].weight
+    weight = net.layers[index].held[0]
     numbers = normal(seed, stream, index, net.layers[index].shape, draw=draw, device=weight.device)
     return numbers.to(weight.dtype).mul_(net.layers[index].initial_std)
 
@@ -54,8 +57,8 @@ class Frozen:
     def copy_of(cls, net: Network) -> "Frozen":
         """A copy of ``net`` as it is now. For networks whose start is not a seed; call it before any training."""
         copies = [
-            (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
-            for layer in net.layers
+            (weight.detach().clone(), None if bias is None else bias.detach().clone())
+            for weight, bias in (layer.held for layer in net.layers)
         ]
         return cls(net, copies.__getitem__)
 
@@ -88,24 +91,29 @@ class Fixed:
     magnitude: Callable[[int, int], Tensor]
 
     @classmethod
-    def from_seed(cls, net: Network, seed: int, stored: bool = True, dtype: torch.dtype | None = None) -> "Fixed":
+    def from_seed(
+        cls, net: Network, seed: int, keeping: str = "stored", dtype: torch.dtype | None = None, ranks: Ranks = ALONE
+    ) -> "Fixed":
         """As ``initialise(net, seed)`` sets the net, in ``dtype`` or else that of its weights.
 
-        stored: kept from first use; else generated anew at each use.
+        keeping: ``stored`` (kept from first use), ``regenerated`` (at each use) or ``partitioned`` (of the initial
+        weights each rank keeps its part, and all ask for a layer together).
         """
-        keep = functools.cache if stored else lambda function: function
+        keep = (lambda function: function) if keeping == "regenerated" else functools.cache
 
         def weights(stream: Stream) -> Weight:
             def weight(index: int) -> Tensor:
-                return initial_weight(net, seed, index, stream).to(dtype or net.layers[index].weight.dtype)
+                return initial_weight(net, seed, index, stream).to(dtype or net.layers[index].held[0].dtype)
 
             return keep(weight)
 
         initial = weights(Stream.WEIGHT)
+        if keeping == "partitioned" and ranks.size > 1:
+            initial = _partitioned(net, lambda index: initial_weight(net, seed, index), dtype, ranks)
 
         def direct(site: int) -> Tensor:
             shape, readout = net.direct_shapes[site], net.layers[net.readout]
-            whole, weight = (*shape, readout.shape[0]), readout.weight
+            whole, weight = (*shape, readout.shape[0]), readout.held[0]
             numbers = normal(seed, Stream.DIRECT_FEEDBACK, site, whole, device=weight.device)
             return numbers.to(weight.dtype).div_(math.sqrt(math.prod(shape))).to(dtype or weight.dtype)
 
@@ -116,6 +124,23 @@ class Fixed:
         return cls(frozen, weights(Stream.FEEDBACK), keep(direct), magnitude)
 
 
+def _partitioned(net: Network, whole: Weight, dtype: torch.dtype | None, ranks: Ranks) -> Weight:
+    """Weights of which each rank keeps its part, padded to equal lengths, and which are gathered at each use."""
+
+    @functools.cache
+    def part(index: int) -> Tensor:
+        flat = whole(index).to(dtype or net.layers[index].held[0].dtype).flatten()
+        length = -(-len(flat) // ranks.size)
+        own = flat[ranks.rank * length : (ranks.rank + 1) * length]
+        return torch.nn.functional.pad(own, (0, length - len(own)))
+
+    def gathered(index: int) -> Tensor:
+        shape = net.layers[index].shape
+        return ranks.gather(part(index))[: math.prod(shape)].view(shape)
+
+    return gathered
+
+
 def calibrate(frozen: Frozen, images: Tensor) -> None:
     """Set the calibrated norms from the initial network over ``images`` (K, C, H, W), in float64 sums.
 
@@ -123,7 +148,7 @@ def calibrate(frozen: Frozen, images: Tensor) -> None:
     the examples and their order alone.
     """
     net = frozen.net
-    chunk_size = CALIBRATION_CHUNK if net.state is None else min(CALIBRATION_CHUNK, len(net.layers[net.state].weight))
+    chunk_size = CALIBRATION_CHUNK if net.state is None else min(CALIBRATION_CHUNK, net.layers[net.state].shape[0])
     for norm in net.norms:
         if not isinstance(norm, CalibratedNorm):
             continue

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at its next step, after a checkpoint.
+"""Ctrl-C, SIGTERM and SIGUSR2 (SLURM's warning) end a run at its next step, after a checkpoint.
 
 It stands alone because only the loop knows when a run is whole, and only a signal handler knows that it has to end.
 """
@@ -6,10 +6,11 @@ It stands alone because only the loop knows when a run is whole, and only a sign
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interrupted(RuntimeError):
@@ -26,14 +27,27 @@ class Interrupts(ExitStack):
     In a thread other than the main one, where Python allows no handlers, it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        """speaks: tell the user, as the first rank does."""
         super().__init__()
-        self.signum = 0
+        self.signum, self.speaks = 0, speaks
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self._keep))
 
+    @property
+    def flags(self) -> list[int]:
+        """Of each of SIGNALS, whether it came: to be summed over ranks."""
+        return [int(self.signum == number) for number in SIGNALS]
+
     def _keep(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        print("\nstopping at the next step; once more to stop at once", file=sys.stderr)
         self.close()
+        with suppress(OSError, RuntimeError, ValueError):  # whoever read it, or what was being written, is none of ours
+            if self.speaks:
+                print("\nstopping at the next step; once more to stop at once", file=sys.stderr)
+
+
+def first_signal(flags: Sequence[float]) -> int:
+    """The number of the first of SIGNALS that came to some rank; 0 for none. flags: their sums over ranks."""
+    return next((int(number) for number, came in zip(SIGNALS, flags, strict=True) if came), 0)

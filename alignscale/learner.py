@@ -5,20 +5,25 @@ It stands alone because a run and a user's own script or notebook train through 
 
 import copy
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alignscale.analysis.updates import cosines, weight_updates
 from alignscale.choices import (
+    ENGINES,
     LOSSES,
     NETS,
     OPTIMS,
     ConfigError,
     DataConfig,
+    DeepSpeedConfig,
+    EngineConfig,
     LossConfig,
     NetConfig,
     OptimConfig,
@@ -27,14 +32,16 @@ from alignscale.choices import (
 from alignscale.config import CalibrationConfig, EvaluationConfig, FrozenConfig, TrainConfig
 from alignscale.data.examples import Encoding, Examples, stream
 from alignscale.data.plan import Plan
-from alignscale.engine import LocalEngine, make_optimizer
+from alignscale.distributed import Ranks
+from alignscale.engine import Engine, LocalEngine, make_optimizer
 from alignscale.environment import device_called
 from alignscale.evaluate import evaluate
-from alignscale.frozen import Fixed, calibrate, initial_weight, initialise
+from alignscale.frozen import ALONE, Fixed, calibrate, initialise
 from alignscale.loss import make_loss
 from alignscale.nets import build
+from alignscale.nets.norms import BatchNorm
 from alignscale.rules import RULES, make_rule
-from alignscale.rules.backprop import Backprop
+from alignscale.rules.backprop import true_deltas
 from alignscale.types import Batch
 from alignscale.validation import check_data, validate
 
@@ -42,6 +49,7 @@ Choice = TypeVar("Choice")
 
 PRECISIONS = {
     "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float32),
     "bf16": (torch.bfloat16, torch.float32),
     "fp64": (torch.float64, torch.float64),
 }
@@ -60,6 +68,7 @@ class Learner:
         self, net: str | NetConfig, shape: Sequence[int], classes: int, rule: str | RuleConfig = "align_ada",
         optim: str | OptimConfig = "sgd", loss: str | LossConfig = "mse", *, seed: int = 0, precision: str = "fp32",
         device: str | torch.device = "cpu", frozen_weights: str = "stored", state_rows: int = 0,
+        engine: EngineConfig = ENGINES["local"], ranks: Ranks = ALONE, sync_norm: bool = True,
     ) -> None:  # fmt: skip
         """What is given by name has its default options.
 
@@ -71,10 +80,13 @@ class Learner:
             optim: an optimizer.
             loss: a loss.
             seed: of the initial network and the order of examples.
-            precision: fp32, bf16 (computation alone) or fp64.
+            precision: fp32, fp16 or bf16 (computation alone), or fp64.
             device: auto, or what torch.device takes.
             frozen_weights: the initial weights are ``stored``, or ``regenerated`` at each use.
             state_rows: of a recurrent network's trained initial state: the largest batch.
+            engine: what runs a step.
+            ranks: the processes that train together; each is given its own part of each batch.
+            sync_norm: norm batch takes its moments in training over all ranks.
 
         Raises:
             ConfigError: an option is wrong, or the network does not fit the shape.
@@ -87,6 +99,10 @@ class Learner:
             precision=precision, calibration=CalibrationConfig(2), batch_size=120, evaluation=EvaluationConfig([]),
         )  # fmt: skip
         validate(self.options)
+        try:
+            classes, shape = operator.index(classes), tuple(operator.index(size) for size in shape)
+        except TypeError as problem:
+            raise ConfigError(f"classes={classes}, shape={shape}: expected whole numbers, found: {problem}") from None
         if classes < 2 or not shape or min(shape) < 1:
             raise ConfigError(
                 f"classes={classes}, shape={tuple(shape)}: expected at least 2 classes, and sizes above 0"
@@ -95,84 +111,109 @@ class Learner:
             raise ConfigError(f"state_rows={state_rows}: net.initial_state=trained wants the size of the largest batch")
         self.seed, self.shape, self.classes, self.epochs, self.trained = seed, tuple(shape), classes, 0, False
         dtype, master = PRECISIONS[precision]
-        device = device_called(device) if isinstance(device, str) else device
+        device = device_called(str(device))
         self.net = build(self.options.net, self.shape, classes, state_rows).to(device, master)
         initialise(self.net, seed)
-        self.fixed = Fixed.from_seed(self.net, seed, frozen_weights == "stored", dtype)
+        self.ranks = ranks
+        for norm in self.net.norms:
+            if isinstance(norm, BatchNorm) and sync_norm and ranks.size > 1:
+                norm.total = ranks.sum
+        self.fixed = Fixed.from_seed(self.net, seed, frozen_weights, dtype, ranks)
         self.loss = make_loss(self.options.loss)
         self.rule = make_rule(self.net, self.fixed, self.options.rule, self.loss)
         self.encoding = Encoding(self.loss, dtype, master, device)
         self.lr = optim.lr
-        pulled = optim.weight_decay > 0 and optim.decay_towards == "initial"
-        self.engine = LocalEngine(
-            self.rule, make_optimizer(optim, self.rule.parameters()), optim, self._initial() if pulled else ()
-        )
+        self.engine = self._engine(engine, optim)
 
-    def _initial(self) -> list[Tensor | None]:
-        """Of each parameter, its initial value from the seed; None for a bias, which starts at 0."""
-        layers = {id(layer.weight): index for index, layer in enumerate(self.net.layers)}
-        indices = (layers.get(id(parameter)) for parameter in self.rule.parameters())
-        return [None if index is None else initial_weight(self.net, self.seed, index) for index in indices]
+    def _engine(self, config: EngineConfig, optim: OptimConfig) -> Engine:
+        if isinstance(config, DeepSpeedConfig):
+            from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
+
+            return DeepSpeedEngine(self.rule, optim, config, self.ranks)
+        return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim)
 
     def calibrate(self, images: Tensor) -> None:
         """Set the norms ``calibrated`` to the initial network's moments over ``images``, before any training."""
         if self.trained:
             raise ConfigError("calibrate: expected an untrained network, whose moments they are; make a new Learner")
-        calibrate(self.fixed.frozen, self.encoding.images(self._images(images)))
+        if self.options.net.norm != "calibrated":
+            raise ConfigError(
+                f"calibrate: expected net.norm=calibrated, found {self.options.net.norm}, which has no use"
+            )
+        images = self._images(images)
+        if len(images) < 2 or not bool(torch.isfinite(images).all()):
+            raise ConfigError(f"calibrate: expected at least 2 images of finite numbers, found {len(images)}")
+        calibrate(self.fixed.frozen, self.encoding.images(images))
 
-    def update(self, batches: Sequence[Batch], lr: float) -> tuple[float, int]:
+    @torch.enable_grad()
+    def update(
+        self, batches: Sequence[Batch], lr: float, flags: Sequence[float] = ()
+    ) -> tuple[float, int, list[float]]:
         """One update from a batch in parts; returns its loss and how many examples it had right before the update.
 
-        Where the loss is not finite, the weights stay as they are.
+        Both are of all ranks, and so are the sums of ``flags``, which need no message of their own then. Where the loss
+        is not finite, the weights stay as they are.
         """
         losses, right, self.trained = [], [], True
-        for batch in batches:
+        for place, batch in enumerate(batches, 1):
             output = self.engine(batch)
-            self.engine.backward(output.surrogate)
+            self.engine.backward(output.surrogate, place == len(batches))
             losses.append(output.loss)
             right.append((output.logits.argmax(-1) == batch.targets.argmax(-1)).sum())
-        value = torch.stack(losses).sum().item()
+        own = [torch.stack(losses).sum().item(), torch.stack(right).sum().item(), *flags]
+        value, count, *sums = self.ranks.totals(own, self.encoding.device)
         if math.isfinite(value):
             self.engine.step(lr)
         else:
             self.engine.forget()
-        return value, int(torch.stack(right).sum())
+        return value, int(count), sums
 
     def cosines(self, batch: Batch) -> list[float]:
-        """Per layer, the cosine of the rule's update with backprop's at the same weights; 0 where it has none."""
-        backprop = Backprop(self.net, self.fixed, RuleConfig("backprop"), self.loss)
-        return cosines(weight_updates(self.rule, self.net, batch), weight_updates(backprop, self.net, batch))
+        """Per layer, the cosine of the rule's update with backprop's at the same weights; 0 where it has none.
+
+        batch: the same on all ranks.
+        """
+        self.rule.eval()  # norms take the moments of this batch, which every rank has
+        mine = weight_updates(self.net, *self.rule.local(batch, self.net.current))
+        true = weight_updates(self.net, *true_deltas(self.net, batch, self.loss, self.net.current))
+        self.rule.train()
+        return cosines(mine, true)
 
     def fit(self, images: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 50) -> list[float]:
         """Train for some more epochs, each in an order of its own, and return each one's mean loss.
 
-        Raises ArithmeticError when the loss is not finite; the weights are then as they were before that step. An epoch
-        that is broken off, by Ctrl-C say, begins anew with the next call.
+        Raises ArithmeticError when the loss is not finite; the weights are then as the step before it left them, and it
+        was that one which ruined them. An epoch that is broken off, by Ctrl-C say, begins anew with the next call.
         """
         examples = self._examples(images, labels, "train", batch_size, epochs)
         plan = Plan(len(examples), batch_size, self.seed)
         per_epoch, mean = plan.steps_per_epoch, [0.0] * epochs
         start = self.epochs * per_epoch
         for step, batches in stream(examples, plan, self.encoding, start, start + epochs * per_epoch):
-            loss, _ = self.update(batches, self.lr)
+            loss, *_ = self.update(batches, self.lr)
             if not math.isfinite(loss):
                 raise ArithmeticError(f"the loss is {loss} at step {step}: expected a finite number; lower optim.lr")
             mean[(step - start) // per_epoch] += loss * batches[0].size / len(examples)
             self.epochs = (step + 1) // per_epoch
         return mean
 
-    def evaluate(self, images: Tensor, labels: Tensor, batch_size: int = 120) -> dict[str, float]:
-        """``accuracy``, ``top5`` (fractions) and ``loss``, in near-equal batches of at most ``batch_size``."""
+    def evaluate(self, images: Tensor, labels: Tensor, batch_size: int | None = None) -> dict[str, float]:
+        """``accuracy``, ``top5`` (fractions) and ``loss``, in near-equal batches of at most ``batch_size``.
+
+        By default 120, or as many as a trained initial state has rows.
+        """
+        rows = 120 if self.net.state is None else self.net.layers[self.net.state].shape[0]
+        batch_size = min(120, rows) if batch_size is None else batch_size
         examples = self._examples(images, labels, "test", batch_size)
-        return evaluate(self.net, examples, self.encoding, batch_size)
+        return evaluate(self.engine, examples, self.encoding, batch_size, self.ranks)
 
     def alignment(self, images: Tensor, labels: Tensor) -> list[float]:
         """``cosines`` on these examples as one batch."""
-        examples = self._examples(images, labels, "train", len(labels))
+        examples = self._examples(images, labels, "train", len(images))
         return self.cosines(self.encoding.batch(examples, torch.arange(len(examples)), 0))
 
     def _images(self, images: Any) -> Tensor:
-        images = torch.as_tensor(images)
+        images = _tensor("images", images)
         if tuple(images.shape[1:]) != self.shape or len(images) == 0:
             raise ConfigError(f"images {tuple(images.shape)}: expected {('N', *self.shape)}")
         if not images.is_floating_point():
@@ -181,20 +222,21 @@ class Learner:
 
     def _examples(self, images: Any, labels: Any, split: str, batch_size: int, epochs: int = 1) -> Examples:
         """Images and labels, checked together with the options of this call."""
-        images, labels = self._images(images), torch.as_tensor(labels)
+        images, labels = self._images(images), _tensor("labels", labels)
         if labels.shape != images.shape[:1]:
             raise ConfigError(f"labels {tuple(labels.shape)}: expected ({len(images)},), one for each of the images")
-        whole = labels.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        found, whole = labels.dtype, not (labels.is_floating_point() or labels.dtype == torch.bool)
+        labels = labels.long() if whole else labels
         if not whole or labels.min() < 0 or labels.max() >= self.classes:
             raise ConfigError(
-                f"labels: expected whole numbers from 0 to {self.classes - 1}, found {labels.dtype} from "
+                f"labels: expected whole numbers from 0 to {self.classes - 1}, found {found} from "
                 f"{labels.min()} to {labels.max()}"
             )
         if any(bool(buffer.isnan().any()) for norm in self.net.norms for buffer in norm.buffers()):
             raise ConfigError(
                 "net.norm=calibrated: expected the norms' moments, found none; call calibrate(images) first"
             )
-        rows = None if self.net.state is None else len(self.net.layers[self.net.state].weight)
+        rows = None if self.net.state is None else self.net.layers[self.net.state].shape[0]
         if rows is not None and batch_size > rows:
             raise ConfigError(
                 f"batch_size={batch_size}: expected at most state_rows={rows}, those of the trained state"
@@ -204,6 +246,14 @@ class Learner:
         validate(options)
         check_data(options, {split: len(images)})
         return Examples.whole(images, labels.long(), self.classes, "tensors")
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """A tensor as it is, and a copy of anything else that numpy makes an array of numbers of."""
+    try:
+        return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as problem:
+        raise ConfigError(f"{name}: expected a tensor or an array of numbers, found: {problem}") from None
 
 
 def _chosen(option: str, value: str | Choice, choices: Mapping[str, Choice], kind: type[Choice]) -> Choice:

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,30 +28,37 @@ class Metrics(ExitStack):
 
     def __init__(
         self, folder: Path, config: LogConfig, name: str, first: int, steps: int,
-        counts: Sequence[int] = (0, 0), options: dict[str, Any] | None = None,
+        counts: Sequence[int] = (0, 0), options: dict[str, Any] | None = None, quiet: bool = False,
     ) -> None:  # fmt: skip
         """first: update to go on from; rows that a killed run wrote after it are dropped. counts: as they were there.
 
-        options: shown by W&B.
+        options: shown by W&B. quiet: count, but show and write nothing, as all ranks but the first do.
         """
         super().__init__()
+        self.every, self.quiet = config.every_steps, quiet
+        self.examples, self.right, self.seconds = *counts, 0.0
+        if quiet:
+            return
         path = folder / "metrics.jsonl"
         write_atomic(path, _rows(path, first).encode() if first else b"")
-        self.every = config.every_steps
         self.wandb: Any = _wandb(config, folder, name, first, options) if config.wandb else None
         if self.wandb:
             self.push(self._end)
         self.file = self.enter_context(path.open("a", buffering=1))
         self.events = self.enter_context(_Events(folder / "tensorboard", first)) if config.tensorboard else None
-        self.bar = self.enter_context(
-            tqdm(total=steps, initial=first, dynamic_ncols=True, bar_format=BAR, disable=not config.progress)
-        )
-        self.examples, self.right, self.seconds = *counts, 0.0
+        self.bar = tqdm(total=steps, initial=first, dynamic_ncols=True, bar_format=BAR, disable=not config.progress)
+        self.callback(self._draw, self.bar.close)
 
     @property
     def counts(self) -> tuple[int, int]:
         """Examples since the last row, and how many of them were right: for a run that goes on from here."""
         return self.examples, self.right
+
+    def _draw(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BrokenPipeError:  # tee, say, died of the same Ctrl-C: no reason to lose the run
+            self.bar.disable = True
 
     def _end(self, kind: object, *_: object) -> None:
         self.wandb.finish(exit_code=0 if kind is None else 1)
@@ -61,16 +68,21 @@ class Metrics(ExitStack):
 
         right: of this batch's examples. seconds: of the step with the data it waited for.
         """
-        self.bar.update()
+        if not self.quiet:
+            self._draw(self.bar.update)
         self.examples, self.right, self.seconds = self.examples + examples, self.right + right, self.seconds + seconds
         if step % self.every == 0:
             accuracy, rate = self.right / self.examples, self.examples / self.seconds
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.0f} examples/s", refresh=False)
+            if not self.quiet:
+                words = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.0f} examples/s"
+                self.bar.set_postfix_str(words, refresh=False)
             self.row("train", step, {"loss": loss, "accuracy": accuracy, "lr": lr, "examples_per_second": rate})
             self.examples, self.right, self.seconds = 0, 0, 0.0
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one row; a number that is not finite is null in JSON, and absent elsewhere."""
+        if self.quiet:
+            return
         values = {key: finite(value) for key, value in values.items()}
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

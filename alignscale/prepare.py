@@ -3,6 +3,7 @@
 Seed first, then calibration, then the fingerprint, and only then a checkpoint.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -17,10 +18,11 @@ from safetensors.torch import load_file, save
 
 from alignscale import checkpoint
 from alignscale.checkpoint import CheckpointError
-from alignscale.choices import ConfigError
+from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig
 from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Examples, load
 from alignscale.data.plan import Plan
+from alignscale.distributed import Ranks, joined, launched
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
 from alignscale.files import write_atomic
 from alignscale.folder import describe_folder, opened, read_config
@@ -45,35 +47,58 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     keep_freed_memory()
     held.enter_context(torch_settings(config.threads, config.deterministic))
     device = device_called(config.device)
-    splits = load(config.data)
+    engine, ranks = _engine(config, device, held)
+    show = show if ranks.first else lambda line: None
+    splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
     name = run_name(config)
     folder = run_folder(config)
     train = splits["train"]
-    _check_memory(config, train, device)
+    ranks.together(lambda: _check_memory(config, train, device))
     plan = Plan(len(train), config.batch_size, config.seed)
-    learner = make_learner(config, train, device)
-    made_with = {"threads": torch.get_num_threads(), "device": str(device), **versions()}
-    run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with})
+    learner = make_learner(config, train, device, engine, ranks)
+    made_with = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size, **versions()}
+    made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
+    run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))
     show(f"folder: {folder}")
-    held.enter_context(opened(folder, config))
+    ranks.of_first(lambda: held.enter_context(opened(folder, config)))
     if config.net.norm == "calibrated":
         _calibrated(run)
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
     if run.finished is None:  # what trained a finished run stays on record
-        describe_folder(folder, config, device)
+        ranks.of_first(lambda: describe_folder(folder, config, device))
     return run
 
 
-def make_learner(config: TrainConfig, train: Examples, device: torch.device) -> Learner:
+def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple[EngineConfig, Ranks]:
+    """What runs the steps, and the ranks, whose process group ends with ``held``."""
+    around = launched()
+    engine = config.engine
+    if engine.name == "auto":
+        engine = ENGINES["local" if around is None else "deepspeed"]
+    if isinstance(engine, DeepSpeedConfig):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError("engine=deepspeed: expected the package, found none; pip install 'alignscale[deepspeed]'")
+        if device.type == "cuda":
+            torch.cuda.set_device(around.local if around else 0)
+        return engine, held.enter_context(joined(device, engine.timeout))
+    if around and around.size > 1:
+        raise ConfigError(f"engine=local: expected one process, found {around.size}; use engine=deepspeed")
+    return engine, Ranks()
+
+
+def make_learner(
+    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, ranks: Ranks
+) -> Learner:
     """The learner of a run at its start, which reads examples as the run does."""
     learner = Learner(
         config.net, train.shape, train.classes, config.rule, config.optim, config.loss, seed=config.seed,
         precision=config.precision, device=device, frozen_weights=config.frozen.weights, state_rows=config.batch_size,
+        engine=engine, ranks=ranks, sync_norm=config.sync_norm,
     )  # fmt: skip
     learner.encoding = learner.encoding.of(config.data, train)
     return learner
@@ -98,7 +123,7 @@ def restored(folder: Path, which: str = "last") -> Restored:
     validate(config)
     path = checkpoint.find(folder / "checkpoints", which)
     splits = load(config.data)
-    learner = make_learner(config, splits["train"], device_called("auto"))
+    learner = make_learner(config, splits["train"], device_called("auto"), ENGINES["local"], Ranks())
     if config.net.norm == "calibrated":
         _load_norms(folder / "norms.safetensors", learner)
     manifest = checkpoint.verified(path, _identity(config, splits, learner))
@@ -119,22 +144,25 @@ def _check_memory(config: TrainConfig, train: Examples, device: torch.device) ->
     with torch.device("meta"):
         outline = build(config.net, train.shape, train.classes, config.batch_size)
     dtype, master = PRECISIONS[config.precision]
-    copies = 3 if config.frozen.weights == "stored" else 2
+    states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
+    copies = 2 + states + (config.frozen.weights == "stored" and config.rule.name != "backprop")
     weights = copies * master.itemsize * sum(p.numel() for p in outline.parameters())
     units = sum(math.prod(shape) for shape in outline.direct_shapes)
     outputs = max(-(-config.batch_size // config.accumulation), 1) * units * dtype.itemsize
     found = available_memory(device)
     if weights + outputs > found:
         raise ConfigError(
-            f"net.width={config.net.width}: weights, gradient and initial weights take {weights / 2**30:.1f} GiB and "
-            f"the layers' outputs {outputs / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB of available memory; choose "
-            "a smaller width or batch_size, more accumulation, or frozen.weights=regenerated"
+            f"net.width={config.net.width}: weights, gradient, optimizer and initial weights take "
+            f"{weights / 2**30:.1f} GiB, the layers' outputs {outputs / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB "
+            "of available memory; choose a smaller width or batch_size, more accumulation, or "
+            "frozen.weights=regenerated"
         )
 
 
 def _derived(run: Run) -> str:
     config, learner, train = run.config, run.learner, run.splits["train"]
-    parameters = sum(p.numel() for p in learner.net.parameters())
+    made_with = run.about["made_with"]
+    parameters = learner.net.size
     size = parameters * learner.encoding.master.itemsize / 2**20
     counts = [f"{len(run.splits[split]):,} for {use}" for split, use in USES.items() if split in run.splits]
     lines = [
@@ -143,6 +171,7 @@ def _derived(run: Run) -> str:
         f"shape: {train.shape}, {train.classes} classes",
         f"steps: {run.plan.steps_per_epoch} an epoch, {run.stop:,} in all",
         f"device: {learner.encoding.device}, {torch.get_num_threads()} threads, {config.precision}",
+        f"engine: {made_with['engine']}, {made_with['ranks']} ranks, ZeRO {made_with['zero_stage'] or 0}",
     ]
     skipped = sum(examples.skipped for examples in run.splits.values())
     if skipped:
@@ -160,13 +189,17 @@ def _derived(run: Run) -> str:
 
 def _calibrated(run: Run) -> None:
     """Moments of the norms: computed once in a run's life, then read from its folder."""
-    path = run.folder / "norms.safetensors"
-    if path.exists():
-        _load_norms(path, run.learner)
-        return
-    run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
-    norms = torch.nn.ModuleList(run.learner.net.norms).state_dict()
-    write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.items()}))
+    path, norms = run.folder / "norms.safetensors", torch.nn.ModuleList(run.learner.net.norms)
+
+    def made() -> dict[str, torch.Tensor]:
+        if path.exists():
+            _load_norms(path, run.learner)
+        else:
+            run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
+            write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
+        return {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
+
+    norms.load_state_dict(run.ranks.of_first(made))
 
 
 def _load_norms(path: Path, learner: Learner) -> None:
@@ -181,18 +214,33 @@ def _load_norms(path: Path, learner: Learner) -> None:
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:
     """Go on from the newest checkpoint, or return the result of a run that has ended."""
-    ended = None
-    with suppress(ValueError):  # there is none, or a damaged one, which is written again from the checkpoint
-        ended = read_result(run.folder / "result.json")
-    lost = ended["runs"][0].get("diverged_at") if ended else None
-    if lost is not None:
-        raise Diverged(
-            f"{run.name}: diverged before, at step {lost}; resume=never tries again. The folder: {run.folder}"
-        )
-    found = checkpoint.complete(run.folder / "checkpoints")
-    if not found:
+    tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+
+    def read() -> tuple[Any, Any, Any]:
+        nonlocal tensors
+        ended, manifest = None, None
+        with suppress(ValueError):  # there is none, or a damaged one, which is written again from the checkpoint
+            ended = read_result(run.folder / "result.json")
+        lost = ended["runs"][0].get("diverged_at") if ended else None
+        if lost is not None:
+            raise Diverged(
+                f"{run.name}: diverged before, at step {lost}; resume=never tries again. The folder: {run.folder}"
+            )
+        found = checkpoint.complete(run.folder / "checkpoints")
+        if found:
+            manifest = checkpoint.verified(found[-1], run.about)
+            tensors = {part: checkpoint.read(found[-1], manifest, part) for part in tensors}
+        return ended, manifest, str(found[-1]) if found else None
+
+    ended, manifest, found = run.ranks.of_first(read)
+    if manifest is None:
         return
-    manifest = checkpoint.restore(found[-1], run.learner.net, run.learner.engine.optimizer, run.about)
+    if manifest["progress"]["best_of"] != run.config.checkpoint.best:
+        raise ConfigError(
+            f"checkpoint.best={run.config.checkpoint.best}: expected {manifest['progress']['best_of']}, by which the "
+            "run has kept its best so far; use it, or resume=never to start again"
+        )
+    run.learner.engine.load(tensors)
     run.start, progress = manifest["step"], manifest["progress"]
     for name in ("curve", "seconds", "seconds_per_step", "epoch_loss", "counts"):
         setattr(run, name, progress[name])
@@ -200,7 +248,7 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
         run.finished = ended
         show("finished before; resume=never trains it again")
         return
-    show(f"resumed after step {run.start} from {found[-1]}")
+    show(f"resumed after step {run.start} from {found}")
     changed = difference(manifest["made_with"], run.about["made_with"])
     if changed:
         show(f"warning: not as before, so the run ends equal to rounding, not to the bit: {'; '.join(changed)}")

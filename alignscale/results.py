@@ -95,12 +95,6 @@ def diverged(run: Run) -> bool:
     return bool(run.get("failed")) or any(finite(run[part].get("loss", 0)) is None for part in ("test", "train"))
 
 
-def accuracy(run: Run, split: str = "test", key: str = "accuracy") -> float | None:
-    """An accuracy at the end of a run in percent, None where it diverged or has none; key: `accuracy` or `top5`."""
-    value = finite((run.get(split) or {}).get(key))
-    return None if value is None or diverged(run) else 100 * value
-
-
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options as dotted names, the form in which the command line takes them."""
     flat: dict[str, Any] = {}
@@ -110,15 +104,3 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def summary(data: Result) -> str:
-    """One line for the terminal: how the first run ended."""
-    run = data["runs"][0]
-    reached, step = accuracy(run), finite(run.get("seconds_per_step"))
-    parts = ["diverged" if reached is None else f"test accuracy {reached:.2f} %"]
-    loss = finite(run["test"].get("loss"))
-    parts += [] if loss is None else [f"test loss {loss:.4f}"]
-    parts += [f"{run['steps']} steps"]
-    parts += [] if step is None else [f"{1000 * step:.1f} ms a step"]
-    return f"{run['name']}: {', '.join(parts)}"

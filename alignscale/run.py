@@ -5,16 +5,18 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from alignscale import checkpoint
-from alignscale.analysis.finite import all_finite, first_not_finite
+from alignscale.analysis.finite import LOSS_ALONE, all_finite, first_not_finite
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data import Examples
 from alignscale.data.plan import Plan
+from alignscale.distributed import Ranks
 from alignscale.environment import hardware, versions
 from alignscale.files import write_atomic
 from alignscale.learner import Learner
@@ -38,6 +40,7 @@ class Run:
     plan: Plan
     learner: Learner
     about: dict[str, Any]
+    ranks: Ranks
     start: int = 0
     seconds: float = 0.0
     seconds_per_step: float | None = None
@@ -53,14 +56,18 @@ class Run:
         """The number of updates in the whole run."""
         return self.plan.steps_per_epoch * self.config.epochs
 
+    @property
+    def due_by_clock(self) -> bool:
+        """Whether a checkpoint is due by minutes: on the first rank, whose clock counts."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.ranks.first and 0 < minutes <= (time.monotonic() - self.saved) / 60
+
     def due(self, done: int) -> bool:
-        """Whether a checkpoint is due after update ``done``, by steps, minutes or epochs."""
+        """Whether a checkpoint is due after update ``done``, by steps or epochs."""
         options = self.config.checkpoint
-        minutes = (time.monotonic() - self.saved) / 60
         return (
             done == self.stop
             or (options.every_steps > 0 and done % options.every_steps == 0)
-            or (options.every_minutes > 0 and minutes >= options.every_minutes)
             or (options.every_epochs > 0 and done % (options.every_epochs * self.plan.steps_per_epoch) == 0)
         )
 
@@ -72,28 +79,36 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint after update ``step``. Raises Diverged if a weight is not finite."""
-        if not all_finite(self.learner.net.parameters()):
+        self.ranks.beat(step, "save")
+        tensors = self.learner.engine.state()
+        if not self.ranks.of_first(lambda: all_finite(tensors["model"].values())):
             self.diverge(step, "weight", None)
         progress = {
             "best": (self.best() or {}).get("step"),
+            "best_of": self.config.checkpoint.best,
             "curve": self.curve,
             "seconds": self.seconds + sum(self.timings),
             "seconds_per_step": self._typical(),
             "epoch_loss": self.epoch_loss,
             "counts": self.counts,
         }
-        about, learner = {**self.about, "progress": progress}, self.learner
-        folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
-        checkpoint.save(folder, step, learner.net, learner.engine.optimizer, about, keep)
+        about, folder = {**self.about, "progress": progress}, self.folder / "checkpoints"
+        self.ranks.of_first(lambda: checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep))
         self.saved = time.monotonic()
 
     def diverge(self, step: int, what: str, batch: Batch | None) -> NoReturn:
         """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged."""
-        images = torch.zeros(2, *self.learner.shape) if batch is None else batch.images
-        where = first_not_finite(self.learner.net, images.to(self.learner.encoding.device, self.learner.encoding.dtype))
+        learner = self.learner
+        if batch is None:
+            images = torch.zeros(2, *learner.shape, device=learner.encoding.device, dtype=learner.encoding.dtype)
+            targets = torch.zeros(2, learner.classes, device=images.device, dtype=learner.encoding.master)
+            batch = Batch(images, targets, [], 2)
+        forward = partial(learner.engine.evaluate, batch)
+        found = self.ranks.objects(first_not_finite(learner.net, learner.engine.state()["model"], forward))
+        where = next((one for one in found if one != LOSS_ALONE), LOSS_ALONE)
         message = (
             f"the {what} is not finite at step {step}: expected a finite number, found the first NaN or "
-            f"infinity in {where}; lower optim.lr (now {self.config.optim.lr:g}), clip (optim.clip_norm) or set a norm"
+            f"infinity in {where}; lower optim.lr (now {self.config.optim.lr:g}) or clip (optim.clip_norm)"
         )
         self.finish(step, failed=message)
         kept = checkpoint.complete(self.folder / "checkpoints")
@@ -112,7 +127,7 @@ class Run:
         run: dict[str, Any] = {
             "name": self.name, "folder": ".", "config": as_dict(config), "data": config.data.name, "seed": config.seed,
             "rule": config.rule.name, "net": config.net.name, "width": config.net.width, "steps": step,
-            "parameters": sum(p.numel() for p in self.learner.net.parameters()),
+            "parameters": self.learner.net.size, "ranks": self.ranks.size,
             "epochs": config.epochs, "batch": config.batch_size,
             "seconds": self.seconds + sum(self.timings), "seconds_per_step": self._typical(),
             "skipped": sum(examples.skipped for examples in self.splits.values()),
@@ -129,5 +144,6 @@ class Run:
             run["best"] = {"split": split, "accuracy": best[f"{split}_accuracy"], **where}
         run_on = {"hardware": hardware(self.learner.encoding.device), "versions": versions()}
         result = make_result(self.name, self.command, run_on, as_dict(config), [run])
-        write_atomic(self.folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
+        content = json.dumps(result, indent=1, allow_nan=False).encode()
+        self.ranks.of_first(lambda: write_atomic(self.folder / "result.json", content))
         return result

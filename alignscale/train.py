@@ -10,13 +10,14 @@ import torch
 
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import stream
+from alignscale.distributed import Ranks, launched
 from alignscale.evaluate import evaluate
-from alignscale.interrupts import Interrupted, Interrupts
+from alignscale.interrupts import Interrupted, Interrupts, first_signal
 from alignscale.metrics import Metrics
 from alignscale.prepare import prepare
 from alignscale.results import Result
 from alignscale.rules.backprop import Backprop
-from alignscale.run import Run
+from alignscale.run import Diverged, Run
 from alignscale.schedule import factor
 
 
@@ -29,13 +30,18 @@ def train(config: TrainConfig, show: Callable[[str], None] = print, command: str
     option, DataError for a data file that cannot be used, CheckpointError for such a checkpoint, Diverged when the loss
     is not finite, Interrupted after a checkpoint when SIGINT or SIGTERM came, OSError when the disk is full.
     """
-    with ExitStack() as held, Interrupts() as interrupts:
+    with ExitStack() as held, Interrupts((launched() or Ranks()).first) as interrupts:
         run = prepare(config, show, command, held)
         if run.finished is not None:
             return run.finished
         options = (run.folder, config.log, run.name, run.start, run.stop, run.counts, as_dict(config))
-        with Metrics(*options) as metrics:
-            steps(run, metrics, interrupts)
+        with run.ranks.together(lambda: Metrics(*options, quiet=not run.ranks.first)) as metrics:
+            try:
+                steps(run, metrics, interrupts)
+            except (Diverged, Interrupted):  # as on all other ranks
+                raise
+            except Exception as problem:
+                raise run.ranks.explained(problem) from problem
         return run.finish(run.stop)
 
 
@@ -43,50 +49,57 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
     """Every update from ``run.start`` on, with what is due after it."""
     config, per_epoch, examples = run.config, run.plan.steps_per_epoch, run.splits["train"]
     batches = stream(
-        examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views
-    )
-    if run.start == 0 and not interrupts.signum:
+        examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views,
+        run.ranks.part,
+    )  # fmt: skip
+    asked = first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
+    if run.start == 0 and not asked:
         measure(run, metrics, 0, None, None)
-    stop_if_asked(run, run.start, interrupts)
+    stop_if_asked(run, run.start, asked)
     begin = time.perf_counter()
     for step, parts in batches:
         done, size = step + 1, parts[0].size
         lr = config.optim.lr * factor(config.schedule, step, per_epoch, run.stop)
-        loss, right = run.learner.update(parts, lr)
+        run.ranks.beat(done, "step")
+        loss, right, (by_clock, *flags) = run.learner.update(parts, lr, (run.due_by_clock, *interrupts.flags))
+        asked = first_signal(flags)
         run.timings.append(time.perf_counter() - begin)
         metrics.step(done, loss, right, size, run.timings[-1], lr)
         run.counts, run.epoch_loss = metrics.counts, run.epoch_loss + loss * size / len(examples)
         if not math.isfinite(loss):
             run.diverge(done, "loss", parts[0])
-        due = run.due(done)
+        due = run.due(done) or by_clock > 0
         if done % per_epoch == 0:
             if done // per_epoch % config.evaluation.every_epochs == 0 or done == run.stop:
                 if not measure(run, metrics, done, run.epoch_loss, lr):
                     run.diverge(done, "test loss", parts[0])
                 due = due or run.best() is run.curve[-1]
             run.epoch_loss = 0.0
-        if due or interrupts.signum:
+        if due or asked:
             run.save(done)
-        stop_if_asked(run, done, interrupts)
+        stop_if_asked(run, done, asked)
         begin = time.perf_counter()
 
 
-def stop_if_asked(run: Run, done: int, interrupts: Interrupts) -> None:
+def stop_if_asked(run: Run, done: int, asked: int) -> None:
     """Raise Interrupted after update ``done``, of which a checkpoint is on disk, if a signal came and more is to do."""
-    if interrupts.signum and done < run.stop:
+    if asked and done < run.stop:
         saved = " and a checkpoint" if done else ""
+        command = "the same command" + ("" if run.config.resume == "auto" else ", without resume=never,")
         raise Interrupted(
-            f"{run.name}: stopped by signal {interrupts.signum} after step {done} of {run.stop}{saved}; the same "
-            "command goes on from it",
-            interrupts.signum,
+            f"{run.name}: stopped by signal {asked:d} after step {done} of {run.stop}{saved}; {command} "
+            "goes on from it",
+            asked,
         )
 
 
 def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float | None) -> bool:
     """Evaluate and add a point to the run's curve. Returns whether the losses are finite."""
     point: dict[str, Any] = {"train_loss": train_loss, "lr": lr}
+    run.ranks.beat(step, "evaluation")
+    engine, encoding, most = run.learner.engine, run.learner.encoding, run.config.evaluation.batch_size
     for split in dict.fromkeys(("test", *run.config.evaluation.splits)):
-        found = evaluate(run.learner.net, run.splits[split], run.learner.encoding, run.config.evaluation.batch_size)
+        found = evaluate(engine, run.splits[split], encoding, most, run.ranks)
         loss_key = "train_end_loss" if split == "train" else f"{split}_loss"  # train_loss is the mean over the epoch
         point |= {f"{split}_accuracy": found["accuracy"], f"{split}_top5": found["top5"], loss_key: found["loss"]}
     point["update_cosine"] = update_cosine(run, step) if run.config.log.update_cosine else None

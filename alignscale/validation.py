@@ -3,12 +3,14 @@
 Stands alone (no torch) beside config.py, for launchers and cluster tools.
 """
 
+import dataclasses
 import importlib.util
 import math
+import numbers
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from alignscale.choices import ConfigError, MLPConfig, RNNConfig, SGDConfig
 from alignscale.config import TrainConfig, as_dict
@@ -20,7 +22,8 @@ ONE_OF = {
     "data.normalisation": ("none", "channel"),
     "device": ("auto", "cpu", "cuda"),
     "evaluation.splits": ("train", "validation", "test"),
-    "frozen.weights": ("stored", "regenerated"),
+    "engine.zero_stage": (0, 1, 2, 3),
+    "frozen.weights": ("stored", "regenerated", "partitioned"),
     "loss.reduction": ("mean", "sum"),
     "net.activation": ("relu", "gelu", "tanh", "erf"),
     "net.blocks": ("theory", "public"),
@@ -29,7 +32,7 @@ ONE_OF = {
     "net.parameterisation": ("ntk", "standard"),
     "net.readout": ("last", "every"),
     "optim.decay_towards": ("zero", "initial"),
-    "precision": ("fp32", "bf16", "fp64"),
+    "precision": ("fp32", "fp16", "bf16", "fp64"),
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
@@ -41,23 +44,38 @@ AT_LEAST = {
     **dict.fromkeys(("data.noise", "data.shift", "data.train_limit", "data.validation", "optim.clip_norm"), 0),
     **dict.fromkeys(("optim.weight_decay", "schedule.final", "schedule.milestones", "schedule.warmup"), 0),
 }
-ABOVE_0 = ("net.gain", "optim.lr", "optim.eps", "schedule.factor")
+ABOVE_0 = ("engine.timeout", "net.gain", "optim.lr", "optim.eps", "schedule.factor")
 FRACTIONS = ("optim.momentum", "optim.beta1", "optim.beta2", "loss.label_smoothing")
 SEEDS = ("seed", "data.seed")
+KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
 
 
 def validate(config: TrainConfig) -> None:
     """Check every value that does not depend on the data. Raises ConfigError for the first that is wrong."""
+    for option, value, kind in _untyped(config):
+        raise ConfigError(f"{option}={value!r}: expected {kind}, found {type(value).__name__}")
     for option, values in flatten(as_dict(config)).items():
         for value in values if isinstance(values, list) else [values]:
-            try:
-                wanted = _wanted(option, value)
-            except TypeError:  # the library takes any object
-                wanted = f"a number, found {type(value).__name__}"
+            wanted = _wanted(option, value)
             if wanted:
                 raise ConfigError(f"{option}={values}: expected {wanted}")
     for conflict in _conflicts(config):
         raise ConfigError(conflict)
+
+
+def _untyped(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """The options whose values are not of their types, which Hydra sees to and Python does not."""
+    for name, hint in get_type_hints(type(node)).items():
+        value, option = getattr(node, name), f"{prefix}{name}"
+        (of,) = get_args(hint) if get_origin(hint) is list else (hint,)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _untyped(value, f"{option}.")
+        elif (get_origin(hint) is list) != isinstance(value, list):
+            yield option, value, f"{of.__name__}" if of is hint else f"list of {of.__name__}"
+        elif of in KINDS:
+            for one in value if isinstance(value, list) else [value]:
+                if not isinstance(one, KINDS[of]) or (of is not bool and isinstance(one, bool)):
+                    yield option, value, of.__name__
 
 
 def _wanted(option: str, value: Any) -> str | None:

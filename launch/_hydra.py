@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,10 +27,13 @@ from safetensors import SafetensorError
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
+from alignscale.distributed import RankError, Ranks, launched
 from alignscale.interrupts import Interrupted
 from alignscale.run import Diverged
 
-INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
+INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
+FIRST = (launched() or Ranks()).first
+"""Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
 
 
 def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -106,12 +109,19 @@ def guarded(work: Callable[[], None]) -> None:
     except Diverged as problem:
         sys.exit(_say(problem, 3))
     except Interrupted as problem:
-        print(problem, file=sys.stderr)
+        with suppress(OSError):
+            print(problem if FIRST else "", end="\n" if FIRST else "", file=sys.stderr)
         sys.exit(128 + problem.signum)
+    except RankError as problem:
+        if not problem.told:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(4)
     except KeyboardInterrupt:
         sys.exit(_say(INTERRUPTED, 130))
 
 
 def _say(problem: object, status: int) -> int:
-    print(f"error: {problem}", file=sys.stderr)
+    if FIRST:
+        with suppress(OSError):
+            print(f"error: {problem}", file=sys.stderr)
     return status

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from _options import CONFIGS, GROUPS, TYPES, typed
 from hydra import compose, initialize_config_dir
@@ -116,7 +116,7 @@ def _check_override(override: Override, multirun: bool) -> None:
         raise ConfigError(f"{line}: expected {line.replace('.name', '', 1)}, which brings the options of that choice")
     if override.is_sweep_override():
         if not multirun:
-            listed = f"write a list as {key}=[a,b], or " if get_args(TYPES.get(key)) else ""
+            listed = f"write a {_kind(key)}, or " if get_args(TYPES.get(key)) else ""
             raise ConfigError(f"{line}: expected one value, found several; {listed}add --multirun for a run with each")
         if not override.is_discrete_sweep() or isinstance(override.value(), Glob):
             raise ConfigError(f"{line}: expected values as 1,2,3 or range(1,4)")
@@ -131,7 +131,7 @@ def _checked(options: DictConfig, overrides: Sequence[str]) -> Any:
     config = typed(options)  # resolves every value
     for path, kind in TYPES.items():
         value = OmegaConf.select(options, path)  # None where another choice has it
-        listed = get_args(kind) and value is not None
+        listed = get_origin(kind) is list and value is not None
         for part in value if listed else [value]:
             where = _given(path, overrides) or path
             if listed and type(part) not in get_args(kind):
@@ -217,6 +217,8 @@ def _kind(path: str) -> str:
         return f"one of {', '.join(sorted(GROUPS[path]))}"
     if dataclasses.is_dataclass(kind):
         return f"a value for one of its options, {', '.join(f'{path}.{one.name}' for one in dataclasses.fields(kind))}"
+    if get_origin(kind) is dict:
+        return "mapping, as {name:value}"
     if get_args(kind):
         (of,) = get_args(kind)
         return f"list of {of.__name__}, as [{'a,b' if of is str else '1,2'}]"

@@ -1,14 +1,15 @@
 """The options as Hydra knows them: every choice registered by type, and the type of each option by its dotted name."""
 
 import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from alignscale.choices import DATA, LOSSES, NETS, OPTIMS, SCHEDULES
-from alignscale.config import GridConfig, TrainConfig
+from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, SCHEDULES
+from alignscale.config import TrainConfig
 from alignscale.rules import RULES
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
@@ -19,7 +20,26 @@ GROUPS: dict[str, dict[str, Any]] = {
     "loss": dict(LOSSES),
     "optim": dict(OPTIMS),
     "schedule": dict(SCHEDULES),
+    "engine": dict(ENGINES),
 }
+
+
+@dataclass
+class CompareConfig:
+    """The grid of ``launch/compare.py``: each rule at each width with each seed."""
+
+    title: str = "Learning rules compared"
+    rules: list[str] = field(default_factory=lambda: ["backprop", "align_ada", "align_zero"])
+    widths: list[int] = field(default_factory=lambda: [8, 32, 128])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    folder: str = "runs/compare"
+
+
+@dataclass
+class GridConfig(TrainConfig):
+    """A comparison: the options of every run, and the grid."""
+
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 def register() -> None:

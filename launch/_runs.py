@@ -8,10 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from _options import CompareConfig, GridConfig
 from _report.page import write_report
 
 from alignscale.choices import ConfigError
-from alignscale.config import CompareConfig, GridConfig, TrainConfig, run_folder, run_name
+from alignscale.config import TrainConfig, run_folder, run_name
+from alignscale.distributed import Ranks, launched
 from alignscale.files import write_atomic
 from alignscale.results import Result, make_result, read_result
 from alignscale.rules import RULES
@@ -20,9 +22,15 @@ from alignscale.train import train
 from alignscale.validation import validate
 
 
+def silent(line: str) -> None:
+    """What a rank shows that is not the first."""
+
+
 def train_and_report(config: TrainConfig, show: Callable[[str], None], command: str) -> Result:
     """``train``, and report.html in the run's folder, for a run that diverged as well. Raises what ``train`` raises."""
     folder = run_folder(config)
+    if not (launched() or Ranks()).first:
+        return train(config, show, command)
     try:
         result = train(config, show, command)
     except Diverged:
@@ -46,6 +54,9 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     command: shown in the report. Raises ConfigError before any work for an option that is wrong.
     """
     grid = list(expand(config))
+    first = (launched() or Ranks()).first
+    if not first:
+        show = silent
     folder = Path(config.compare.folder).expanduser()
     done: list[Result] = []
     for number, run in enumerate(grid, 1):
@@ -56,6 +67,8 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
             show(f"diverged: {problem}")
             done.append(read_result(run_folder(run) / "result.json"))
     result = combine(config.compare, grid, done, command)
+    if not first:
+        return result
     others = {page.parent.name for page in folder.glob("*/result.json")} - {run["folder"] for run in result["runs"]}
     if others:
         show(f"note: the report leaves out {len(others)} runs in {folder} that are not of this grid")

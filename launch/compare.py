@@ -6,12 +6,12 @@ The same command goes on where it was stopped; finished runs are not trained aga
 import sys
 from pathlib import Path
 
-from _hydra import command_line, entry
+from _hydra import FIRST, command_line, entry
+from _options import GridConfig
 from _report.page import text_table
 from _runs import compare
 
 from alignscale.choices import ConfigError
-from alignscale.config import GridConfig
 
 GRID = ("net.width", "seed", "run.dir", "run.root")
 
@@ -27,7 +27,8 @@ def main(config: GridConfig) -> None:
             )
     result = compare(config, command_line("launch/compare.py"))
     folder = Path(config.compare.folder).expanduser()
-    print(f"\n{text_table(result)}\n\nreport: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
+    if FIRST:
+        print(f"\n{text_table(result)}\n\nreport: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
 
 
 if __name__ == "__main__":

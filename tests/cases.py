@@ -113,7 +113,7 @@ def make(case: Case, moved: bool = True, dtype: torch.dtype = torch.float64, sto
         config, norm=case.norm, activation=case.activation, parameterisation=case.parameterisation, blocks=case.blocks
     )
     net = build(config, shape, CLASSES, GLOBAL_BATCH).to(dtype)
-    fixed = Fixed.from_seed(net, SEED, stored)
+    fixed = Fixed.from_seed(net, SEED, "stored" if stored else "regenerated")
     initialise(net, SEED)
     dice = torch.Generator().manual_seed(0)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _options import CompareConfig, GridConfig
 from _runs import compare, expand
 
 from alignscale.choices import ConfigError, MLPConfig, OptimConfig, RuleConfig, SGDConfig, SyntheticConfig
-from alignscale.config import CompareConfig, GridConfig, LogConfig
+from alignscale.config import LogConfig
 from alignscale.results import read_result
 from alignscale.rules.feedback import SignSymmetricConfig
 

@@ -47,7 +47,7 @@ def test_updates_are_torchs(name: str, towards: str, clip: float) -> None:
     expected = [(p - o).requires_grad_() for p, o in zip(start, origin, strict=True)]
     optimizer = theirs(expected, 0.3)
     rule = built.rule("align_ada")
-    engine = LocalEngine(rule, make_optimizer(config, parameters), config, origin)
+    engine = LocalEngine(rule, make_optimizer(config, parameters), config)
     for step in range(4):
         for mine, other, gradient in zip(
             parameters, expected, gradients(step, [p.shape for p in parameters]), strict=True
@@ -110,10 +110,8 @@ def test_weights_that_a_rule_does_not_train_are_not_pulled_to_their_start() -> N
     built = make(Case("mlp"))
     hidden = built.net.layers[0].weight
     config = SGDConfig(lr=0.1, weight_decay=0.5, decay_towards="initial")
-    parameters = list(built.net.parameters())
-    engine = LocalEngine(
-        built.rule("readout_only"), make_optimizer(config, parameters), config, [None] * len(parameters)
-    )
+    rule = built.rule("readout_only")
+    engine = LocalEngine(rule, make_optimizer(config, rule.trained()), config)
     before = hidden.detach().clone()
     engine.backward(engine(built.batch).surrogate)
     engine.step()

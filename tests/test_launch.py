@@ -49,7 +49,7 @@ def test_train_prints_folder_first_and_one_line_of_result_last(tmp_path: Path) -
 
 
 WHERE_NET = "expected one of net.width, net.activation, net.norm, net.parameterisation, net.gain, net.blocks"
-GROUPS_AND_OPTIONS = "expected one of rule, net, data, optim, loss, schedule, frozen"
+GROUPS_AND_OPTIONS = "expected one of rule, net, data, optim, loss, schedule, engine, frozen"
 
 # A command line, and what is said about it.
 MISTAKES = [
@@ -95,7 +95,7 @@ MISTAKES = [
     ("epochs=${epoch}", "epochs=${epoch}: Interpolation key 'epoch' not found"),
     (f"seed={2**63}", "expected int of at most 64 bits"),
     ("net.width=1,2", "net.width=1,2: expected one value, found several; add --multirun for a run with each"),
-    ("net.strides=1,2", "net.strides=1,2: expected one value, found several; write a list as net.strides=[a,b], or"),
+    ("net.strides=1,2", "net.strides=1,2: expected one value, found several; write a list of int, as [1,2], or add"),
     ("--multirun rule=glob(align*)", "rule=glob(align*): expected values as 1,2,3 or range(1,4)"),
     # the form
     ("net.width", "net.width: expected option=value"),

@@ -79,7 +79,7 @@ def test_tensors_that_do_not_fit_are_refused(images: torch.Tensor, labels: torch
     ("options", "message"),
     [
         ({"net": MLPConfig(width=0)}, "net.width=0: expected a whole number of at least 1"),
-        ({"net": MLPConfig(width="64")}, "net.width=64: expected a number, found str"),
+        ({"net": MLPConfig(width="64")}, "net.width='64': expected int, found str"),
         ({"net": MLPConfig(parameterisation="mup")}, "net.parameterisation=mup: expected one of ntk, standard"),
         ({"net": "resnet"}, "net=resnet: expected one of conv3, conv7"),
         ({"rule": "alignada"}, "rule=alignada: expected one of align_ada, align_prop"),
@@ -116,7 +116,7 @@ def test_a_wrong_option_is_refused_as_on_the_command_line(options: dict[str, Any
         (MLPConfig(norm="calibrated"), lambda made: made.calibrate(IMAGES[:, :, :2]), r"images \(60, 1, 2, 4\)"),
         (RNNConfig(readout="every"), lambda made: made.fit(IMAGES, LABELS), "net.readout=every: wants a target"),
         (RNNConfig(initial_state="trained"), lambda made: made.fit(IMAGES, LABELS, 1, 31), "at most state_rows=30"),
-        (RNNConfig(initial_state="trained"), lambda made: made.evaluate(IMAGES, LABELS), "at most state_rows=30"),
+        (RNNConfig(initial_state="trained"), lambda made: made.evaluate(IMAGES, LABELS, 31), "at most state_rows=30"),
     ],
 )
 def test_a_call_that_does_not_fit_is_refused(net: Any, call: Callable[[Learner], Any], message: str) -> None:
@@ -202,3 +202,60 @@ def test_bf16_images_are_rounded_once_after_they_are_normalised() -> None:
         encoding = made.encoding.of(DigitsConfig(normalisation="channel"), pixels)
         found.append(encoding.images(pixels.images))
     assert torch.equal(found[0].to(torch.bfloat16), found[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": MSEConfig(centred="false")}, "loss.centred='false': expected bool, found str"),
+        ({"net": MLPConfig(width=16.0)}, "net.width=16.0: expected int, found float"),
+        ({"net": MLPConfig(width=True)}, "net.width=True: expected int, found bool"),
+        ({"seed": 1.5}, "seed=1.5: expected int, found float"),
+        ({"classes": 3.0}, "classes=3.0, .*: expected whole numbers"),
+        ({"shape": 12}, "shape=12: expected whole numbers"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Learner(**{"net": MLPConfig(), "shape": (1, 3, 4), "classes": 3} | options)
+
+
+@pytest.mark.parametrize(
+    "labels", [LABELS.numpy().astype("uint16"), LABELS.numpy()[::-1][::-1], LABELS.to(torch.uint8), LABELS.int()]
+)
+def test_labels_of_any_whole_type_will_do(labels: Any) -> None:
+    assert learner().fit(IMAGES, labels, 1) == learner().fit(IMAGES, LABELS, 1)
+    assert learner().fit(list(IMAGES.numpy()), labels, 1) == learner().fit(IMAGES, LABELS, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda made: made.fit(IMAGES, ["a"] * 60), "labels: expected a tensor or an array of numbers"),
+        (lambda made: made.alignment(IMAGES, None), "labels: expected a tensor or an array of numbers"),
+        (lambda made: made.fit(IMAGES, LABELS, 2.0), "epochs=2.0: expected int, found float"),
+        (lambda made: made.evaluate(IMAGES, LABELS, 20.0), "batch_size=20.0: expected int, found float"),
+        (lambda made: made.calibrate(IMAGES), "calibrate: expected net.norm=calibrated, found none"),
+    ],
+)
+def test_what_is_no_number_is_refused(call: Callable[[Learner], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call(learner())
+
+
+def test_moments_are_of_two_finite_images_or_more() -> None:
+    made = Learner(MLPConfig(norm="calibrated"), (1, 3, 4), 3)
+    for images in (IMAGES[:1], IMAGES * torch.nan):
+        with pytest.raises(ConfigError, match="calibrate: expected at least 2 images of finite numbers"):
+            made.calibrate(images)
+
+
+def test_a_trained_state_is_evaluated_with_the_rows_that_it_has() -> None:
+    made = Learner(RNNConfig(width=4, initial_state="trained"), (1, 3, 4), 3, state_rows=20)
+    assert made.evaluate(IMAGES, LABELS) == made.evaluate(IMAGES, LABELS, 20)
+
+
+def test_it_trains_where_gradients_are_off() -> None:
+    with torch.no_grad():
+        found = learner("backprop").fit(IMAGES, LABELS, 1)
+    assert found == learner("backprop").fit(IMAGES, LABELS, 1)

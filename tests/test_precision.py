@@ -6,11 +6,13 @@ import pytest
 import torch
 from cases import NETS, RULE_NAMES, Case
 
-from alignscale.analysis.updates import cosines, weight_updates
+from alignscale.analysis.updates import cosines
+from alignscale.choices import NETS as CONFIGS
 from alignscale.choices import SGDConfig
 from alignscale.data.examples import Examples
 from alignscale.learner import Learner
 from alignscale.rules import RULES
+from alignscale.rules.base import scaled
 from alignscale.rules.feedback import SignSymmetricConfig
 from alignscale.types import Batch
 
@@ -33,20 +35,60 @@ def batch_of(made: Learner, images: torch.Tensor, labels: torch.Tensor, count: i
     return made.encoding.batch(Examples.whole(images, labels, made.classes, "x"), torch.arange(count), 0)
 
 
+def updates(made: Learner, batch: Batch) -> list[torch.Tensor | None]:
+    """The gradients that a step of training gives the weights, None where it gives none."""
+    weights = [layer.weight for layer in made.net.layers if layer.weight.requires_grad]
+    found = iter(torch.autograd.grad(made.rule(batch).surrogate, weights, allow_unused=True))
+    return [next(found) if layer.weight.requires_grad else None for layer in made.net.layers]
+
+
 @pytest.mark.parametrize("rule", RULE_NAMES)
 @pytest.mark.parametrize("case", TABLE, ids=str)
-def test_bf16_update_has_the_direction_of_the_fp32_update(case: Case, rule: str) -> None:
+def test_a_half_precision_update_has_the_direction_of_the_fp32_update(case: Case, rule: str) -> None:
     dice = torch.Generator().manual_seed(0)
     images = torch.randn(40, *NETS[case.net][1], generator=dice)
     labels = torch.randint(3, (40,), generator=dice)
-    exact, rounded = (learner(case, rule, precision, images) for precision in ("fp32", "bf16"))
-    updates = [weight_updates(one.rule, one.net, batch_of(one, images, labels, 40)) for one in (exact, rounded)]
-    assert all(x is None or x.dtype == torch.float32 for x in updates[1])
-    for expected, cosine in zip(updates[0], cosines(*updates), strict=True):
-        assert expected is None or cosine > 0.95  # seven narrow layers of relu, whose gates flip near 0
-    rounded.fit(images, labels, epochs=1, batch_size=20)
-    assert {p.dtype for p in rounded.net.parameters()} == {torch.float32}
-    assert batch_of(rounded, images, labels, 2).images.dtype == torch.bfloat16
+    exact = learner(case, rule, "fp32", images)
+    truth = updates(exact, batch_of(exact, images, labels, 40))
+    for precision, dtype, least in (("bf16", torch.bfloat16, 0.95), ("fp16", torch.float16, 0.99)):
+        rounded = learner(case, rule, precision, images)
+        batch = batch_of(rounded, images, labels, 40)
+        assert batch.images.dtype == dtype
+        found = updates(rounded, batch)
+        assert all(x is None or x.dtype == torch.float32 for x in found)
+        for expected, cosine in zip(truth, cosines(truth, found), strict=True):
+            assert expected is None or cosine > least  # seven narrow layers of relu, whose gates flip near 0
+        rounded.fit(images, labels, epochs=1, batch_size=20)
+        assert {p.dtype for p in rounded.net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp16", 0.999), ("bf16", 0.99)])
+@pytest.mark.parametrize("rule", ["backprop", "align_ada", "align_zero", "feedback_alignment"])
+def test_small_errors_do_not_vanish_at_the_scale_of_imagenet(rule: str, precision: str, least: float) -> None:
+    """Batch 100 and 1000 classes: errors of 1e-5 at the output, and weight gradients of 1e-6 below it."""
+    dice = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(100, 3, 32, 32, generator=dice), torch.randint(1000, (100,), generator=dice)
+    net = dataclasses.replace(CONFIGS["imagenet_conv7"], width=64, norm="none", gain=2**0.5)
+    found = []
+    for name in ("fp32", precision):
+        made = Learner(net, (3, 32, 32), 1000, rule, precision=name)
+        found.append(updates(made, batch_of(made, images, labels, 100)))
+    flat = [[torch.cat([x.flatten() for x in one if x is not None])] for one in found]
+    assert cosines(*flat)[0] > least  # type: ignore[arg-type]
+    assert min(cosines(*found)) > 1 - 3 * (1 - least)
+
+
+def test_the_scale_of_a_half_precision_error_is_a_power_of_two_and_taken_back() -> None:
+    for factor in (1e-30, 3e-7, 1.0, 5e4):
+        error = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)) * factor
+        half, unscale = scaled(error, torch.float16)
+        assert unscale is not None
+        assert 8 <= half.abs().max() <= 16
+        assert float(unscale).hex().split("p")[0] == "0x1.0000000000000"
+        torch.testing.assert_close(half.float() * unscale, error, rtol=1e-3, atol=1e-5 * factor)
+    assert scaled(torch.zeros(3, 2), torch.float16)[0].count_nonzero() == 0
+    assert scaled(torch.zeros(0, 2), torch.float16)[0].shape == (0, 2)
+    assert scaled(error, torch.float32) == (error, None)
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv7"])
@@ -61,5 +103,5 @@ def test_bf16_rounds_backprop_no_more_than_torch_autocast_does(net: str) -> None
         loss = (exact.net(images).float() - batch.targets).square().mean()
     theirs = cosines(truth, list(torch.autograd.grad(loss, weights)))
     half = batch_of(rounded, images, labels, 40)
-    ours = cosines(truth, weight_updates(rounded.rule, rounded.net, half))
+    ours = cosines(truth, updates(rounded, half))
     assert all(mine > other - 0.01 for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)

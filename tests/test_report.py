@@ -266,6 +266,13 @@ def test_importing_the_report_does_not_import_matplotlib() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
 
 
+def test_options_that_change_rounding_alone_set_no_runs_apart() -> None:
+    runs = [make_run(seed=seed) for seed in (0, 1)]
+    for run, device in zip(runs, ("cpu", "auto"), strict=True):
+        run["config"] |= {"device": device, "engine": {"name": "local" if device == "cpu" else "deepspeed"}}
+    assert [len(line.at(32)) for line in series.series_of(runs)] == [2]
+
+
 def test_plot_runs_draws_the_whole_page_again(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps(comparison(rules=RULES[:2])), encoding="utf-8")
     arguments = [str(tmp_path / "result.json"), "--format", "html", "--out", str(tmp_path / "again")]

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 from run_cases import config, long_run, long_run_that_may_be_stopped, same, silent, weights
 
-from alignscale.checkpoint import complete, read_manifest, sealed
+from alignscale.checkpoint import CheckpointError, complete, find, read_manifest, sealed
 from alignscale.choices import ConfigError, MLPConfig
-from alignscale.config import CheckpointConfig
+from alignscale.config import CheckpointConfig, EvaluationConfig
+from alignscale.interrupts import Interrupted
 from alignscale.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -116,3 +118,50 @@ def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
     train(config(tmp_path / "run", epochs=1), silent)
     with pytest.raises(ConfigError, match=r"net\.gain: 1\.41.* -> 1\.0; net\.width: 16 -> 32"):
         train(config(tmp_path / "run", epochs=1, net=MLPConfig(width=32, depth=2, gain=1.0)), silent)
+
+
+def test_a_copy_of_a_checkpoint_is_none_of_the_runs(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    (path,) = complete(tmp_path / "run/checkpoints")
+    shutil.copytree(path, path.with_name(f"{path.name}-good"))
+    (tmp_path / "run/result.json").unlink()
+    train(config(tmp_path / "run", epochs=1), silent)
+    assert complete(tmp_path / "run/checkpoints") == [path]
+    assert path.with_name(f"{path.name}-good").exists()
+    with pytest.raises(CheckpointError, match=r"expected last, best or one of the steps in .*: 6"):
+        find(tmp_path / "run/checkpoints", "5")
+
+
+def test_the_best_is_by_one_split_all_along(tmp_path: Path) -> None:
+    evaluation = EvaluationConfig(splits=["train"])
+    train(config(tmp_path / "run", epochs=1, evaluation=evaluation), silent)
+    with pytest.raises(ConfigError, match=r"checkpoint.best=train: expected test, by which the run has kept its best"):
+        train(
+            config(tmp_path / "run", epochs=1, evaluation=evaluation, checkpoint=CheckpointConfig(best="train")), silent
+        )
+
+
+def test_a_stop_is_whole_when_whoever_reads_the_output_dies_of_it_too(tmp_path: Path) -> None:
+    """As with ``command 2>&1 | tee log`` and Ctrl-C."""
+    command = [sys.executable, "launch/train.py", "net=mlp", "net.width=64", "epochs=4000", "checkpoint.every_epochs=0"]
+    with subprocess.Popen(
+        [*command, f"run.dir={tmp_path / 'run'}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        rows = tmp_path / "run/metrics.jsonl"
+        while not (rows.exists() and rows.read_text().count("\n") > 20):
+            time.sleep(0.05)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    path = complete(tmp_path / "run/checkpoints")[-1]
+    assert read_manifest(path)["step"] >= json.loads(rows.read_text().splitlines()[-1])["step"]
+
+
+def test_the_message_of_a_stop_leaves_resume_never_out(tmp_path: Path) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("folder"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="the same command, without resume=never, goes on from it"):
+        train(config(tmp_path / "run", resume="never"), interrupt)

@@ -55,7 +55,7 @@ def change(path: str, value: object) -> Callable[[TrainConfig], None]:
         ("optim.momentum", 1.0, "optim.momentum=1.0"),
         ("optim", AdamConfig(beta2=1.0), "optim.beta2=1.0"),
         ("frozen.weights", "lost", "expected one of stored, regenerated"),
-        ("precision", "fp8", "precision=fp8: expected one of fp32, bf16, fp64"),
+        ("precision", "fp8", "precision=fp8: expected one of fp32, fp16, bf16, fp64"),
         ("resume", "yes", "resume=yes: expected one of auto, never"),
         ("seed", -1, "seed=-1: expected a whole number from 0"),
         ("epochs", 0, "epochs=0"),

@@ -54,7 +54,7 @@ def loop(batch: int, shape: list[int], views: int, steps: int, every: int, folde
     ends: list[tuple[float, float]] = []
     update = Learner.update
 
-    def timed(self: Learner, *arguments: Any) -> tuple[float, int]:
+    def timed(self: Learner, *arguments: Any) -> tuple[float, int, list[float]]:
         begin = time.perf_counter()
         result = update(self, *arguments)
         ends.append((begin, time.perf_counter()))

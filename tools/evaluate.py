@@ -42,10 +42,19 @@ def scores(run: Path, which: str, splits: Sequence[str], batch_size: int | None)
             "step": found.step,
             "split": split,
             "examples": len(found.splits[split]),
-            **evaluate(found.learner.net, found.splits[split], found.learner.encoding, most),
+            **evaluate(found.learner.engine, found.splits[split], found.learner.encoding, most),
         }
         for split in splits
     ]
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """A line per split."""
+    for row in rows:
+        print(
+            f"{row['split']:10s} step {row['step']}: top-1 {row['accuracy']:.2%}, top-5 {row['top5']:.2%}, "
+            f"loss {row['loss']:.5f} ({row['examples']:,} examples)"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,16 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--batch-size {options.batch_size}: expected at least 1")
     try:
         rows = scores(options.run, options.checkpoint, options.splits, options.batch_size)
+        show(rows)
         if options.json:
             write_atomic(options.json, (json.dumps(rows, indent=1) + "\n").encode())
     except (ConfigError, DataError, CheckpointError, OSError) as problem:
         print(f"evaluate: {problem}", file=sys.stderr)
         return 2
-    for row in rows:
-        print(
-            f"{row['split']:10s} step {row['step']}: top-1 {row['accuracy']:.2%}, top-5 {row['top5']:.2%}, "
-            f"loss {row['loss']:.5f} ({row['examples']:,} examples)"
-        )
     return 0
 
 

@@ -1,6 +1,6 @@
 """Where a network's numbers stop being finite: for the message of a run that is lost."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -9,27 +9,28 @@ from torch import Tensor, nn
 
 from alignscale.nets.network import Network
 
+LOSS_ALONE = "the loss alone: all layers' outputs are finite"
 
-@torch.no_grad()
-def first_not_finite(net: Network, images: Tensor) -> str:
-    """The first weight or, in a forward pass of ``images``, layer output of ``net`` that is not finite, in words."""
+
+def first_not_finite(net: Network, weights: Mapping[str, Tensor], forward: Callable[[], object]) -> str:
+    """The first of ``weights`` or, in ``forward``, of the layers' outputs of ``net`` that is not finite, in words."""
+    where = None
     names = [f"layer {index} of {len(net.layers)} ({type(x).__name__})" for index, x in enumerate(net.layers, 1)]
-    weights = [name for name, layer in zip(names, net.layers, strict=True) if not all_finite(layer.parameters())]
-    if weights:
-        return f"the weights of {weights[0]}"
-    if not torch.isfinite(images).all():
-        return "the images"
+    for name, tensor in weights.items():
+        kind, place, *_ = name.split(".")
+        if kind == "layers" and not all_finite([tensor]):
+            where = where or f"the weights of {names[int(place)]}"
     found: list[str] = []
 
-    def look(name: str, _: nn.Module, __: object, output: Tensor) -> None:
-        if not torch.isfinite(output).all():
-            found.append(name)
+    def look(name: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if not all_finite([output]):
+            found.append(f"the output of {name}" if all_finite(given) or name != names[0] else "the images")
 
     with ExitStack() as hooks:
         for name, layer in zip(names, net.layers, strict=True):
             hooks.enter_context(layer.register_forward_hook(partial(look, name)))
-        net(images)
-    return f"the output of {found[0]}" if found else "the loss alone: all layers' outputs are finite"
+        forward()  # in any case: other ranks take part in it
+    return where or (found[0] if found else LOSS_ALONE)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

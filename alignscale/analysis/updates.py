@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from alignscale.nets.network import Network
-from alignscale.types import Batch, StepOutput
+from alignscale.nets.network import Deltas, Network
+from alignscale.types import Trace
 
 
-def weight_updates(rule: torch.nn.Module, net: Network, batch: Batch) -> list[Tensor | None]:
-    """The gradient that ``rule`` gives the weight of each layer of ``net`` on ``batch``; None where it gives none."""
-    output: StepOutput = rule(batch)
-    weights = [layer.weight for layer in net.layers]
-    return list(torch.autograd.grad(output.surrogate, weights, allow_unused=True))
+@torch.no_grad()
+def weight_updates(net: Network, trace: Trace, deltas: Deltas) -> list[Tensor | None]:
+    """The gradient that deltas and a trace give the weight of each layer of ``net``; None where it learns nothing."""
+    local = zip(net.layers, trace.inputs, net.through_norms(trace, deltas), strict=True)
+    return [None if delta is None else layer.weight_gradient(a, delta)[0] for layer, a, delta in local]
 
 
 def cosines(first: list[Tensor | None], second: list[Tensor | None]) -> list[float]:

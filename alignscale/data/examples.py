@@ -1,7 +1,7 @@
 """Examples held in memory, and the stream of batches from them."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,17 +120,15 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stream(
-    examples: Examples, plan: Plan, encoding: Encoding, start: int, stop: int, parts: int = 1, views: int = 1
-) -> Iterator[tuple[int, list[Batch]]]:
-    """Updates from ``start`` to before ``stop`` in the plan's order, each with its batch in ``parts`` or fewer."""
+    examples: Examples, plan: Plan, encoding: Encoding, start: int, stop: int, parts: int = 1, views: int = 1,
+    share: Callable[[int], slice] = slice,
+) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
+    """Updates from ``start`` to before ``stop`` in the plan's order, each with its batch in ``parts`` or fewer.
+
+    share: of so many examples of a part, those that are this rank's; by default all.
+    """
     for step, places in plan.batches(start, stop):
         view = step // plan.steps_per_epoch % views
         bounds = even_batches(len(places), -(-len(places) // parts))
-        yield step, [encoding.batch(examples, places[part], step, len(places), view) for part in bounds]
-
-
-def evaluation_batches(examples: Examples, encoding: Encoding, most: int) -> Iterator[tuple[Batch, Tensor]]:
-    """Fixed batches in key order with their labels: the same on any number of ranks."""
-    for part in even_batches(len(examples), most):
-        places = torch.arange(part.start, part.stop)
-        yield encoding.batch(examples, places, 0), examples.labels[places]
+        own = [places[part] for part in bounds]
+        yield step, [encoding.batch(examples, one[share(len(one))], step, len(places), view) for one in own]

@@ -22,17 +22,36 @@ class _WeightGradient(torch.autograd.Function):
     """A scalar 0 whose gradient with respect to a layer's weight and bias is <delta, layer's weight-gradient port>."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, layer: "Layer", a: Tensor, delta: Tensor) -> Tensor:
-        ctx.layer, ctx.dtype = layer, weight.dtype
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, layer: "Layer", a: Tensor, delta: Tensor, unscale: Tensor | None
+    ) -> Tensor:
+        ctx.layer, ctx.dtype, ctx.unscale = layer, weight.dtype, unscale
         ctx.save_for_backward(a, delta)
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         a, delta = ctx.saved_tensors
-        gradient, bias_gradient = ctx.layer.weight_gradient(a, delta * scale[0])
-        bias_gradient = None if bias_gradient is None else bias_gradient.to(ctx.dtype)
-        return gradient.to(ctx.dtype), bias_gradient, None, None, None
+        exact = delta.dtype == ctx.dtype
+        gradients = ctx.layer.weight_gradient(a, delta * scale[0] if exact else delta)
+        if not exact:
+            factor = scale[0] if ctx.unscale is None else scale[0] * ctx.unscale
+            gradients = tuple(None if one is None else one.to(ctx.dtype) * factor for one in gradients)
+        for parameter in ctx.layer.held:
+            _lend(parameter, ctx.layer)
+        return *gradients, None, None, None, None
+
+
+def _lend(parameter: nn.Parameter | None, layer: "Layer") -> bool:
+    """Give a parameter that an engine has released its shape for autograd's checks, without storage.
+
+    ZeRO 3 keeps a rank's part of a weight and leaves the parameter empty where no forward pass runs; a weight gradient
+    needs the weight's shape and nothing else of it. Returns whether it was empty.
+    """
+    if parameter is None or parameter.numel():
+        return False
+    parameter.data = parameter.data.new_empty(1).expand(layer.shape if parameter is layer.held[0] else layer.shape[:1])
+    return True
 
 
 class Layer(nn.Module, ABC):
@@ -51,6 +70,10 @@ class Layer(nn.Module, ABC):
         self.scale = deviation if ntk else 1.0
         self.weight = nn.Parameter(torch.zeros(shape))
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+        self.held = (
+            self.weight,
+            self.bias,
+        )  # for who must not ask for them as attributes, which ZeRO 3 watches
 
     def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
@@ -68,9 +91,17 @@ class Layer(nn.Module, ABC):
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """scale * sum over examples of delta a^T, and the bias's sum of delta."""
 
-    def port(self, a: Tensor, delta: Tensor) -> Tensor:
-        """A scalar whose backward pass puts ``weight_gradient(a, delta)`` into the weight and bias."""
-        return _WeightGradient.apply(self.weight, self.bias, self, a, delta)
+    def port(self, a: Tensor, delta: Tensor, unscale: Tensor | None = None) -> Tensor:
+        """A scalar whose backward pass puts ``weight_gradient(a, delta)`` into the weight and bias.
+
+        unscale: what a gradient in half precision is multiplied by when it is in the weight's precision again.
+        """
+        lent = [parameter for parameter in self.held if _lend(parameter, self)]
+        result: Tensor = _WeightGradient.apply(*self.held, self, a, delta, unscale)
+        for parameter in lent:
+            assert parameter is not None
+            parameter.data = parameter.data.new_empty(0)
+        return result
 
 
 class Linear(Layer):
@@ -88,7 +119,7 @@ class Linear(Layer):
         """(out, in) and (out,)."""
         delta = delta.flatten(0, -2)
         gradient = _scaled(delta, self.scale).T @ a.flatten(0, -2)
-        return gradient, None if self.bias is None else delta.sum(0)
+        return gradient, None if self.held[1] is None else delta.sum(0)
 
 
 class Conv(Layer):

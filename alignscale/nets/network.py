@@ -5,6 +5,7 @@ activation (after its norm); a feed-forward network has one per hidden layer, a 
 numbered in order, ``sites[l]`` is the site that layer l writes to, None for the readout (and for a trained state).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -46,6 +47,7 @@ class Network(nn.Module, ABC):
         self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
         self.activation = ACTIVATIONS[config.activation]
         self.public = config.blocks == "public"  # whether ``local_gates`` are wanted
+        self.current: Parameters = lambda index: self.layers[index].held  # an engine may fetch them from other ranks
 
     @abstractmethod
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
@@ -65,6 +67,12 @@ class Network(nn.Module, ABC):
         that is updated; given where ``public`` puts the boundary of a block before a gate.
         """
 
+    @property
+    def size(self) -> int:
+        """The number of weights and biases, wherever they are kept."""
+        biases = sum(layer.shape[0] for layer in self.layers if layer.held[1] is not None)
+        return sum(math.prod(layer.shape) for layer in self.layers) + biases
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) or (B, T, F) -> logits."""
         return self.trace(images).logits
@@ -73,30 +81,29 @@ class Network(nn.Module, ABC):
         """Per site: act'(x) in the form that the activation's pullback reads."""
         return [self.activation.gate(residue) for residue in trace.residues]
 
-    def surrogate(self, trace: Trace, deltas: Deltas) -> Tensor:
+    def surrogate(self, trace: Trace, deltas: Deltas, unscale: Tensor | None = None) -> Tensor:
         """Sum over layers of <delta, the layer's weight-gradient port>: a scalar whose gradient is the update.
 
-        The deltas pass each layer's norm by the moments of ``trace`` and meet the layer inputs of ``trace``; no graph
-        runs from one layer to another.
+        The deltas meet the layer inputs of ``trace``; no graph runs from one layer to another. unscale: see Layer.port.
         """
+        local = zip(self.layers, trace.inputs, self.through_norms(trace, deltas), strict=True)
+        return torch.stack([layer.port(a, delta, unscale) for layer, a, delta in local if delta is not None]).sum()
+
+    @torch.no_grad()
+    def through_norms(self, trace: Trace, deltas: Deltas) -> Deltas:
+        """The deltas before each layer's norm, by the moments of ``trace``."""
         pulled: dict[int, Tensor] = {}
-        ports = []
-        for layer, site, a, delta in zip(self.layers, self.sites, trace.inputs, deltas, strict=True):
-            if delta is None:
-                continue
-            if site is not None:
-                if site not in pulled:
-                    with torch.no_grad():
-                        pulled[site] = self.norms[site].pullback(delta, trace.norms[site])
-                delta = pulled[site]
-            ports.append(layer.port(a, delta))
-        return torch.stack(ports).sum()
+        for site, delta in zip(self.sites, deltas, strict=True):
+            if site is not None and delta is not None and site not in pulled:
+                pulled[site] = self.norms[site].pullback(delta, trace.norms[site])
+        pairs = zip(self.sites, deltas, strict=True)
+        return [delta if site is None or delta is None else pulled[site] for site, delta in pairs]
 
     def readout_deltas(self, error: Tensor, trace: Trace) -> Deltas:
         """The error at the readout and no other delta, but for a trained initial state: it has its true gradient."""
         deltas: Deltas = [None] * len(self.layers)
         if self.state is not None:
-            whole = self.pullback(error, self.gates(trace), trace.norms, lambda index: self.layers[index].weight)
+            whole = self.pullback(error, self.gates(trace), trace.norms, lambda index: self.current(index)[0])
             deltas[self.state] = whole[self.state]
         deltas[self.readout] = error
         return deltas

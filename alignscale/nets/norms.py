@@ -8,6 +8,8 @@ normalised one step at a time, so ``at`` names a position of the site's first ax
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from alignscale.types import NormState
 
 EPS = 1e-6
 ALL = slice(None)
+Sum = Callable[[Tensor], Tensor]
 
 
 class Norm(nn.Module, ABC):
@@ -42,11 +45,48 @@ class NoNorm(Norm):
         return delta
 
 
+class _Synced(torch.autograd.Function):
+    """Batch norm of z (B, units) by moments over the examples of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, total: Sum) -> tuple[Tensor, Tensor, Tensor]:
+        wide = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+        count = wide.new_full((1,), len(z))
+        sums = total(torch.cat([wide.sum(0), count]))
+        mean = sums[:-1] / sums[-1]
+        inverse_std = torch.rsqrt(total((wide - mean).square().sum(0)) / sums[-1] + EPS)
+        ctx.total = total
+        ctx.save_for_backward(z, mean, inverse_std)
+        ctx.mark_non_differentiable(mean, inverse_std)
+        return ((wide - mean) * inverse_std).to(z.dtype), mean, inverse_std
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor, None]:
+        z, mean, inverse_std = ctx.saved_tensors
+        return synced_pullback(deltas[0], z, mean, inverse_std, ctx.total), None
+
+
+def synced_pullback(delta: Tensor, z: Tensor, mean: Tensor, inverse_std: Tensor, total: Sum) -> Tensor:
+    """(delta - mean(delta) - x mean(delta x)) / std on (B, units), means over the examples of all ranks."""
+    x, wide = (z - mean) * inverse_std, delta.to(mean.dtype)
+    sums = total(torch.cat([wide.sum(0), (wide * x).sum(0), mean.new_full((1,), len(z))]))
+    first, second = sums[:-1].view(2, -1) / sums[-1]
+    return ((wide - first - x * second) * inverse_std).to(delta.dtype)
+
+
 class BatchNorm(Norm):
-    """The batch's own moments, in training and in evaluation; the pullback goes through the moments."""
+    """The batch's own moments, in training and in evaluation; the pullback goes through the moments.
+
+    total: sums over ranks, which makes the moments in training those of the global batch.
+    """
+
+    total: Sum | None = None
 
     def forward(self, z: Tensor, at: int | slice = ALL) -> tuple[Tensor, NormState | None]:
         """(z - mean) / sqrt(var + eps) over axis 0."""
+        if self.total is not None and self.training:
+            x, mean, inverse_std = _Synced.apply(z.flatten(1), self.total)
+            return x.view_as(z), NormState(z, mean, inverse_std)
         x, mean, inverse_std = torch.native_batch_norm(z.flatten(1), None, None, None, None, True, 0.0, EPS)
         return x.view_as(z), NormState(z, mean, inverse_std)
 
@@ -54,6 +94,9 @@ class BatchNorm(Norm):
         """(delta - mean(delta) - x mean(delta x)) / std, means over axis 0."""
         if state is None:
             raise ValueError("BatchNorm.pullback: expected the state of a forward pass, found None")
+        if self.total is not None and self.training:
+            pulled = synced_pullback(delta.flatten(1), state.z.flatten(1), state.mean, state.inverse_std, self.total)
+            return pulled.view_as(delta)
         gradient, _, _ = torch.ops.aten.native_batch_norm_backward(
             delta.flatten(1), state.z.flatten(1), None, None, None, state.mean, state.inverse_std, True, EPS,
             [True, False, False],

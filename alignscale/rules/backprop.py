@@ -3,16 +3,50 @@
 The baseline, by autograd.
 """
 
-from alignscale.rules.base import Rule, register
-from alignscale.types import Batch, StepOutput
+import torch
+from torch import Tensor
+
+from alignscale.choices import RuleConfig
+from alignscale.frozen import Fixed
+from alignscale.loss import Loss
+from alignscale.nets.network import Deltas, Network
+from alignscale.rules.base import Rule, register, scaled
+from alignscale.types import Batch, Parameters, StepOutput, Trace
 
 
 @register("backprop")
 class Backprop(Rule):
-    """The surrogate is the loss itself."""
+    """The surrogate is the loss itself; in half precision <scaled error, logits>, and gradients are scaled back."""
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
+        """Hooks on the parameters scale their gradients back."""
+        super().__init__(net, fixed, config, loss)
+        self.unscale: Tensor | None = None
+        for parameter in net.parameters():
+            parameter.register_hook(self._scaled_back)
+
+    def _scaled_back(self, gradient: Tensor) -> Tensor | None:
+        return None if self.unscale is None else gradient * self.unscale
+
+    def learn(self, batch: Batch) -> StepOutput:
         """The forward pass, with autograd's graph."""
         logits = self.net.trace(batch.images).logits
         loss = self.loss.value(logits, batch.targets, batch.size)
-        return StepOutput(loss, loss.detach(), logits.detach())
+        if logits.dtype == batch.targets.dtype:
+            return StepOutput(loss, loss.detach(), logits.detach())
+        with torch.no_grad():
+            error, self.unscale = scaled(self.loss.error(logits, batch.targets, batch.size), logits.dtype)
+        return StepOutput((error * logits).sum(dtype=loss.dtype), loss.detach(), logits.detach())
+
+    @torch.no_grad()
+    def local(self, batch: Batch, parameters: Parameters | None = None) -> tuple[Trace, Deltas]:
+        """By the network's own pullback, which equals autograd's to rounding."""
+        return true_deltas(self.net, batch, self.loss, parameters)
+
+
+@torch.no_grad()
+def true_deltas(net: Network, batch: Batch, loss: Loss, parameters: Parameters | None = None) -> tuple[Trace, Deltas]:
+    """The trace of a batch, and dLoss/dz at every layer's output, after its norm."""
+    trace = net.trace(batch.images, parameters)
+    error = loss.error(trace.logits, batch.targets, batch.size).to(trace.logits.dtype)
+    return trace, net.pullback(error, net.gates(trace), trace.norms, lambda index: net.current(index)[0])

@@ -15,7 +15,7 @@ from alignscale.choices import ConfigError, RuleConfig
 from alignscale.frozen import Fixed
 from alignscale.loss import MSE, Loss
 from alignscale.nets.network import Deltas, Network
-from alignscale.types import Batch, StepOutput, Trace
+from alignscale.types import Batch, Parameters, StepOutput, Trace
 
 
 class Rule(nn.Module, ABC):
@@ -23,6 +23,8 @@ class Rule(nn.Module, ABC):
 
     options: ClassVar[type[RuleConfig]] = RuleConfig
     """The class of the rule's own options."""
+    trains_hidden: ClassVar[bool] = True
+    """Whether all layers learn, or only the readout and a trained state."""
 
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Fixed: the initial network and the random feedback."""
@@ -32,27 +34,63 @@ class Rule(nn.Module, ABC):
         self.fixed = fixed
         self.config = config
 
-    @abstractmethod
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that learn, layer by layer; the others are marked as such."""
+        last = (self.net.readout, self.net.state)
+        learns = [self.trains_hidden or index in last for index, _ in enumerate(self.net.layers)]
+        for layer, does in zip(self.net.layers, learns, strict=True):
+            layer.requires_grad_(does)
+        pairs = zip(self.net.layers, learns, strict=True)
+        return [one for layer, does in pairs if does for one in layer.held if one is not None]
+
     def forward(self, batch: Batch) -> StepOutput:
-        """One step on ``batch``, up to the scalar to call backward on."""
+        """One step on ``batch``, up to the scalar to call backward on; in evaluation mode the forward pass alone."""
+        if self.training:
+            return self.learn(batch)
+        with torch.no_grad():
+            logits = self.net.trace(batch.images).logits
+            loss = self.loss.value(logits, batch.targets, batch.size)
+        return StepOutput(loss, loss, logits)
+
+    @abstractmethod
+    def learn(self, batch: Batch) -> StepOutput:
+        """A step of training."""
+
+    @abstractmethod
+    def local(self, batch: Batch, parameters: Parameters | None = None) -> tuple[Trace, Deltas]:
+        """The layer inputs and deltas that make the update: those of ``learn``, unscaled and without a graph.
+
+        parameters: the network's own, to go past the layers as modules.
+        """
 
 
 class LocalRule(Rule, ABC):
-    """A rule that gives every layer its delta itself. No graph is kept from one layer to another."""
+    """A rule that gives every layer its delta itself. No graph is kept from one layer to another.
+
+    In half precision the error is scaled by a power of 2 before the pullback, as the deltas of a wide network would
+    vanish, and the weight gradients are scaled back in the weights' precision.
+    """
 
     reads_trace: ClassVar[bool] = True
     """Whether ``assign`` reads more of the current trace than its logits; if not, the rest is freed before it."""
 
-    def forward(self, batch: Batch) -> StepOutput:
+    def learn(self, batch: Batch) -> StepOutput:
         """Trace, error, deltas, surrogate."""
         with torch.no_grad():
             trace = self.net.trace(batch.images)
             loss = self.loss.value(trace.logits, batch.targets, batch.size)
-            error = self.loss.error(trace.logits, batch.targets, batch.size).to(trace.logits.dtype)
+            error, unscale = scaled(self.loss.error(trace.logits, batch.targets, batch.size), trace.logits.dtype)
             if not self.reads_trace:
                 trace = Trace([], [], [], trace.logits)
             local, deltas = self.assign(batch, trace, error)
-        return StepOutput(self.net.surrogate(local, deltas), loss, trace.logits)
+        return StepOutput(self.net.surrogate(local, deltas, unscale), loss, trace.logits)
+
+    @torch.no_grad()
+    def local(self, batch: Batch, parameters: Parameters | None = None) -> tuple[Trace, Deltas]:
+        """As ``assign`` gives them."""
+        trace = self.net.trace(batch.images, parameters)
+        error = self.loss.error(trace.logits, batch.targets, batch.size).to(trace.logits.dtype)
+        return self.assign(batch, trace, error)
 
     @abstractmethod
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
@@ -60,6 +98,19 @@ class LocalRule(Rule, ABC):
 
         trace: of the current network on this batch. error: dLoss/dlogits. Called without gradients.
         """
+
+
+PEAK = 16.0
+"""What the largest error of a batch is scaled to in half precision: sums over a batch stay below fp16's 65,504."""
+
+
+def scaled(error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The error in ``dtype``, times a power of 2 where that is less exact, and what scales it back (None: 1)."""
+    if dtype == error.dtype:
+        return error, None
+    largest = error.abs().max() if error.numel() else error.new_ones(())
+    power = torch.exp2(torch.floor(torch.log2(PEAK / largest.clamp(min=1e-30))))
+    return (error * power).to(dtype), 1 / power
 
 
 RULES: dict[str, type[Rule]] = {}

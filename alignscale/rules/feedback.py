@@ -71,7 +71,7 @@ class SignSymmetric(LocalRule):
 
         def feedback(index: int) -> Tensor:
             layer = self.net.layers[index]
-            sign = layer.weight.detach().sign()
+            sign = self.net.current(index)[0].detach().sign()
             if self.magnitude == "uniform":
                 return sign * layer.initial_std
             return sign * self.fixed.magnitude(index, batch.step + 1 if self.magnitude == "batchwise" else 0)

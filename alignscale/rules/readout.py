@@ -11,6 +11,8 @@ from alignscale.types import Batch, Trace
 class ReadoutOnly(LocalRule):
     """The error meets the readout's input; no other layer has a delta."""
 
+    trains_hidden = False
+
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """Deltas of None, but for the readout's."""
         return trace, self.net.readout_deltas(error, trace)

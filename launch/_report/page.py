@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from _report import figures, series, theme
 from _report.series import Series, series_of, widths
 from alignscale.files import write_atomic
-from alignscale.results import Result, Run, accuracy, diverged, finite, flatten
+from alignscale.results import Result, Run, diverged, finite, flatten
 
 
 def text_table(data: Result) -> str:
@@ -113,7 +113,7 @@ def _measures(run: Run) -> dict[str, str]:
 
 def _number(run: Run, split: str, key: str = "accuracy") -> str:
     """A number at the end of a run as text, ``diverged`` in the place of one that was lost; empty if never measured."""
-    value = finite(run[split].get(key)) if key == "loss" else accuracy(run, split, key)
+    value = finite(run[split].get(key)) if key == "loss" else series.accuracy(run, split, key)
     if value is None:
         return "diverged" if diverged(run) and key in (run.get(split) or {}) else ""
     return f"{value:#.3g}".rstrip(".") if key == "loss" else f"{value:.1f}"

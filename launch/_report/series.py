@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from alignscale.results import ABSENT, Run, accuracy, finite, flatten
+from alignscale.config import DISPLAY
+from alignscale.results import ABSENT, Result, Run, diverged, finite, flatten
 
 # Options that change none of the numbers, and so set no two runs apart.
-INERT = ("run.", "log.", "checkpoint.", "resume.", "name.", "threads.")
+INERT = tuple(f"{name}." for name in DISPLAY)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ class Series:
         """Median time of a step in milliseconds, over seeds."""
         times = (finite(run.get("seconds_per_step")) for run in self.at(width))
         return spread(None if time is None else 1000 * time for time in times)
+
+
+def accuracy(run: Run, split: str = "test", key: str = "accuracy") -> float | None:
+    """An accuracy at the end of a run in percent, None where it diverged or has none; key: `accuracy` or `top5`."""
+    value = finite((run.get(split) or {}).get(key))
+    return None if value is None or diverged(run) else 100 * value
 
 
 def spread(values: Iterable[float | None]) -> Spread:
@@ -146,3 +153,15 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{significant(seconds / size, 2)} {unit}"
     return f"{significant(seconds, 2)} s"
+
+
+def summary(data: Result) -> str:
+    """One line for the terminal: how the first run ended."""
+    run = data["runs"][0]
+    reached, step = accuracy(run), finite(run.get("seconds_per_step"))
+    parts = ["diverged" if reached is None else f"test accuracy {reached:.2f} %"]
+    loss = finite(run["test"].get("loss"))
+    parts += [] if loss is None else [f"test loss {loss:.4f}"]
+    parts += [f"{run['steps']} steps"]
+    parts += [] if step is None else [f"{1000 * step:.1f} ms a step"]
+    return f"{run['name']}: {', '.join(parts)}"

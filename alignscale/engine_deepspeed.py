@@ -1,0 +1,139 @@
+"""The DeepSpeed engine: the same rule, the same three calls, on one rank or on many, with ZeRO 0 to 3.
+
+It stands alone because it is loaded only where it runs. Weights, gradients and optimizer are fp32 here; a layer
+computes in the precision of what it reads, as in one process.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignscale import engine_zero as zero
+from alignscale.choices import AdamConfig, ConfigError, DeepSpeedConfig, OptimConfig, SGDConfig
+from alignscale.distributed import Ranks
+from alignscale.engine import Engine, Tensors, make_optimizer, pull_to_start
+from alignscale.rules import Rule
+from alignscale.types import Batch, StepOutput
+
+OURS = {
+    "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size", "optimizer": "optim",
+    "gradient_accumulation_steps": "accumulation", "gradient_clipping": "optim.clip_norm", "scheduler": "schedule",
+    "fp16": "precision", "bf16": "precision", "amp": "precision", "torch_autocast": "precision",
+}  # fmt: skip
+"""DeepSpeed's settings that options of ours decide."""
+
+
+def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed's configuration. Raises ConfigError where ``engine.extra`` sets what another option decides.
+
+    Micro-batch and accumulation are 1: parts of a batch differ in size, so the engine is told which one is the last.
+    """
+    for name in config.extra:
+        if name in OURS:
+            raise ConfigError(f"engine.extra: {name}: expected {OURS[name]}, the option that decides it")
+    optimization: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload:
+        optimization["offload_optimizer"] = {"device": "cpu"}
+    ours = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip_norm,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": optimization,
+    }  # fmt: skip
+    return _merged(ours, config.extra)
+
+
+def _merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for name, value in extra.items():
+        inside = merged.get(name)
+        merged[name] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+class DeepSpeedEngine(Engine):
+    """Many processes. What a checkpoint holds is whole, so other ranks or another stage go on from it."""
+
+    def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, ranks: Ranks) -> None:
+        """Partitions the parameters of ``rule`` as ``config`` says. Raises ConfigError for an option of DeepSpeed's."""
+        super().__init__(rule)
+        zero.check_version()
+        zero.logger.setLevel(logging.ERROR)
+        self.ranks, self.stage = ranks, config.zero_stage
+        optimizer = make_optimizer(optim, rule.trained())
+        settings = deepspeed_config(config, optim.clip_norm)
+        self.engine, *_ = zero.deepspeed.initialize(
+            model=rule, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.keys = ["exp_avg", "exp_avg_sq"] if isinstance(optim, AdamConfig) else []
+        if isinstance(optim, SGDConfig) and optim.momentum:
+            self.keys = ["momentum_buffer"]
+        self.counts = isinstance(optim, AdamConfig)
+        if self.stage == 3:
+            zero.empty_again(rule.net)
+            zero.fetch_current(rule.net)
+        if optim.weight_decay and optim.decay_towards == "initial":
+            pull_to_start(zero.inner(self.engine, self.stage), zero.partitions(self.engine, self.stage), optim)
+
+    def __call__(self, batch: Batch) -> StepOutput:
+        """Run the rule on this rank's part of a batch."""
+        return self.engine(batch)
+
+    def backward(self, surrogate: Tensor, last: bool = True) -> None:
+        """Add to the gradient; DeepSpeed, which takes the mean over ranks, sums them over ranks with the last part."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(surrogate * self.ranks.size, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # counts the part, and no more
+
+    def step(self, lr: float | None = None) -> None:
+        """Apply the update on all ranks."""
+        if lr is not None:
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = lr
+        self.engine.step()
+
+    def forget(self) -> None:
+        """Forget the gradient without an update."""
+        self.engine.optimizer.zero_grad()
+
+    def state(self) -> Tensors:
+        """Whole tensors, on the first rank; a collective of all."""
+        model = {
+            name: self._kept(zero.whole_weight(parameter, self.stage))
+            for name, parameter in self.rule.net.named_parameters()
+        }
+        model |= {name: self._kept(buffer) for name, buffer in self.rule.net.named_buffers()}
+        optimizer = {
+            f"{index}.{key}": self._kept(zero.whole_state(self.engine, parameter, key, self.stage))
+            for index, parameter in enumerate(self.rule.trained())
+            for key in self.keys
+        }
+        if self.counts:
+            states = zero.inner(self.engine, self.stage).state
+            steps = next(iter(states.values()))["step"]
+            optimizer |= {f"{index}.step": self._kept(steps) for index, _ in enumerate(self.rule.trained())}
+        return {"model": model, "optimizer": optimizer} if self.ranks.first else {"model": {}, "optimizer": {}}
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True) if self.ranks.first else tensor.new_empty(0)
+
+    def load(self, tensors: Tensors) -> None:
+        """Set everything from the first rank's tensors; a collective of all."""
+        for name, parameter in self.rule.net.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            zero.set_weight(parameter, self._shared(tensors["model"].get(name), shape, parameter), self.stage)
+        for name, buffer in self.rule.net.named_buffers():
+            buffer.copy_(self._shared(tensors["model"].get(name), buffer.shape, buffer))
+        steps = self.ranks.of_first(lambda: tensors["optimizer"].get("0.step", torch.zeros(())).item())
+        zero.make_states(self.engine, self.keys, steps if self.counts else None, self.stage)
+        for index, parameter in enumerate(self.rule.trained()):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            for key in self.keys:
+                value = self._shared(tensors["optimizer"].get(f"{index}.{key}"), shape, parameter)
+                zero.set_state(self.engine, parameter, key, value, self.stage)
+
+    def _shared(self, value: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+        whole = like.new_empty(shape) if value is None else value.to(like)
+        return self.ranks.broadcast(whole.contiguous())

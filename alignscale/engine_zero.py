@@ -1,0 +1,122 @@
+"""What touches DeepSpeed's internals: whole weights and optimizer states of any ZeRO stage. For DeepSpeed 0.19.8 alone.
+
+It stands alone because it is the one place that another DeepSpeed can break, and part of the reason why Align moves a
+third less under ZeRO 3: after the forward pass a layer's weight is not needed any more, so it is never gathered again.
+The other part is the port of alignscale/nets/layers.py, which lends a released parameter its shape.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignscale.choices import ConfigError
+from alignscale.nets.network import Network
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the imports below
+
+import deepspeed
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)  # fmt: skip
+
+__all__ = ["deepspeed", "logger"]
+
+VERSION = "0.19.8"
+for _call in ("all_gather_into", "reduce_scatter"):  # DeepSpeed's, which this torch has other names for
+    warnings.filterwarnings("ignore", rf"`torch\.distributed\.{_call}_tensor` is deprecated", FutureWarning)
+
+
+def check_version() -> None:
+    """Raise ConfigError for a DeepSpeed whose internals are not known to be these."""
+    found = deepspeed.__version__.partition("+")[0]
+    if found != VERSION:
+        raise ConfigError(
+            f"engine=deepspeed: expected DeepSpeed {VERSION}, found {found}; pip install deepspeed=={VERSION}"
+        )
+
+
+def empty_again(net: Network) -> None:
+    """Make a parameter that ZeRO 3 has released, and the port has lent its shape, empty once it has its gradient."""
+
+    def withdraw(parameter: Any) -> None:
+        if parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel():
+            parameter.data = parameter.data.new_empty(0)
+
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(withdraw)
+
+
+def fetch_current(net: Network) -> None:
+    """Let ``net.current`` gather a layer's weight and bias from all ranks, which have to ask for it together."""
+
+    def current(index: int) -> tuple[Tensor, Tensor | None]:
+        held = [parameter for parameter in net.layers[index].held if parameter is not None]
+        with deepspeed.zero.GatheredParameters(held):
+            whole = [parameter.detach().clone() for parameter in held]
+        return whole[0], whole[1] if len(whole) > 1 else None
+
+    net.current = current
+
+
+def partitions(engine: Any, stage: int) -> list[Tensor]:
+    """The tensors that the optimizer updates: the parameters themselves, or this rank's parts of them."""
+    if stage == 0:
+        return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+    name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
+    return list(getattr(engine.optimizer, name))
+
+
+def inner(engine: Any, stage: int) -> torch.optim.Optimizer:
+    """torch's optimizer inside of DeepSpeed's."""
+    return engine.optimizer if stage == 0 else engine.optimizer.optimizer
+
+
+def whole_weight(parameter: nn.Parameter, stage: int) -> Tensor:
+    """A parameter in fp32, whole. A collective of all ranks."""
+    if stage and parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)
+    with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+        return parameter.detach().clone()
+
+
+def whole_state(engine: Any, parameter: nn.Parameter, key: str, stage: int) -> Tensor:
+    """An optimizer's state of a parameter, whole. A collective of all ranks."""
+    if stage == 0:
+        return inner(engine, 0).state[parameter][key]
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def set_weight(parameter: nn.Parameter, value: Tensor, stage: int) -> None:
+    """Set a parameter, whole on all ranks, and this rank's part of its fp32 copy; not one that stays as it began."""
+    if not parameter.requires_grad:
+        return
+    if stage:
+        safe_set_full_fp32_param(parameter, value)
+    if stage < 3:
+        parameter.data.copy_(value)
+
+
+def make_states(engine: Any, keys: Sequence[str], steps: float | None, stage: int) -> None:
+    """The optimizer's states, which are made at its first step, as zeros; steps: how many it has made, for Adam."""
+    optimizer = inner(engine, stage)
+    for part in partitions(engine, stage):
+        optimizer.state[part] = {key: torch.zeros_like(part) for key in keys}
+        if steps is not None:
+            optimizer.state[part]["step"] = torch.tensor(steps, dtype=torch.float32, device=part.device)
+
+
+def set_state(engine: Any, parameter: nn.Parameter, key: str, value: Tensor, stage: int) -> None:
+    """Set an optimizer's state of a parameter from the whole of it."""
+    if stage == 0:
+        inner(engine, 0).state[parameter][key].copy_(value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)

@@ -1,0 +1,79 @@
+"""Bytes that torch.distributed's collectives move in this process, counted from outside of the program under test.
+
+Imported before DeepSpeed, which keeps references to the functions. A size is that of the whole tensor, gathered or to
+be scattered, on this rank. A collective that is made of another one is counted once.
+"""
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+COUNTED: Counter[str] = Counter()
+WHOLE = {
+    "all_gather": ("tensor_list",),
+    "all_gather_into_tensor": ("output_tensor",),
+    "all_gather_single": ("output_tensor", "output"),
+    "all_reduce": ("tensor",),
+    "all_to_all_single": ("output",),
+    "broadcast": ("tensor",),
+    "reduce": ("tensor",),
+    "reduce_scatter": ("input_list",),
+    "reduce_scatter_single": ("input_tensor", "input"),
+    "reduce_scatter_tensor": ("input",),
+    "send": ("tensor",),
+}
+"""Of each collective, the argument that holds the whole tensor, under the names that versions of torch give it."""
+_inside = False
+
+
+def size(value: Any) -> int:
+    """Bytes of a tensor or of a list of them."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(size(part) for part in value)
+
+
+def counting(name: str, names: tuple[str, ...], collective: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(collective)
+
+    @functools.wraps(collective)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        global _inside
+        if _inside:
+            return collective(*arguments, **options)
+        given = signature.bind(*arguments, **options).arguments
+        COUNTED[name] += size(next(given[one] for one in names if one in given))
+        _inside = True
+        try:
+            return collective(*arguments, **options)
+        finally:
+            _inside = False
+
+    return counted
+
+
+for _name, _names in WHOLE.items():
+    if hasattr(dist, _name):
+        _counted = counting(_name, _names, getattr(dist, _name))
+        setattr(dist, _name, _counted)
+        setattr(distributed_c10d, _name, _counted)
+
+
+def reset() -> None:
+    COUNTED.clear()
+
+
+def gathered() -> int:
+    """Bytes of all all-gathers since the reset."""
+    return sum(count for name, count in COUNTED.items() if name.startswith("all_gather"))
+
+
+def scattered() -> int:
+    """Bytes of all reduce-scatters since the reset."""
+    return sum(count for name, count in COUNTED.items() if name.startswith("reduce_scatter"))

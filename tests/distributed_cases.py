@@ -1,0 +1,208 @@
+"""What each rank of a launch of torchrun does: trains cases with DeepSpeed, and the same ones in one process.
+
+    torchrun --nproc-per-node=2 tests/distributed_cases.py FILE [--all]
+
+Rank 0 writes a row for each case to FILE: how far losses and weights are from those of the local engine, and the bytes
+that the ranks exchanged a step.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import collective_bytes
+import torch
+from cases import NETS, RULE_NAMES
+
+from alignscale.choices import (
+    AdamConfig,
+    ConvConfig,
+    DeepSpeedConfig,
+    EngineConfig,
+    MLPConfig,
+    NetConfig,
+    OptimConfig,
+    RuleConfig,
+    SGDConfig,
+)  # fmt: skip
+from alignscale.data.examples import Examples, stream
+from alignscale.data.plan import Plan
+from alignscale.distributed import Ranks, joined
+from alignscale.learner import Learner
+from alignscale.rules import RULES
+from alignscale.rules.feedback import SignSymmetricConfig
+from alignscale.types import Batch
+
+EXAMPLES, BATCH, STEPS = 111, 37, 20
+STAGE_3 = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+SGD = SGDConfig(lr=0.03, momentum=0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One training of 20 steps."""
+
+    net: str
+    norm: str
+    rule: str
+    stage: int
+    optim: str = "sgd"
+    parts: int = 1
+    options: str = ""
+
+    def __str__(self) -> str:
+        words = [self.net, self.norm, self.rule, f"zero{self.stage}", self.optim, f"parts{self.parts}", self.options]
+        return "-".join(word for word in words if word)
+
+
+OPTIMS: dict[str, OptimConfig] = {
+    "sgd": SGD,
+    "adam": AdamConfig(lr=1e-3),
+    "decay": SGDConfig(lr=0.03, momentum=0.9, weight_decay=0.1, decay_towards="initial"),
+    "clip": SGDConfig(lr=0.2, clip_norm=0.01),
+    "adamw": AdamConfig(name="adamw", lr=1e-3, weight_decay=0.1, decay_towards="initial"),
+}
+NETS |= {
+    "wide": (MLPConfig(width=128, depth=3), (1, 8, 8)),
+    "wide_conv": (ConvConfig(name="wide_conv", width=24, strides=[1, 2], gain=1.3), (4, 6, 6)),
+}
+CHOSEN = ("mlp", "conv3", "conv_stride4", "conv7", "rnn")
+
+
+def table() -> list[Case]:
+    """Every rule with every net, norm and stage."""
+    every = itertools.product(CHOSEN, ("none", "batch", "calibrated"), RULE_NAMES, range(4))
+    return [Case(*values) for values in every]
+
+
+def pairwise() -> list[Case]:
+    """A few cases that hold every pair of net, norm, rule and stage, and one of each other option at each stage."""
+    left = {pair for case in table() for pair in pairs(case)}
+    chosen: list[Case] = []
+    while left:
+        best = max(table(), key=lambda case: len(left & pairs(case)))
+        chosen.append(best)
+        left -= pairs(best)
+    others = [
+        Case("mlp", "batch", "align_ada", stage, optim, parts, options)
+        for stage in range(4)
+        for optim, parts, options in (
+            ("adam", 1, ""), ("decay", 1, ""), ("clip", 1, ""), ("adamw", 2, ""), ("sgd", 3, ""),
+            ("sgd", 1, "partitioned"), ("sgd", 1, "regenerated"), ("sgd", 1, "offload"),
+        )
+    ]  # fmt: skip
+    return chosen + others
+
+
+def traffic() -> list[Case]:
+    """What the bytes of ZeRO 3 are counted for."""
+    rules = ("backprop", "align_ada", "align_zero", "align_prop", "feedback_alignment")
+    cases = [Case(net, "none", rule, 3) for net in ("wide", "wide_conv") for rule in rules]
+    return [
+        *cases,
+        *(Case("wide", "none", rule, 3, options=how) for rule in rules for how in ("regenerated", "partitioned")),
+    ]
+
+
+def pairs(case: Case) -> set[tuple[tuple[str, Any], ...]]:
+    values = [(name, getattr(case, name)) for name in ("net", "norm", "rule", "stage")]
+    return set(itertools.combinations(values, 2))
+
+
+def learner(case: Case, engine: EngineConfig, ranks: Ranks) -> Learner:
+    config, shape = NETS[case.net]
+    name, _, magnitude = case.rule.partition("/")
+    rule: RuleConfig = SignSymmetricConfig(magnitude=magnitude) if magnitude else RULES[name].options(name=name)
+    net: NetConfig = dataclasses.replace(config, norm=case.norm)
+    keeping = case.options if case.options in ("partitioned", "regenerated") else "stored"
+    made = Learner(
+        net, shape, 3, rule, OPTIMS[case.optim], seed=1, frozen_weights=keeping, engine=engine, ranks=ranks,
+        state_rows=BATCH,
+    )  # fmt: skip
+    if case.norm == "calibrated":
+        made.calibrate(images(shape))
+    return made
+
+
+def images(shape: Sequence[int]) -> torch.Tensor:
+    return torch.randn(EXAMPLES, *shape, generator=torch.Generator().manual_seed(3))
+
+
+def examples(case: Case) -> Examples:
+    labels = torch.randint(3, (EXAMPLES,), generator=torch.Generator().manual_seed(4))
+    return Examples.whole(images(NETS[case.net][1]), labels, 3, "x")
+
+
+def batches(case: Case, made: Learner) -> Iterator[tuple[int, list[Batch]]]:
+    plan = Plan(EXAMPLES, BATCH, 0)
+    return stream(examples(case), plan, made.encoding, 0, STEPS, case.parts, 1, made.ranks.part)
+
+
+def train(case: Case, made: Learner) -> list[float]:
+    return [made.update(parts, made.lr)[0] for _, parts in batches(case, made)]
+
+
+def row(case: Case, ranks: Ranks) -> dict[str, Any]:
+    """The case with DeepSpeed on all ranks, beside the same in this process alone."""
+    alone = learner(case, EngineConfig("local"), Ranks())
+    expected = train(case, alone)
+    zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 else {}
+    engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3, offload=case.options == "offload")
+    made = learner(case, engine, ranks)
+    collective_bytes.reset()
+    found = train(case, made)
+    counted = dict(collective_bytes.COUNTED)
+    weights, wanted = made.engine.state()["model"], alone.engine.state()["model"]
+    distance = 0.0
+    if ranks.first:
+        assert weights.keys() == wanted.keys()
+        off, whole = (
+            sum(tensor.double().square().sum().item() for tensor in tensors)
+            for tensors in ([weights[name] - one for name, one in wanted.items()], wanted.values())
+        )
+        distance = (off / whole) ** 0.5
+    scores = made.evaluate(examples(case).images, examples(case).labels, 20)
+    same = alone.evaluate(examples(case).images, examples(case).labels, 20)
+    first = made.encoding.batch(examples(case), torch.arange(20), 0)
+    cosine = max(abs(a - b) for a, b in zip(made.cosines(first), alone.cosines(first), strict=True))
+    return {
+        "case": str(case), "ranks": ranks.size, "psi": padded(made, ranks.size),
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)),
+        "weights": distance, "accuracy": [scores["accuracy"], same["accuracy"]], "cosine": cosine,
+        "evaluation_loss": abs(scores["loss"] - same["loss"]) / same["loss"],
+        "bytes": {name: count / STEPS for name, count in counted.items()},
+    }  # fmt: skip
+
+
+def padded(made: Learner, ranks: int) -> int:
+    """Bytes of all parameters, each padded to the same length on every rank."""
+    sizes = [layer.shape for layer in made.net.layers] + [
+        layer.shape[:1] for layer in made.net.layers if layer.held[1] is not None
+    ]
+    return sum(4 * ranks * -(-math.prod(shape) // ranks) for shape in sizes)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    with joined(torch.device("cpu"), 120.0) as ranks:
+        cases = table() if "--all" in sys.argv else pairwise() + traffic()
+        chosen = [case for case in cases if len(sys.argv) < 4 or sys.argv[3] in str(case)]
+        for case in chosen:
+            rows.append(row(case, ranks))
+            if ranks.first and "-v" in sys.argv:
+                print({key: value for key, value in rows[-1].items() if key != "bytes"}, flush=True)
+    if ranks.first:
+        Path(sys.argv[1]).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
