@@ -4,8 +4,11 @@ It stands alone so that all else works on one rank or on many without asking whi
 """
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 Made = TypeVar("Made")
+BEAT = 2.0
+"""Seconds from one sign of life of a rank to the next."""
+LOST = 4
+"""The exit status of a rank that has lost another one."""
 
 
 class RankError(RuntimeError):
@@ -33,6 +40,7 @@ class Ranks:
     size: int = 1
     local: int = 0
     store: Any = None
+    heart: "Heart | None" = None
 
     @property
     def first(self) -> bool:
@@ -100,9 +108,9 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
     def beat(self, step: int, phase: str) -> None:
-        """Tell the others where this rank is: for the message of the one that waits in vain."""
-        if self.store is not None:
-            self.store.set(f"beat/{self.rank}", f"{step} {phase}")
+        """Note where this rank is, for the message of one that waits for it in vain."""
+        if self.heart is not None:
+            self.heart.at(f"step {step} ({phase})")
 
     def explained(self, problem: Exception) -> Exception:
         """The error to raise for one that broke off a step: it tells the other ranks, or it tells of them."""
@@ -112,29 +120,73 @@ class Ranks:
             self.store.set("failed", f"rank {self.rank}: {problem}")
             problem.args = (f"rank {self.rank}: {problem}",)
             return problem
-        places: dict[str, list[str]] = {}
-        failed = None
-        for rank in range(self.size):
-            try:
-                failed = failed or (self.store.get("failed").decode() if self.store.check(["failed"]) else None)
-                seen = self.store.get(f"beat/{rank}").decode() if self.store.check([f"beat/{rank}"]) else "0 start"
-            except RuntimeError:  # the store went with the rank that held it
-                seen = "? unknown"
-            places.setdefault(seen, []).append(str(rank))
-        where = "; ".join(f"rank {', '.join(ranks)} last seen at step {place}" for place, ranks in places.items())
-        cause = " ".join(str(problem).split())[:200]
+        failed = self._stored("failed")
+        if failed:
+            return RankError(failed, told=True)
+        where, _ = self.whereabouts()
+        cause = " ".join(str(problem).split())[:160]
         return RankError(
-            failed
-            or f"rank {self.rank} of {self.size} has lost another one, which ended or was too slow: {where}. Look for "
-            f"its own message; the same command goes on from the last checkpoint ({cause})",
-            told=failed is not None,
+            f"rank {self.rank} of {self.size}: another rank ended ({where}). See its own message; the same command "
+            f"goes on from the last checkpoint. ({cause})"
         )
+
+    def whereabouts(self) -> tuple[str, int]:
+        """Where the ranks were last heard of, those that are late by name, and the first that is not late."""
+        heard = {}
+        for rank in range(self.size):
+            when, _, place = (self._stored(f"beat/{rank}") or "0 the start").partition(" ")
+            heard[rank] = (float(when), place)
+        newest = max(when for when, _ in heard.values())
+        late = {rank: f"rank {rank} at {heard[rank][1]}" for rank in heard if newest - heard[rank][0] > 3 * BEAT}
+        words = (
+            f"last heard of: {', '.join(late.values())}"
+            if late
+            else f"all are alive, this one at {heard[self.rank][1]}"
+        )
+        return words, min(heard.keys() - late.keys())
+
+    def _stored(self, key: str) -> str | None:
+        try:
+            return self.store.get(key).decode() if self.store.check([key]) else None
+        except RuntimeError:  # the store went with the rank that held it
+            return None
+
+
+class Heart(threading.Thread):
+    """Tells the other ranks every few seconds where this one is, also while it waits for them."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+        super().__init__(daemon=True)
+        self.ranks, self.timeout, self.ended = Ranks(rank, size, store=store), timeout, threading.Event()
+        self.at("the start")
+
+    def at(self, place: str) -> None:
+        """Note the rank's place; it has ``timeout`` seconds for it."""
+        self.place, self.since = place, time.monotonic()
+
+    def run(self) -> None:
+        """Until it is told to end, or the store is gone.
+
+        A rank that waits too long ends with its process: what it waits in listens to nothing.
+        """
+        with suppress(RuntimeError):
+            while not self.ended.wait(BEAT):
+                self.ranks.store.set(f"beat/{self.ranks.rank}", f"{time.time():.1f} {self.place}")
+                if time.monotonic() - self.since > self.timeout:
+                    where, speaker = self.ranks.whereabouts()
+                    if speaker == self.ranks.rank:
+                        message = f"error: no progress in {self.timeout:g} s at {self.place} ({where})"
+                        print(f"{message}; engine.timeout says how long to wait", file=sys.stderr, flush=True)
+                    os._exit(LOST)
 
 
 def launched() -> Ranks | None:
     """The ranks that torchrun, or whoever set its variables, started; None for a process that was started alone."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return Ranks(*(int(os.environ[name]) for name in names[:3])) if all(name in os.environ for name in names) else None
+    if not all(name in os.environ for name in names):
+        return None
+    rank, size, local = (int(os.environ[name]) for name in names[:3])
+    return Ranks(rank, size, local)
 
 
 @contextmanager
@@ -148,5 +200,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     group, beats = (dist.PrefixStore(name, store) for name in ("group", "alignscale"))  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.size, timeout=limit)
-    yield Ranks(ranks.rank, ranks.size, ranks.local, beats)
+    heart = Heart(beats, ranks.rank, ranks.size, timeout)
+    heart.start()
+    yield Ranks(ranks.rank, ranks.size, ranks.local, beats, heart)
+    heart.ended.set()
     dist.destroy_process_group()  # not after an error, where other ranks may be gone

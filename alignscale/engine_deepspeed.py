@@ -123,7 +123,9 @@ class DeepSpeedEngine(Engine):
         """Set everything from the first rank's tensors; a collective of all."""
         for name, parameter in self.rule.net.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            zero.set_weight(parameter, self._shared(tensors["model"].get(name), shape, parameter), self.stage)
+            zero.set_weight(
+                self.engine, parameter, self._shared(tensors["model"].get(name), shape, parameter), self.stage
+            )
         for name, buffer in self.rule.net.named_buffers():
             buffer.copy_(self._shared(tensors["model"].get(name), buffer.shape, buffer))
         steps = self.ranks.of_first(lambda: tensors["optimizer"].get("0.step", torch.zeros(())).item())

@@ -95,13 +95,15 @@ def whole_state(engine: Any, parameter: nn.Parameter, key: str, stage: int) -> T
     return safe_get_full_optimizer_state(parameter, key)
 
 
-def set_weight(parameter: nn.Parameter, value: Tensor, stage: int) -> None:
+def set_weight(engine: Any, parameter: Any, value: Tensor, stage: int) -> None:
     """Set a parameter, whole on all ranks, and this rank's part of its fp32 copy; not one that stays as it began."""
     if not parameter.requires_grad:
         return
-    if stage:
+    if stage == 3:
+        parameter.ds_tensor.data.copy_(_set_part(engine, parameter, value, None))
+    elif stage:
         safe_set_full_fp32_param(parameter, value)
-    if stage < 3:
+    if parameter.numel():  # else released
         parameter.data.copy_(value)
 
 
@@ -112,11 +114,25 @@ def make_states(engine: Any, keys: Sequence[str], steps: float | None, stage: in
         optimizer.state[part] = {key: torch.zeros_like(part) for key in keys}
         if steps is not None:
             optimizer.state[part]["step"] = torch.tensor(steps, dtype=torch.float32, device=part.device)
+    if stage in (1, 2):  # DeepSpeed maps parameters to states after its first step
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def set_state(engine: Any, parameter: nn.Parameter, key: str, value: Tensor, stage: int) -> None:
     """Set an optimizer's state of a parameter from the whole of it."""
     if stage == 0:
         inner(engine, 0).state[parameter][key].copy_(value)
+    elif stage == 3:
+        _set_part(engine, parameter, value, key)
     else:
         safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _set_part(engine: Any, parameter: Any, value: Tensor, key: str | None) -> Tensor:
+    """Set this rank's part of a weight or state under ZeRO 3; DeepSpeed's own call fails where parts are unequal."""
+    part, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+    begin = part.numel() * torch.distributed.get_rank()
+    own = value.flatten()[begin : begin + part.numel()]
+    part.data.copy_(torch.nn.functional.pad(own, (0, part.numel() - own.numel())))
+    return part

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,13 +28,15 @@ from safetensors import SafetensorError
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
-from alignscale.distributed import RankError, Ranks, launched
+from alignscale.distributed import LOST, RankError, Ranks, launched
 from alignscale.interrupts import Interrupted
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
+PATIENCE = 60.0
+"""Seconds that the others wait until they end: torchrun ends them all when one has, and the first is to speak."""
 
 
 def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -109,19 +112,19 @@ def guarded(work: Callable[[], None]) -> None:
     except Diverged as problem:
         sys.exit(_say(problem, 3))
     except Interrupted as problem:
-        with suppress(OSError):
-            print(problem if FIRST else "", end="\n" if FIRST else "", file=sys.stderr)
-        sys.exit(128 + problem.signum)
+        sys.exit(_say(problem, 128 + problem.signum, "stopped"))
     except RankError as problem:
         if not problem.told:
             print(f"error: {problem}", file=sys.stderr)
-        sys.exit(4)
+        sys.exit(LOST)
     except KeyboardInterrupt:
         sys.exit(_say(INTERRUPTED, 130))
 
 
-def _say(problem: object, status: int) -> int:
+def _say(problem: object, status: int, word: str = "error") -> int:
     if FIRST:
         with suppress(OSError):
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"{word}: {problem}", file=sys.stderr)
+    else:
+        time.sleep(PATIENCE)
     return status

@@ -1,0 +1,329 @@
+"""Claims about training on several ranks: real processes of torchrun, gloo and DeepSpeed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_cases import same, weights
+
+from alignscale.checkpoint import complete
+from alignscale.choices import ConfigError, DeepSpeedConfig
+from tools import evaluate as tool
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).parents[1]
+EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache/torch_extensions"))
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "TORCH_EXTENSIONS_DIR": EXTENSIONS,
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+RUN = [
+    "net=mlp",
+    "net.width=32",
+    "net.depth=2",
+    "batch_size=37",
+    "optim.momentum=0.9",
+    "optim.lr=0.1",
+    "log.progress=false",
+]
+
+
+LONG = ["epochs=4000", "engine=deepspeed", "engine.timeout=15"]
+
+
+def torchrun(ranks: int, *command: str, restarts: int = 0, port: int = 0) -> list[str]:
+    given = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *command]
+    return [sys.executable, "-m", "torch.distributed.run", *given]
+
+
+def run(ranks: int, *options: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        torchrun(ranks, "launch/train.py", *RUN, *options, restarts=restarts),
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def alone(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "launch/train.py", *RUN, "threads=1", *options],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())["runs"][0]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """The rows of tests/distributed_cases.py for a number of ranks, made once."""
+    found: dict[int, list[dict[str, Any]]] = {}
+
+    def of(ranks: int, *options: str) -> list[dict[str, Any]]:
+        if ranks not in found:
+            path = tmp_path_factory.mktemp("rows") / "rows.json"
+            done = subprocess.run(
+                torchrun(ranks, "tests/distributed_cases.py", str(path), *options),
+                cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=3000, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-5000:]
+            found[ranks] = json.loads(path.read_text())
+        return found[ranks]
+
+    return of
+
+
+def check_equal(found: list[dict[str, Any]]) -> None:
+    for row in found:
+        adam = "adam" in row["case"]
+        assert row["loss"] < (1e-4 if adam else 1e-5), row
+        assert adam or row["weights"] < 1e-5, row
+        assert row["accuracy"][0] == row["accuracy"][1], row
+        assert row["evaluation_loss"] < 1e-5, row
+        assert row["cosine"] < 1e-5, row
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_rule_net_and_stage_trains_to_the_local_engines_result(ranks: int, rows: Callable[..., Any]) -> None:
+    found = rows(ranks)
+    assert len(found) > 90
+    check_equal(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_whole_table_trains_to_the_local_engines_result(rows: Callable[..., Any]) -> None:
+    check_equal(rows(3, "--all"))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_align_needs_the_current_weights_once_and_backprop_twice(ranks: int, rows: Callable[..., Any]) -> None:
+    found = {row["case"]: row for row in rows(ranks) if row["case"].startswith("wide")}
+    assert len(found) == 20
+    for case, row in found.items():
+        gathered = sum(count for name, count in row["bytes"].items() if name.startswith("all_gather")) / row["psi"]
+        scattered = sum(count for name, count in row["bytes"].items() if name.startswith("reduce_scatter")) / row["psi"]
+        assert scattered == pytest.approx(1, rel=0.01), case
+        if "partitioned" not in case or "feedback" in case:
+            assert gathered == pytest.approx(2 if "backprop" in case else 1, rel=0.01), case
+    extra = {rule: found[f"wide-none-{rule}-zero3-sgd-parts1-partitioned"] for rule in ("align_prop", "align_ada")}
+    assert 1.7 < extra["align_prop"]["bytes"]["all_gather_into_tensor"] / extra["align_prop"]["psi"] < 1.9
+    assert 2.7 < extra["align_ada"]["bytes"]["all_gather_into_tensor"] / extra["align_ada"]["psi"] < 2.9
+
+
+def test_our_options_become_deepspeeds() -> None:
+    from alignscale.engine_deepspeed import deepspeed_config
+
+    config = DeepSpeedConfig(
+        zero_stage=3, offload=True, extra={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+    )
+    assert deepspeed_config(config, 0.5) == {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "overlap_comm": False},
+        "wall_clock_breakdown": True,
+    }
+    with pytest.raises(ConfigError, match=r"engine\.extra: bf16: expected precision, the option that decides it"):
+        deepspeed_config(DeepSpeedConfig(extra={"bf16": {"enabled": True}}), 0.0)
+
+
+def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignscale import engine_zero
+
+    monkeypatch.setattr(engine_zero.deepspeed, "__version__", "0.20.0")
+    with pytest.raises(ConfigError, match=r"expected DeepSpeed 0\.19\.8, found 0\.20\.0; pip install"):
+        engine_zero.check_version()
+
+
+def test_one_command_trains_on_two_ranks_to_the_result_of_one_in_one_folder(tmp_path: Path) -> None:
+    both = run(2, f"run.dir={tmp_path / 'two'}", "epochs=2", "evaluation.splits=[train]", "engine=auto")
+    assert both.returncode == 0, both.stderr
+    assert len(re.findall("folder: ", both.stdout)) == 1
+    assert len(re.findall("test accuracy", both.stdout)) == 1
+    assert "engine: deepspeed, 2 ranks, ZeRO 1" in both.stdout
+    single = alone(f"run.dir={tmp_path / 'one'}", "epochs=2", "evaluation.splits=[train]")
+    assert single.returncode == 0, single.stderr
+    ours, theirs = (result(tmp_path / name) for name in ("two", "one"))
+    assert ours["ranks"] == 2
+    for mine, other in zip(ours["curve"], theirs["curve"], strict=True):
+        assert mine["test_accuracy"] == other["test_accuracy"]
+        assert mine["train_top5"] == other["train_top5"]
+        assert mine["test_loss"] == pytest.approx(other["test_loss"], rel=1e-5)
+        assert mine["train_loss"] == (other["train_loss"] and pytest.approx(other["train_loss"], rel=1e-5))
+        assert mine["update_cosine"] == pytest.approx(other["update_cosine"], abs=1e-5)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("two", "one")]
+    assert len(lines[0]) == len(lines[1])
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    assert tool.scores(tmp_path / "two", "last", ["test"], None)[0]["accuracy"] == ours["test"]["accuracy"]
+
+
+def stopped(ranks: int, folder: Path, number: int, *options: str, at: int = 30) -> subprocess.CompletedProcess[str]:
+    """A run that gets a signal when it has made a checkpoint at step ``at``."""
+    command = torchrun(ranks, "launch/train.py", *RUN, "checkpoint.every_steps=10", f"run.dir={folder}", *options)
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: any(int(path.name[5:]) >= at for path in complete(folder / "checkpoints")))
+        for child in children(process.pid)[:1]:
+            os.kill(child, number)
+        out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """The ranks' processes, in their order."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return sorted(int(line) for line in listed.stdout.split())
+
+
+@pytest.mark.parametrize(("stage", "optim"), [(3, "sgd"), (2, "adam")])
+def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_to_the_same_bits(
+    tmp_path: Path, stage: int, optim: str
+) -> None:
+    options = [f"engine.zero_stage={stage}", "engine=deepspeed", "epochs=6", "schedule=cosine"]
+    options += [f"optim={optim}", *(["optim.lr=0.001"] if optim == "adam" else [])]
+    given = [option for option in options if optim == "sgd" or not option.startswith("optim.m")]
+    rest = [option for option in RUN if optim == "sgd" or not option.startswith("optim.")]
+    whole = subprocess.run(
+        torchrun(3, "launch/train.py", *rest, *given, "checkpoint.every_steps=10", f"run.dir={tmp_path / 'whole'}"),
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    RUN_ = [*rest, *given, "checkpoint.every_steps=10", f"run.dir={tmp_path / 'run'}"]
+    command = torchrun(3, "launch/train.py", *RUN_)
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len(complete(tmp_path / "run/checkpoints")) > 1)
+        os.kill(children(process.pid)[1], signal.SIGUSR2)
+        _, err = process.communicate(timeout=120)
+    assert len(re.findall("stopped by signal 12 after step", err)) == 1, err
+    again = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step" in again.stdout
+    assert "warning: not as before" not in again.stdout
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert result(tmp_path / "run")["curve"] == result(tmp_path / "whole")["curve"]
+
+
+def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    options = ["epochs=4", "schedule=cosine", "optim.weight_decay=0.01", "optim.decay_towards=initial"]
+    whole = alone(*options, f"run.dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    expected = torch.cat([one.flatten() for one in weights(tmp_path / "whole").values()])
+    for stage, ranks, then in ((3, 3, (2, "engine.zero_stage=1")), (1, 2, (4, "engine.zero_stage=3")), (3, 2, (0, ""))):
+        folder = tmp_path / f"{stage}-{ranks}"
+        first = stopped(ranks, folder, signal.SIGTERM, *options, "engine=deepspeed", f"engine.zero_stage={stage}")
+        assert "stopped by signal 15" in first.stderr, first.stderr
+        more, setting = then
+        how = [*options, "checkpoint.every_steps=10", f"run.dir={folder}"]
+        again = run(more, *how, "engine=deepspeed", setting) if more else alone(*how)
+        assert again.returncode == 0, again.stderr
+        assert "warning: not as before, so the run ends equal to rounding" in again.stdout
+        found = torch.cat([one.flatten() for one in weights(folder).values()])
+        assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("phase", ["step", "save", "evaluation"])
+def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path: Path, phase: str) -> None:
+    options = ["engine=deepspeed", "engine.zero_stage=3", "epochs=6", "checkpoint.every_steps=10"]
+    whole = run(3, *options, f"run.dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    killed = run_killing(3, phase, tmp_path, *options)
+    assert killed.returncode == 0, killed.stderr[-3000:]
+    assert "resumed after step" in killed.stdout
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert result(tmp_path / "run")["curve"] == result(tmp_path / "whole")["curve"]
+
+
+def run_killing(ranks: int, phase: str, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Rank 1 kills itself with SIGKILL in the second such phase after step 60, once."""
+    (tmp_path / "killer.py").write_text(f"""
+import os, pathlib, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from alignscale.distributed import Ranks
+beat, mark = Ranks.beat, pathlib.Path({str(tmp_path / "killed")!r})
+def deadly(self, step, phase):
+    beat(self, step, phase)
+    if self.rank == 1 and phase == {phase!r} and step > 60 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+Ranks.beat = deadly
+sys.path.insert(0, {str(ROOT / "launch")!r})
+sys.argv[0] = {str(ROOT / "launch/train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    command = torchrun(ranks, str(tmp_path / "killer.py"), *RUN, *options, f"run.dir={tmp_path / 'run'}", restarts=2)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert (tmp_path / "killed").exists()
+    return done
+
+
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    command = torchrun(
+        3,
+        "launch/train.py",
+        *RUN,
+        "epochs=4000",
+        "engine=deepspeed",
+        "engine.timeout=20",
+        f"run.dir={tmp_path / 'run'}",
+    )
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len(complete(tmp_path / "run/checkpoints")) > 0)
+        time.sleep(3)
+        os.kill(children(process.pid)[2], signal.SIGSTOP)
+        _, err = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert re.search(r"error: .*last heard of: rank 2 at step \d+ \(\w+\)", err), err[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "status"),
+    [
+        (["optim.lr=1e30"], "the loss is not finite at step", 3),
+        (["data.train_limit=9999"], "data.train_limit=9999: expected at most the 1437 training examples", 2),
+        (["engine=local"], "engine=local: expected one process, found 2", 2),
+        (["rule.magnitude=3"], "rule=align_ada has no option magnitude", 2),
+    ],
+)
+def test_what_stops_all_ranks_is_said_once(tmp_path: Path, options: list[str], message: str, status: int) -> None:
+    done = run(2, f"run.dir={tmp_path / 'run'}", "engine=deepspeed", *options)
+    assert done.returncode != 0
+    assert done.stderr.count(message) == 1, done.stderr
+    assert f"exitcode  : {status}" in done.stderr
+
+
+def test_a_full_disk_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
+    script = f"""
+        mount -t tmpfs -o size=700k none {tmp_path}
+        exec {" ".join(torchrun(2, "launch/train.py", *RUN))} run.dir={tmp_path / "run"} \\
+            epochs=50 engine=deepspeed checkpoint.keep=9 log.tensorboard=false log.every_steps=1
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("No space left on device") == 1, done.stderr[-3000:]
