@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import collective_bytes
 import torch
@@ -193,7 +194,7 @@ def padded(made: Learner, ranks: int) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
-    with joined(torch.device("cpu"), 120.0) as ranks:
+    with joined(torch.device("cpu"), 1800.0) as ranks:
         cases = table() if "--all" in sys.argv else pairwise() + traffic()
         chosen = [case for case in cases if len(sys.argv) < 4 or sys.argv[3] in str(case)]
         for case in chosen:

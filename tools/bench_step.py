@@ -6,6 +6,7 @@ that a machine whose speed drifts spoils neither. Every contender uses the same 
 
     python tools/bench_step.py --net conv3 --width 512 --threads 1
     python tools/bench_step.py --net mlp --width 2048 --depth 4 --rules align_ada,align_zero,readout_only
+    torchrun --nproc-per-node=2 tools/bench_step.py --distributed --net mlp --width 1024 --depth 4 --stages 0,3
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plain_step import plain_step
 
 from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.distributed import joined
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.environment import keep_freed_memory
 from alignscale.files import write_atomic
@@ -88,15 +90,35 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, lis
     return seconds
 
 
-def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure what the command line asks for; the plain step and backprop come first."""
-    config = net_config(arguments.net, arguments.width, arguments.depth)
+def batch_of(arguments: argparse.Namespace) -> Batch:
+    """Random images and labels, the same in every process."""
     shape = arguments.shape or SHAPES[arguments.net]
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(arguments.batch, *shape, generator=generator)
     labels = torch.randint(arguments.classes, (arguments.batch,), generator=generator)
     targets = torch.nn.functional.one_hot(labels, arguments.classes).float() - 0.1
-    batch = Batch(images, targets, [], arguments.batch)
+    return Batch(images, targets, [], arguments.batch)
+
+
+def distributed(arguments: argparse.Namespace) -> int:
+    """The ranks of torchrun together; the first one writes."""
+    from distributed_step import distributed_table, rows  # counts collectives from its import on
+
+    torch.set_num_threads(arguments.threads or 1)
+    config = dataclasses.replace(net_config(arguments.net, arguments.width, arguments.depth), norm="none")
+    with joined(torch.device("cpu"), 600.0) as ranks:
+        found = rows(arguments, config, batch_of(arguments), ranks)
+    if ranks.first:
+        print(f"{arguments.net}, width {arguments.width}, batch {arguments.batch}, {ranks.size} ranks")
+        print(distributed_table(found))
+        if arguments.json:
+            write_atomic(arguments.json, json.dumps(found, indent=1).encode())
+    return 0
+
+
+def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what the command line asks for; the plain step and backprop come first."""
+    config, batch = net_config(arguments.net, arguments.width, arguments.depth), batch_of(arguments)
     wanted = ["backprop", *[rule for rule in arguments.rules if rule != "backprop"]]
     steps = {"plain": plain_step(config, batch, arguments.classes)}
     steps |= {rule: rule_step(config, rule, batch, arguments.classes) for rule in wanted}
@@ -159,6 +181,9 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jacobian", type=_names(JACOBIANS), default=["live"], help="forms of the frozen Jacobian")
     parser.add_argument("--threads", type=_positive, help="by default torch's own number")
     parser.add_argument("--repeats", type=_positive, default=15, help="rounds; a round runs every contender once")
+    parser.add_argument("--distributed", action="store_true", help="under torchrun: DeepSpeed on all ranks, norm none")
+    parser.add_argument("--stages", type=_numbers(range(4)), default=[0, 1, 2, 3], help="of ZeRO, with --distributed")
+    parser.add_argument("--bandwidth", type=_speeds, default=[1.0, 10.0, 100.0], help="GB/s a rank, to project to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     return parser.parse_args(command)
 
@@ -174,6 +199,21 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(lengths) != 3:
         raise argparse.ArgumentTypeError(f"expected C,H,W, found {text!r}")
     return lengths
+
+
+def _numbers(valid: range) -> Callable[[str], list[int]]:
+    names = _names(tuple(str(number) for number in valid))
+    return lambda text: [int(name) for name in names(text)]
+
+
+def _speeds(text: str) -> list[float]:
+    try:
+        speeds = [float(part) for part in text.split(",")]
+    except ValueError:
+        speeds = []
+    if not speeds or min(speeds) <= 0:
+        raise argparse.ArgumentTypeError(f"expected numbers above 0, as 1,10,100, found {text!r}")
+    return speeds
 
 
 def _names(valid: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -194,6 +234,8 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
+        if arguments.distributed:
+            return distributed(arguments)
         measured = rows(arguments)
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)

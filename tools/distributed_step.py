@@ -1,0 +1,185 @@
+"""One step of several rules under DeepSpeed on all ranks of a launch: time, traffic and memory, stage by stage.
+
+For ``bench_step.py --distributed``. Beside each rule runs a minimal hand-written DeepSpeed loop of the same network,
+one step each in turn; traffic is counted around torch's collectives, and memory is the peak of the process while a rule
+alone is there. The projection adds, to the time of a rank's share in one process, what its bytes take at a bandwidth.
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import collective_bytes
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.distributed import Ranks
+from alignscale.learner import Learner
+from alignscale.types import Batch
+
+WARM_UP, MEMORY_STEPS = 3, 3
+NOTHING_KEPT = dict.fromkeys(
+    ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 0
+)
+"""ZeRO 3 that keeps no weight from the forward pass to the backward pass, as it is where they do not fit."""
+
+
+def rows(arguments: argparse.Namespace, config: NetConfig, whole: Batch, ranks: Ranks) -> list[dict[str, Any]]:
+    """A row for each stage and rule, the same on all ranks but for what rank 0 alone prints."""
+    share = ranks.part(len(whole.images))
+    batch = Batch(whole.images[share], whole.targets[share], [], whole.size)
+    rules = ["backprop", *[rule for rule in arguments.rules if rule != "backprop"]]
+    pairs = itertools.product(arguments.stages, rules)
+    found = [measured(arguments, config, batch, ranks, stage, rule) for stage, rule in pairs]
+    for one in found:
+        first = next(row for row in found if (row["zero_stage"], row["rule"]) == (one["zero_stage"], "backprop"))
+        one["ratio_to_backprop"] = one["seconds_median"] / first["seconds_median"]
+    return found
+
+
+def measured(
+    arguments: argparse.Namespace, config: NetConfig, batch: Batch, ranks: Ranks, stage: int, rule: str
+) -> dict[str, Any]:
+    """Measure one rule at one stage."""
+    shape, classes = tuple(batch.images.shape[1:]), arguments.classes
+    settings = {"zero_optimization": NOTHING_KEPT} if stage == 3 else {}
+    engine = DeepSpeedConfig(zero_stage=stage, extra=settings)
+    before = resident(reset=True)
+    learner = Learner(config, shape, classes, rule, SGDConfig(lr=1e-3), engine=engine, ranks=ranks)
+    psi = padded_bytes(learner, ranks.size)
+    for _ in range(MEMORY_STEPS):
+        learner.update([batch], 1e-3)
+    peak = max(ranks.objects(resident() - before))
+    collective_bytes.reset()
+    learner.update([batch], 1e-3)
+    gathered, scattered = collective_bytes.gathered(), collective_bytes.scattered()
+    reduced = collective_bytes.COUNTED["all_reduce"]
+    plain = plain_loop(config, batch, classes, stage, settings, ranks)
+    seconds = in_turn({rule: lambda: learner.update([batch], 1e-3), "plain": plain}, arguments.repeats)
+    alone = Learner(config, shape, classes, rule, SGDConfig(lr=1e-3), engine=EngineConfig("local"))
+    compute = statistics.median(in_turn({rule: lambda: alone.update([batch], 1e-3)}, arguments.repeats)[rule])
+    wire = (gathered + scattered + 2 * reduced) * (ranks.size - 1) / ranks.size
+    return {
+        "net": arguments.net, "width": arguments.width, "batch": arguments.batch, "ranks": ranks.size,
+        "zero_stage": stage, "rule": rule, "psi_bytes": psi,
+        "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": reduced / psi,
+        "peak_bytes": peak, "calculated_bytes": calculated_bytes(psi, ranks.size, stage, rule),
+        "seconds_median": statistics.median(seconds[rule]),
+        "ratio_to_plain": statistics.median(a / b for a, b in zip(seconds[rule], seconds["plain"], strict=True)),
+        "compute_seconds": compute,
+        "projected_seconds": {f"{speed:g} GB/s": compute + wire / (speed * 1e9) for speed in arguments.bandwidth},
+    }  # fmt: skip
+
+
+class PlainNet(nn.Module):
+    """The network in torch's own modules, its scales as factors; norm none. Padding is 1 on every side."""
+
+    def __init__(self, config: NetConfig, shape: tuple[int, ...], classes: int) -> None:
+        """Raises ConfigError for a network that it is not."""
+        super().__init__()
+        if config.norm != "none" or not isinstance(config, MLPConfig | ConvConfig):
+            raise ConfigError(f"--distributed: expected an mlp or a conv net with norm none, found {config.name}")
+        hidden: list[nn.Module] = []
+        sizes = [math.prod(shape), *[config.width] * config.depth] if isinstance(config, MLPConfig) else []
+        hidden += [nn.Linear(inputs, out) for inputs, out in itertools.pairwise(sizes)]
+        strides = config.strides if isinstance(config, ConvConfig) else []
+        channels = [shape[0], *[config.width] * len(strides)]
+        pairs = zip(itertools.pairwise(channels), strides, strict=True)
+        hidden += [nn.Conv2d(inputs, out, 3, stride, 1) for (inputs, out), stride in pairs]
+        self.hidden, self.readout = nn.ModuleList(hidden), nn.Linear(config.width, classes)
+        self.flat, self.scale = not strides, config.gain / math.sqrt(config.width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits."""
+        a = images.flatten(1) if self.flat else images
+        for layer in self.hidden:
+            a = F.relu(layer(a) * self.scale)
+        return self.readout(a if self.flat else a.mean((2, 3))) * self.scale
+
+
+def plain_loop(
+    config: NetConfig, batch: Batch, classes: int, stage: int, settings: dict[str, Any], ranks: Ranks
+) -> Callable[[], object]:
+    """The same network and optimizer as a user of DeepSpeed would write it, with backpropagation."""
+    from alignscale.engine_zero import deepspeed
+
+    module = PlainNet(config, tuple(batch.images.shape[1:]), classes)
+    optimizer = torch.optim.SGD(module.parameters(), 1e-3, fused=True)
+    options = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, **settings.get("zero_optimization", {})},
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options, dist_init_required=False)
+
+    def step() -> None:
+        logits = engine(batch.images)
+        loss = (logits - batch.targets).square().sum() * (ranks.size / (batch.size * classes))
+        engine.backward(loss)
+        engine.step()
+        ranks.totals([loss.item()], logits.device)
+
+    return step
+
+
+def in_turn(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + repeats):
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            begin = time.perf_counter()
+            steps[name]()
+            if turn >= WARM_UP:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def padded_bytes(learner: Learner, ranks: int) -> int:
+    """Psi: bytes of all parameters, each padded to the same length on every rank."""
+    sizes = (getattr(parameter, "ds_numel", parameter.numel()) for parameter in learner.rule.parameters())
+    return sum(4 * ranks * -(-size // ranks) for size in sizes)
+
+
+def calculated_bytes(psi: int, ranks: int, stage: int, rule: str) -> int:
+    """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and the initial weights where they are read."""
+    share = psi / ranks
+    weights, gradient = share if stage == 3 else psi, share if stage >= 2 else psi
+    copy = share if stage else 0
+    frozen = psi if rule.startswith("align") else 0
+    return round(weights + gradient + copy + frozen)
+
+
+def resident(reset: bool = False) -> int:
+    """The peak of the process's resident memory in bytes; reset: forget the peak and give the memory of now."""
+    if reset:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier rule has freed would count as there
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines["VmHWM"].split()[0])
+
+
+def distributed_table(found: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    speeds = list(found[0]["projected_seconds"])
+    head = f"{'ZeRO':>4s} {'rule':24s} {'gather':>7s} {'scatter':>7s} {'reduce':>7s} {'peak MiB':>9s} {'calc MiB':>9s} "
+    head += f"{'ms':>8s} {'/ backprop':>10s} {'/ plain':>8s}" + "".join(f" {speed:>10s}" for speed in speeds)
+    lines = [head]
+    for one in found:
+        projected = "".join(f" {1000 * one['projected_seconds'][speed]:>7.1f} ms" for speed in speeds)
+        lines.append(
+            f"{one['zero_stage']:4d} {one['rule']:24s} {one['all_gather_psi']:7.3f} {one['reduce_scatter_psi']:7.3f} "
+            f"{one['all_reduce_psi']:7.3f} {one['peak_bytes'] / 2**20:9.1f} {one['calculated_bytes'] / 2**20:9.1f} "
+            f"{1000 * one['seconds_median']:8.2f} {one['ratio_to_backprop']:10.3f} {one['ratio_to_plain']:8.3f}"
+            f"{projected}"
+        )
+    lines.append("(gather, scatter, reduce: bytes of a step in units of Psi, the padded bytes of all parameters)")
+    return "\n".join(lines)
