@@ -64,6 +64,8 @@ class Case:
         return "-".join(word for word in words if word)
 
 
+HALF = ("fp16", "bf16")
+
 OPTIMS: dict[str, OptimConfig] = {
     "sgd": SGD,
     "adam": AdamConfig(lr=1e-3),
@@ -93,11 +95,12 @@ def pairwise() -> list[Case]:
         chosen.append(best)
         left -= pairs(best)
     others = [
-        Case("mlp", "batch", "align_ada", stage, optim, parts, options)
+        Case("mlp", "none" if options in HALF else "batch", "align_ada", stage, optim, parts, options)
         for stage in range(4)
         for optim, parts, options in (
             ("adam", 1, ""), ("decay", 1, ""), ("clip", 1, ""), ("adamw", 2, ""), ("sgd", 3, ""),
-            ("sgd", 1, "partitioned"), ("sgd", 1, "regenerated"), ("sgd", 1, "offload"),
+            ("sgd", 1, "partitioned"), ("sgd", 1, "regenerated"), ("sgd", 1, "offload"), ("sgd", 1, "own-moments"),
+            ("sgd", 1, "bf16"), ("sgd", 1, "fp16"),
         )
     ]  # fmt: skip
     return chosen + others
@@ -126,7 +129,8 @@ def learner(case: Case, engine: EngineConfig, ranks: Ranks) -> Learner:
     keeping = case.options if case.options in ("partitioned", "regenerated") else "stored"
     made = Learner(
         net, shape, 3, rule, OPTIMS[case.optim], seed=1, frozen_weights=keeping, engine=engine, ranks=ranks,
-        state_rows=BATCH,
+        state_rows=BATCH, sync_norm=case.options != "own-moments",
+        precision=case.options if case.options in HALF else "fp32",
     )  # fmt: skip
     if case.norm == "calibrated":
         made.calibrate(images(shape))
@@ -154,7 +158,8 @@ def train(case: Case, made: Learner) -> list[float]:
 def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     """The case with DeepSpeed on all ranks, beside the same in this process alone."""
     alone = learner(case, EngineConfig("local"), Ranks())
-    expected = train(case, alone)
+    own = case.options == "own-moments"  # each rank's are those of a part of the batch
+    expected = train(dataclasses.replace(case, parts=ranks.size) if own else case, alone)
     zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 else {}
     engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3, offload=case.options == "offload")
     made = learner(case, engine, ranks)

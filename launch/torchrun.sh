@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Train on several machines without a scheduler: give the same command on each of them.
+#
+#   launch/torchrun.sh NODES HOST[:PORT] OPTIONS...      e.g.  launch/torchrun.sh 2 node0:29500 net.width=4096 engine.zero_stage=3
+#
+# HOST is one of the machines, which all can reach. Ranks on each: the number of its GPUs, or RANKS=4. A machine that is
+# lost is replaced by giving the command on another one; RESTARTS says how often the ranks start again (default 3), each
+# time from the last checkpoint, so run.root or run.dir must be on a disk that all machines share.
+set -euo pipefail
+
+if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]] || [[ $2 == *=* ]]; then
+    printf 'usage: %s NODES HOST[:PORT] OPTIONS...  (the same on every machine; --help of launch/train.py has the options)\n' "$0" >&2
+    exit 2
+fi
+nodes=$1 host=$2
+shift 2
+[[ $host == *:* ]] || host=$host:29500
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+[ -x "$(command -v -- "$python")" ] || { printf 'error: %s: expected an interpreter, found none; make setup, or PYTHON=...\n' "$python" >&2; exit 2; }
+ranks=${RANKS:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
+
+# A store that torchrun shares with the ranks outlives none of them when one is killed; DeepSpeed builds a part of itself.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
+
+exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-3}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$host" --rdzv-id="${RUN_ID:-alignscale}" launch/train.py "$@"
