@@ -31,7 +31,7 @@ from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets import build
 from alignscale.results import read_result
 from alignscale.run import Diverged, Run
-from alignscale.validation import check_data, validate
+from alignscale.validation import check_data, check_ranks, validate
 
 USES = {"train": "training", "validation": "validation", "test": "testing"}
 
@@ -51,6 +51,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
+    check_ranks(config, len(splits["train"]), ranks.size)
     name = run_name(config)
     folder = run_folder(config)
     train = splits["train"]

@@ -173,9 +173,26 @@ def _check_train(config: TrainConfig, train: int) -> None:
         raise ConfigError(
             f"calibration.examples={config.calibration.examples}: expected at most the {train} training examples"
         )
-    for batch in (config.batch_size, train % config.batch_size or config.batch_size):
-        if config.net.norm == "batch" and batch // -(-batch // -(-batch // config.accumulation)) == 1:
-            raise ConfigError(
-                f"batch_size={config.batch_size}, accumulation={config.accumulation}: they make a batch of one "
-                f"example of {train}, which has no batch moments; choose others, or net.norm=none or calibrated"
-            )
+    if config.net.norm == "batch" and smallest_part(config, train) == 1:
+        raise ConfigError(
+            f"batch_size={config.batch_size}, accumulation={config.accumulation}: they make a batch of one "
+            f"example of {train}, which has no batch moments; choose others, or net.norm=none or calibrated"
+        )
+
+
+def smallest_part(config: TrainConfig, train: int) -> int:
+    """Examples in the smallest part of a batch that a run on ``train`` examples makes."""
+    batches = (config.batch_size, train % config.batch_size or config.batch_size)
+    return min(batch // -(-batch // -(-batch // config.accumulation)) for batch in batches)
+
+
+def check_ranks(config: TrainConfig, train: int, ranks: int) -> None:
+    """Check the options that depend on the number of ranks. Raises ConfigError for the first wrong."""
+    if ranks > 1 and isinstance(config.net, RNNConfig) and config.net.initial_state == "trained":
+        raise ConfigError(f"net.initial_state=trained: expected one process, found {ranks} ranks; use zero")
+    least = smallest_part(config, train)
+    if config.net.norm == "batch" and not config.sync_norm and least < 2 * ranks:
+        raise ConfigError(
+            f"sync_norm=false: expected at least 2 examples a rank, found parts of batches of {least} for {ranks} "
+            "ranks; choose another batch_size, or sync_norm=true"
+        )
