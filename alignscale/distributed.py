@@ -3,6 +3,8 @@
 It stands alone so that all else works on one rank or on many without asking which launcher started it.
 """
 
+import atexit
+import functools
 import os
 import sys
 import threading
@@ -119,6 +121,7 @@ class Ranks:
         if not isinstance(problem, dist.DistError) and type(problem) is not RuntimeError:
             self.store.set("failed", f"rank {self.rank}: {problem}")
             problem.args = (f"rank {self.rank}: {problem}",)
+            problem.of_one_rank = True  # type: ignore[attr-defined]
             return problem
         failed = self._stored("failed")
         if failed:
@@ -189,19 +192,28 @@ def launched() -> Ranks | None:
     return Ranks(rank, size, local)
 
 
-@contextmanager
-def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
-    """The process group of all ranks, or of this process alone; collectives fail after ``timeout`` seconds."""
+@functools.cache
+def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
+    """The ranks, and a store that they share. One group a process: DeepSpeed keeps groups of its own within it."""
     ranks, limit = launched(), timedelta(seconds=timeout)
     if ranks is None:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         ranks, store = Ranks(), dist.HashStore()  # type: ignore[attr-defined]
     else:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
-    backend = "nccl" if device.type == "cuda" else "gloo"
     group, beats = (dist.PrefixStore(name, store) for name in ("group", "alignscale"))  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.size, timeout=limit)
-    heart = Heart(beats, ranks.rank, ranks.size, timeout)
+    atexit.register(dist.destroy_process_group)
+    return ranks, beats
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
+    """The process group of all ranks, or of this process alone; collectives fail after ``timeout`` seconds."""
+    ranks, store = _group("nccl" if device.type == "cuda" else "gloo", timeout)
+    heart = Heart(store, ranks.rank, ranks.size, timeout)
     heart.start()
-    yield Ranks(ranks.rank, ranks.size, ranks.local, beats, heart)
-    heart.ended.set()
-    dist.destroy_process_group()  # not after an error, where other ranks may be gone
+    try:
+        yield Ranks(ranks.rank, ranks.size, ranks.local, store, heart)
+    finally:
+        heart.ended.set()

@@ -63,9 +63,13 @@ class DeepSpeedEngine(Engine):
         self.ranks, self.stage = ranks, config.zero_stage
         optimizer = make_optimizer(optim, rule.trained())
         settings = deepspeed_config(config, optim.clip_norm)
-        self.engine, *_ = zero.deepspeed.initialize(
-            model=rule, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        try:
+            self.engine, *_ = zero.deepspeed.initialize(
+                model=rule, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except (ValueError, zero.DeepSpeedConfigError) as problem:
+            found = " ".join(str(problem).split())
+            raise ConfigError(f"engine.extra: expected settings that DeepSpeed takes, found: {found}") from problem
         self.keys = ["exp_avg", "exp_avg_sq"] if isinstance(optim, AdamConfig) else []
         if isinstance(optim, SGDConfig) and optim.momentum:
             self.keys = ["momentum_buffer"]

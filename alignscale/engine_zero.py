@@ -19,6 +19,7 @@ from alignscale.nets.network import Network
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the imports below
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -27,7 +28,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )  # fmt: skip
 
-__all__ = ["deepspeed", "logger"]
+__all__ = ["DeepSpeedConfigError", "deepspeed", "logger"]
 
 VERSION = "0.19.8"
 for _call in ("all_gather_into", "reduce_scatter"):  # DeepSpeed's, which this torch has other names for

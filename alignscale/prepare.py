@@ -84,6 +84,8 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
     if isinstance(engine, DeepSpeedConfig):
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError("engine=deepspeed: expected the package, found none; pip install 'alignscale[deepspeed]'")
+        if config.precision == "fp64":
+            raise ConfigError("precision=fp64: expected fp32, fp16 or bf16, which are all that DeepSpeed takes")
         if device.type == "cuda":
             torch.cuda.set_device(around.local if around else 0)
         return engine, held.enter_context(joined(device, engine.timeout))

@@ -105,9 +105,7 @@ def guarded(work: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except (OSError, SafetensorError) as problem:
         sys.exit(
-            _say(
-                f"a file could not be read or written: {problem}; free space or mend it, then give the same command", 1
-            )
+            _say(problem, 1, "error: a file could not be read or written", "; mend it, then give the same command")
         )
     except Diverged as problem:
         sys.exit(_say(problem, 3))
@@ -121,10 +119,11 @@ def guarded(work: Callable[[], None]) -> None:
         sys.exit(_say(INTERRUPTED, 130))
 
 
-def _say(problem: object, status: int, word: str = "error") -> int:
-    if FIRST:
+def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
+    """Print the one line of a command's end and return its status; of an error that all ranks have, on the first."""
+    if FIRST or getattr(problem, "of_one_rank", False):
         with suppress(OSError):
-            print(f"{word}: {problem}", file=sys.stderr)
+            print(f"{before}: {problem}{after}", file=sys.stderr)
     else:
         time.sleep(PATIENCE)
     return status

@@ -51,7 +51,11 @@ def register() -> None:
             schema[group] = DictConfig(MISSING, ref_type=get_type_hints(kind)[group], is_optional=False)
         store.store(name=name, node=schema)
     for group, choices in GROUPS.items():
-        for name, node in choices.items():
+        for name, choice in choices.items():
+            node = OmegaConf.structured(choice)
+            for option in dataclasses.fields(choice):
+                if isinstance(getattr(choice, option.name), dict):
+                    OmegaConf.set_struct(node[option.name], False)  # a mapping takes any name
             store.store(group=group, name=name, node=node)
 
 

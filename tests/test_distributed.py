@@ -311,6 +311,8 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
         (["optim.lr=1e30"], "the loss is not finite at step", 3),
         (["data.train_limit=9999"], "data.train_limit=9999: expected at most the 1437 training examples", 2),
         (["engine=local"], "engine=local: expected one process, found 2", 2),
+        (["precision=fp64"], "precision=fp64: expected fp32, fp16 or bf16", 2),
+        (["engine.extra.zero_optimization.overlap_comm=maybe"], "engine.extra: expected settings that DeepSpeed", 2),
         (["rule.magnitude=3"], "rule=align_ada has no option magnitude", 2),
     ],
 )
@@ -374,21 +376,10 @@ def test_torchrun_sh_trains_on_two_nodes(tmp_path: Path) -> None:
 
 
 def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None:
-    options = [
-        "--distributed",
-        "--net",
-        "mlp",
-        "--width",
-        "64",
-        "--depth",
-        "2",
-        "--rules",
-        "align_ada",
-        "--repeats",
-        "2",
-    ]
+    options = ["--distributed", "--net", "mlp", "--width", "64", "--depth", "2"]
+    options += ["--rules", "align_ada", "--repeats", "2", "--stages", "0,3"]
     done = subprocess.run(
-        torchrun(2, "tools/bench_step.py", *options),
+        torchrun(2, "tools/bench_step.py", *options, "--json", str(tmp_path / "rows.json")),
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -401,3 +392,39 @@ def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None
         assert slow > fast > row["compute_seconds"] > 0
         assert row["peak_bytes"] >= 0
     assert done.stdout.count("Psi, the padded bytes") == 1
+
+
+def test_a_grid_of_runs_trains_on_two_ranks_with_one_report(tmp_path: Path) -> None:
+    options = ["net=mlp", "epochs=1", "log.progress=false"]
+    options += ["compare.widths=[4,8]", "compare.rules=[backprop,align_ada]"]
+    done = subprocess.run(
+        torchrun(2, "launch/compare.py", *options, f"compare.folder={tmp_path / 'grid'}"),
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[4/4]") == done.stdout.count("report: ") == 1
+    runs = json.loads((tmp_path / "grid/result.json").read_text())["runs"]
+    assert [run["ranks"] for run in runs] == [2, 2, 2, 2]
+    assert all((tmp_path / "grid" / run["folder"] / "report.html").exists() for run in runs)
+
+
+def test_an_error_of_one_rank_in_a_step_ends_all_and_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(f"""
+import runpy, sys
+sys.path[:0] = [{str(ROOT / "launch")!r}, {str(ROOT)!r}]
+from alignscale.data.examples import DataError, Encoding
+from alignscale.distributed import launched
+batch = Encoding.batch
+def bad(self, examples, places, step, *rest):
+    if step == 20 and launched().rank == 1:
+        raise DataError("shard-7.tar: key 0042: expected a JPEG, found text")
+    return batch(self, examples, places, step, *rest)
+Encoding.batch = bad
+sys.argv[0] = {str(ROOT / "launch/train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    command = torchrun(3, str(tmp_path / "bad.py"), *RUN, f"run.dir={tmp_path / 'run'}", "engine=deepspeed")
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: rank 1: shard-7.tar: key 0042: expected a JPEG, found text"], done.stderr[-3000:]

@@ -109,7 +109,7 @@ def test_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_network_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"net\.width=9999999: weights, gradient and initial weights take"):
+    with pytest.raises(ConfigError, match=r"net\.width=9999999: weights, gradient, optimizer and initial weights take"):
         train(config(tmp_path / "run", net=MLPConfig(width=9_999_999)), silent)
 
 
