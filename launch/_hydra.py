@@ -33,6 +33,7 @@ from alignscale.interrupts import Interrupted
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
+MEND = "; free space or mend it, then give the same command"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
 PATIENCE = 60.0
@@ -104,9 +105,7 @@ def guarded(work: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (OSError, SafetensorError) as problem:
-        sys.exit(
-            _say(problem, 1, "error: a file could not be read or written", "; mend it, then give the same command")
-        )
+        sys.exit(_say(problem, 1, "error: a file could not be read or written", MEND))
     except Diverged as problem:
         sys.exit(_say(problem, 3))
     except Interrupted as problem:

@@ -330,7 +330,7 @@ def test_a_full_disk_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
             epochs=50 engine=deepspeed checkpoint.keep=9 log.tensorboard=false log.every_steps=1
     """
     done = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        ["unshare", "-Urm", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode != 0
