@@ -4,7 +4,6 @@ It stands alone so that all else works on one rank or on many without asking whi
 """
 
 import atexit
-import functools
 import os
 import sys
 import threading
@@ -114,6 +113,11 @@ class Ranks:
         if self.heart is not None:
             self.heart.at(f"step {step} ({phase})")
 
+    def still(self) -> None:
+        """Note that this rank has got on where it is."""
+        if self.heart is not None:
+            self.heart.at(self.heart.place)
+
     def explained(self, problem: Exception) -> Exception:
         """The error to raise for one that broke off a step: it tells the other ranks, or it tells of them."""
         if self.size == 1 or getattr(problem, "of_all_ranks", False):
@@ -168,19 +172,19 @@ class Heart(threading.Thread):
         self.place, self.since = place, time.monotonic()
 
     def run(self) -> None:
-        """Until it is told to end, or the store is gone.
+        """Until it is told to end.
 
         A rank that waits too long ends with its process: what it waits in listens to nothing.
         """
-        with suppress(RuntimeError):
-            while not self.ended.wait(BEAT):
+        while not self.ended.wait(BEAT):
+            with suppress(RuntimeError):  # the store went with the rank that held it
                 self.ranks.store.set(f"beat/{self.ranks.rank}", f"{time.time():.1f} {self.place}")
-                if time.monotonic() - self.since > self.timeout:
-                    where, speaker = self.ranks.whereabouts()
-                    if speaker == self.ranks.rank:
-                        message = f"error: no progress in {self.timeout:g} s at {self.place} ({where})"
-                        print(f"{message}; engine.timeout says how long to wait", file=sys.stderr, flush=True)
-                    os._exit(LOST)
+            if time.monotonic() - self.since > self.timeout:
+                where, speaker = self.ranks.whereabouts()
+                if speaker == self.ranks.rank:
+                    message = f"error: no progress in {self.timeout:g} s at {self.place} ({where})"
+                    print(f"{message}; engine.timeout says how long to wait", file=sys.stderr, flush=True)
+                os._exit(LOST)
 
 
 def launched() -> Ranks | None:
@@ -192,9 +196,14 @@ def launched() -> Ranks | None:
     return Ranks(rank, size, local)
 
 
-@functools.cache
+_JOINED: list[tuple[Ranks, Any]] = []
+"""The one group of this process, which the runs of a grid share: DeepSpeed keeps groups of its own within it."""
+
+
 def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
-    """The ranks, and a store that they share. One group a process: DeepSpeed keeps groups of its own within it."""
+    """The ranks, and a store that they share."""
+    if _JOINED:
+        return _JOINED[0]
     ranks, limit = launched(), timedelta(seconds=timeout)
     if ranks is None:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
@@ -204,6 +213,7 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
     group, beats = (dist.PrefixStore(name, store) for name in ("group", "alignscale"))  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.size, timeout=limit)
     atexit.register(dist.destroy_process_group)
+    _JOINED.append((ranks, beats))
     return ranks, beats
 
 

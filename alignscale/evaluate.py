@@ -23,6 +23,7 @@ def evaluate(
     batches = even_batches(len(examples), most)
     found = [[0.0, 0.0, 0.0] for _ in batches]
     for turn in range(-(-len(batches) // ranks.size)):
+        ranks.still()
         index = turn * ranks.size + ranks.rank
         part = batches[index] if index < len(batches) else batches[0]  # a pass for the engine's sake
         places = torch.arange(part.start, part.stop)
