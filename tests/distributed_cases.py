@@ -100,7 +100,7 @@ def pairwise() -> list[Case]:
         for optim, parts, options in (
             ("adam", 1, ""), ("decay", 1, ""), ("clip", 1, ""), ("adamw", 2, ""), ("sgd", 3, ""),
             ("sgd", 1, "partitioned"), ("sgd", 1, "regenerated"), ("sgd", 1, "offload"), ("sgd", 1, "own-moments"),
-            ("sgd", 1, "bf16"), ("sgd", 1, "fp16"),
+            ("sgd", 1, "bf16"), ("sgd", 1, "fp16"), ("sgd", 1, "few"),
         )
     ]  # fmt: skip
     return chosen + others
@@ -142,7 +142,8 @@ def images(shape: Sequence[int]) -> torch.Tensor:
 
 
 def examples(case: Case) -> Examples:
-    count = 111 if case.options == "own-moments" else EXAMPLES  # no rank's own moments are of nothing
+    # moments over 3 examples are sensitive to rounding: one net has them ("few"); a rank's own cannot be of nothing
+    count = 111 if case.norm == "batch" and case.options != "few" else EXAMPLES
     labels = torch.randint(3, (EXAMPLES,), generator=torch.Generator().manual_seed(4))
     return Examples.whole(images(NETS[case.net][1])[:count], labels[:count], 3, "x")
 
