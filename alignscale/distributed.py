@@ -227,3 +227,4 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
         yield Ranks(ranks.rank, ranks.size, ranks.local, store, heart)
     finally:
         heart.ended.set()
+        heart.join(3 * BEAT)  # a thread inside of the store when Python ends takes the process down with an abort

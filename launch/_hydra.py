@@ -55,9 +55,19 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         command = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(job)
 
         def main() -> None:
-            register()
-            guarded(lambda: check(name, sys.argv[1:]))
-            guarded(command)
+            status: object = 0
+            try:
+                register()
+                guarded(lambda: check(name, sys.argv[1:]))
+                guarded(command)
+            except SystemExit as ended:
+                if launched() is None:
+                    raise
+                status = ended.code or 0
+            if launched() is not None:  # the threads of several native libraries do not always survive Python's own end
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status if isinstance(status, int) else 1)
 
         return main
 
