@@ -1,0 +1,135 @@
+"""What runs on the cluster: a small callable that submitit pickles, and ``train`` inside of it."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from alignscale.config import TrainConfig
+from alignscale.distributed import LOST, RankError
+from alignscale.files import write_atomic
+from alignscale.interrupts import Interrupted
+from alignscale.run import Diverged
+
+PATIENCE = 60.0
+"""Seconds that a rank leaves to SLURM, and to a rank that speaks, to end it."""
+
+
+class Lost(RuntimeError):
+    """A job that started again as often as it may."""
+
+
+@dataclass
+class Job:
+    """One run. requeues: how often it starts again after a signal or a lost node. stage: see ClusterConfig."""
+
+    config: TrainConfig
+    command: str
+    requeues: int = 0
+    stage: str = ""
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit submits again when a signal comes while the run is not yet in its loop."""
+        return DelayedSubmission(self)
+
+    def __call__(self) -> str:
+        """Train as one rank of the job and return the run's one-line result. Ends with the status of launch/train.py."""
+        job = submitit.JobEnvironment()
+        failure = failure_file(job.paths.folder, job.job_id, job.global_rank)
+        failure.unlink(missing_ok=True)
+        if job.num_tasks > 1:  # the variables that torchrun would have set
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        status = 1
+        try:
+            from _report.series import summary  # torch and the rest, after the ranks are known
+            from _runs import silent, train_and_report
+
+            if self.stage:
+                stage(self.config, Path(self.stage), job.local_rank)
+            show = print if job.global_rank == 0 else silent
+            line = summary(train_and_report(self.config, show, self.command))
+            show(line)
+            return line
+        except (Interrupted, RankError) as problem:
+            status = LOST if isinstance(problem, RankError) else 128 + problem.signum
+            stopped_here = isinstance(problem, Interrupted) and problem.signum != signal.SIGUSR2
+            told = isinstance(problem, RankError) and problem.told
+            error = problem if stopped_here or told else self._again(job, problem)
+        except Diverged as problem:
+            status, error = 3, problem
+        except Exception as problem:
+            status = 2 if type(problem).__name__ in ("ConfigError", "DataError", "CheckpointError") else 1
+            error = problem
+            if status == 1:
+                import traceback
+
+                traceback.print_exc()
+        return self._end(failure, job, status, error)
+
+    def _again(self, job: submitit.JobEnvironment, problem: Exception) -> Exception:
+        """Have SLURM start the job again, which ends this process; else say why not."""
+        if job.cluster != "slurm":
+            return problem
+        before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if before >= self.requeues:
+            return Lost(f"{problem}; started again {before} times, and cluster.requeues={self.requeues} allows no more")
+        time.sleep(min(job.global_rank, 30))  # one rank asks, the lowest that is left
+        print(f"requeued ({before + 1} of {self.requeues}): {problem}", file=sys.stderr, flush=True)
+        try:
+            subprocess.run(["scontrol", "requeue", str(job.job_id)], timeout=PATIENCE, check=True, capture_output=True)
+        except (OSError, subprocess.SubprocessError) as refused:
+            words = getattr(refused, "stderr", b"") or b""
+            return Lost(f"{problem}; SLURM did not requeue the job: {words.decode().strip() or refused}")
+        time.sleep(PATIENCE)  # SLURM ends the job; a rank that ended first would make it one that failed
+        return problem
+
+    def _end(self, failure: Path, job: submitit.JobEnvironment, status: int, problem: Exception) -> Any:
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        error = {"rank": job.global_rank, "node": node, "status": status, "error": str(problem)}
+        error["told"] = bool(getattr(problem, "told", False))
+        write_atomic(failure, json.dumps(error).encode())
+        print(f"error: rank {job.global_rank} on {node}: {problem}", file=sys.stderr, flush=True)
+        if job.num_tasks > 1 and error["told"]:
+            time.sleep(5)  # the rank that failed ends the job, with its own status
+        sys.stdout.flush()
+        if job.num_tasks > 1 or job.cluster != "debug":
+            os._exit(status)
+        return ""
+
+
+def failure_file(folder: Path, job_id: str, rank: int) -> Path:
+    """Where a rank of a job leaves why it ended."""
+    return Path(folder) / f"{job_id}_{rank}_failed.json"
+
+
+def stage(config: TrainConfig, local: Path, rank: int) -> None:
+    """Copy ``data.root`` below ``local``, once on each node, and have this process read it from there.
+
+    The run stays the same run: its configuration names the shared folder.
+    """
+    root = getattr(config.data, "root", None)
+    if root is None:
+        return
+    source = Path(root).expanduser().resolve()
+    target = local.expanduser() / "alignscale" / str(source).strip("/").replace("/", "-")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first rank of a node copies, the others wait for it
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(target)
+            print(f"staged {source} to {target}", file=sys.stderr, flush=True)
+    os.environ["ALIGNSCALE_STAGED"] = json.dumps({str(source): str(target)})

@@ -1,0 +1,164 @@
+"""Send a run, or a sweep, to a cluster: python launch/submit.py cluster=slurm cluster.nodes=2 rule=align_ada net.width=512.
+
+cluster=<preset> is slurm, local (processes on this machine), debug (this process) or a file; cluster.<option>=<value>
+changes it, and all other options are those of launch/train.py, where several values (seed=0,1,2) make a sweep: one job
+array, one folder for each run. --wait shows the progress and ends with the job's status and, for a sweep, its report.
+The same command again submits only the runs that are not finished and not under way.
+"""
+
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _hydra import command_line, guarded
+from _options import CONFIGS, CompareConfig, register, typed
+
+from alignscale.choices import ConfigError
+from alignscale.config import TrainConfig, run_folder, run_name
+from alignscale.files import write_atomic
+from alignscale.results import read_result
+from alignscale.validation import validate
+
+MARK = ".job"
+"""The file in a run's folder that names the job it was last submitted as."""
+
+
+def expand(options: Sequence[str]) -> list[TrainConfig]:
+    """The runs that the options ask for, checked. Raises ConfigError for the first mistake."""
+    from _mistakes import check
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    check("train", [*options, "--multirun"])
+    jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(options)), None)[0]
+    with initialize_config_dir(version_base="1.3", config_dir=CONFIGS):
+        configs: list[TrainConfig] = [typed(compose("train", job)) for job in jobs]
+    for config in configs:
+        validate(config)
+    return configs
+
+
+def place(configs: list[TrainConfig], sweep: str) -> Path | None:
+    """Give each run of a sweep a folder of its own in the sweep's, which is returned; None for a single run."""
+    for config in configs:
+        if config.resume == "never":
+            raise ConfigError("resume=never: expected auto, or a job that is requeued would start from nothing")
+    if len(configs) == 1 and not sweep:
+        configs[0].run.dir = str(run_folder(configs[0]).absolute())
+        return None
+    if configs[0].run.dir:
+        raise ConfigError(f"run.dir={configs[0].run.dir}: expected cluster.sweep=<folder>, which holds each run's folder")
+    folder = Path(sweep or Path(configs[0].run.root) / f"{configs[0].name}-sweep").expanduser().absolute()
+    for config in configs:
+        config.run.dir = str(folder / run_name(config))
+    if len({config.run.dir for config in configs}) < len(configs):
+        raise ConfigError("the sweep has the same run twice; expected each value once")
+    return folder
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether the run in the folder is done, be it with a divergence."""
+    return (run_folder(config) / "result.json").exists()
+
+
+def under_way(config: TrainConfig) -> str | None:
+    """The job that the run was submitted as, if SLURM still has it."""
+    from _cluster import show_job
+    from _follow import ENDED
+
+    try:
+        job: str = json.loads((run_folder(config) / MARK).read_text())["slurm"]
+    except (OSError, ValueError, KeyError):
+        return None
+    state = show_job(job).get("JobState")
+    return None if state is None or state in ENDED else job
+
+
+def report(configs: list[TrainConfig], folder: Path, command: str) -> None:
+    """One table and one page of the runs of a sweep that are done."""
+    from _report.page import text_table, write_report
+    from _runs import combine
+
+    done = [config for config in configs if finished(config)]
+    if not done:
+        return
+    results = [read_result(run_folder(config) / "result.json") for config in done]
+    result = combine(CompareConfig(title=folder.name, folder=str(folder)), done, results, command)
+    write_atomic(folder / "result.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    write_report(result, folder / "report.html", "result.json")
+    print(f"\n{text_table(result)}\n\n{len(done)} of {len(configs)} runs; report: {folder / 'report.html'}")
+
+
+def send(cluster: Any, todo: list[TrainConfig], command: str) -> list[Any]:
+    """Submit the runs, note each one's job in its folder, and say where they are and how to follow them."""
+    from _cluster import make_executor, submit
+    from _job import Job
+
+    logs = Path(cluster.folder).expanduser().absolute()
+    executor = make_executor(cluster, logs, todo[0].name)
+    jobs = submit(executor, [Job(copy.deepcopy(one), command, cluster.requeues, cluster.stage) for one in todo])
+    for job, config in zip(jobs, todo, strict=True):
+        folder = run_folder(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / MARK, json.dumps({cluster.executor: job.job_id}).encode())
+        print(f"job {job.job_id}: {folder}")
+    first = jobs[0]
+    print(f"follow: tail -F {shlex.quote(str(first.paths.stdout))}")
+    if cluster.executor == "slurm":
+        whole = first.job_id.partition("_")[0]
+        print(f"state: squeue --job {whole}; cancel: scancel {whole}", flush=True)
+    return jobs
+
+
+def main() -> None:
+    """Submit, and with --wait follow."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from _cluster import ClusterConfig
+
+        print(f"{__doc__}\n{ClusterConfig.__doc__}")
+        return
+    register()
+    guarded(run)
+
+
+def run() -> None:
+    """What ``main`` guards."""
+    from _cluster import read_cluster
+    from _follow import run_in_process, wait
+
+    given = [line for line in sys.argv[1:] if line != "--wait"]
+    ours = [line for line in given if line.startswith(("cluster=", "cluster."))]
+    cluster = read_cluster(ours)
+    configs = expand([line for line in given if line not in ours])
+    folder = place(configs, cluster.sweep)
+    command = command_line("launch/submit.py")
+    todo = [config for config in configs if not finished(config)]
+    for config in list(todo):
+        job = under_way(config)
+        if job is not None:
+            todo.remove(config)
+            print(f"job {job}: {run_folder(config)}, already under way")
+    print(f"{len(configs)} runs: {len(todo)} to submit, {sum(map(finished, configs))} finished")
+    ends: list[tuple[int, str]] = []
+    if todo and cluster.executor == "debug":
+        ends = [run_in_process(job) for job in send(cluster, todo, command)]
+    elif todo:
+        jobs = send(cluster, todo, command)
+        if not (cluster.wait or "--wait" in sys.argv or cluster.executor == "local"):
+            return
+        ends = wait(jobs, lambda text: print(text, flush=True))
+    for status, error in ends:
+        if status:
+            print(f"error: {error}", file=sys.stderr)
+    if folder is not None:
+        report(configs, folder, command)
+    sys.exit(next((status for status, _ in ends if status), 0))
+
+
+if __name__ == "__main__":
+    main()
