@@ -1,5 +1,6 @@
 """Files that are whole or not there: everything that a run leaves is written through these."""
 
+import json
 import os
 from pathlib import Path
 
@@ -31,3 +32,10 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def staged(root: str) -> Path:
+    """Where to read ``root``: its copy on this machine's own disk, if the job that this process is in has made one."""
+    path = Path(root).expanduser()
+    copies: dict[str, str] = json.loads(os.environ.get("ALIGNSCALE_STAGED", "{}"))
+    return Path(copies.get(str(path.resolve()), path))

@@ -126,9 +126,7 @@ def make_executor(cluster: ClusterConfig, folder: Path, name: str) -> submitit.E
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LAUNCH), os.environ.get("PYTHONPATH")]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it notes what it takes from the environment
-        executor = submitit.AutoExecutor(
-            folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.requeues
-        )
+        executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.requeues)
     options: dict[str, Any] = {
         "name": name, "timeout_min": cluster.minutes, "nodes": cluster.nodes, "tasks_per_node": cluster.tasks,
     }  # fmt: skip

@@ -1,7 +1,6 @@
 """Jobs under way: what they print as it comes, how they ended, and the rank, node and last lines of one that failed."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import submitit
 from _cluster import show_job
-from submitit.core.utils import UncompletedJobError
 
 ENDED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
@@ -35,7 +33,10 @@ class Follower:
         self.unknown = 0 if shown else self.unknown + 1
         state = shown.get("JobState", "")
         if state in ENDED or self.unknown >= FORGOTTEN:
-            self.state, self.code = state or ("COMPLETED" if self._finished() else "FORGOTTEN"), shown.get("ExitCode", "1:0")
+            self.state, self.code = (
+                state or ("COMPLETED" if self._finished() else "FORGOTTEN"),
+                shown.get("ExitCode", "1:0"),
+            )
         elif state and state != self.state:
             self.state = state
         return state in ENDED or self.unknown >= FORGOTTEN
@@ -99,12 +100,3 @@ def wait(jobs: Sequence[submitit.Job[Any]], show: Callable[[str], None]) -> list
         if left:
             time.sleep(POLL)
     return [one.end() for one in followers]
-
-
-def run_in_process(job: submitit.Job[Any]) -> tuple[int, str]:
-    """A job of the debug executor, which runs when its result is asked for."""
-    try:
-        job.result()
-    except UncompletedJobError as problem:
-        print(problem, file=sys.stderr)
-    return Follower(job).end()

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
@@ -32,12 +32,13 @@ class Lost(RuntimeError):
 
 @dataclass
 class Job:
-    """One run. requeues: how often it starts again after a signal or a lost node. stage: see ClusterConfig."""
+    """One run. requeues: how often it starts again after a signal or a lost node. stage: see ClusterConfig. folder: of its logs."""
 
     config: TrainConfig
     command: str
     requeues: int = 0
     stage: str = ""
+    folder: str = ""
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit submits again when a signal comes while the run is not yet in its loop."""
@@ -46,7 +47,7 @@ class Job:
     def __call__(self) -> str:
         """Train as one rank of the job and return the run's one-line result. Ends with the status of launch/train.py."""
         job = submitit.JobEnvironment()
-        failure = failure_file(job.paths.folder, job.job_id, job.global_rank)
+        failure = failure_file(Path(self.folder), job.job_id, job.global_rank)
         failure.unlink(missing_ok=True)
         if job.num_tasks > 1:  # the variables that torchrun would have set
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
@@ -75,7 +76,7 @@ class Job:
                 import traceback
 
                 traceback.print_exc()
-        return self._end(failure, job, status, error)
+        self._end(failure, job, status, error)
 
     def _again(self, job: submitit.JobEnvironment, problem: Exception) -> Exception:
         """Have SLURM start the job again, which ends this process; else say why not."""
@@ -94,7 +95,7 @@ class Job:
         time.sleep(PATIENCE)  # SLURM ends the job; a rank that ended first would make it one that failed
         return problem
 
-    def _end(self, failure: Path, job: submitit.JobEnvironment, status: int, problem: Exception) -> Any:
+    def _end(self, failure: Path, job: submitit.JobEnvironment, status: int, problem: Exception) -> NoReturn:
         node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         error = {"rank": job.global_rank, "node": node, "status": status, "error": str(problem)}
         error["told"] = bool(getattr(problem, "told", False))
@@ -103,9 +104,9 @@ class Job:
         if job.num_tasks > 1 and error["told"]:
             time.sleep(5)  # the rank that failed ends the job, with its own status
         sys.stdout.flush()
-        if job.num_tasks > 1 or job.cluster != "debug":
-            os._exit(status)
-        return ""
+        if job.cluster == "debug":
+            sys.exit(status)
+        os._exit(status)
 
 
 def failure_file(folder: Path, job_id: str, rank: int) -> Path:

@@ -52,7 +52,9 @@ def place(configs: list[TrainConfig], sweep: str) -> Path | None:
         configs[0].run.dir = str(run_folder(configs[0]).absolute())
         return None
     if configs[0].run.dir:
-        raise ConfigError(f"run.dir={configs[0].run.dir}: expected cluster.sweep=<folder>, which holds each run's folder")
+        raise ConfigError(
+            f"run.dir={configs[0].run.dir}: expected cluster.sweep=<folder>, which holds each run's folder"
+        )
     folder = Path(sweep or Path(configs[0].run.root) / f"{configs[0].name}-sweep").expanduser().absolute()
     for config in configs:
         config.run.dir = str(folder / run_name(config))
@@ -101,7 +103,9 @@ def send(cluster: Any, todo: list[TrainConfig], command: str) -> list[Any]:
 
     logs = Path(cluster.folder).expanduser().absolute()
     executor = make_executor(cluster, logs, todo[0].name)
-    jobs = submit(executor, [Job(copy.deepcopy(one), command, cluster.requeues, cluster.stage) for one in todo])
+    jobs = submit(
+        executor, [Job(copy.deepcopy(one), command, cluster.requeues, cluster.stage, str(logs)) for one in todo]
+    )
     for job, config in zip(jobs, todo, strict=True):
         folder = run_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,7 @@ def main() -> None:
 def run() -> None:
     """What ``main`` guards."""
     from _cluster import read_cluster
-    from _follow import run_in_process, wait
+    from _follow import wait
 
     given = [line for line in sys.argv[1:] if line != "--wait"]
     ours = [line for line in given if line.startswith(("cluster=", "cluster."))]
@@ -146,7 +150,8 @@ def run() -> None:
     print(f"{len(configs)} runs: {len(todo)} to submit, {sum(map(finished, configs))} finished")
     ends: list[tuple[int, str]] = []
     if todo and cluster.executor == "debug":
-        ends = [run_in_process(job) for job in send(cluster, todo, command)]
+        for job in send(cluster, todo, command):
+            job.result()
     elif todo:
         jobs = send(cluster, todo, command)
         if not (cluster.wait or "--wait" in sys.argv or cluster.executor == "local"):

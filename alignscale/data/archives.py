@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from alignscale.choices import ArchiveConfig
 from alignscale.data.examples import DataError, Examples
 from alignscale.data.torchvision import datasets
+from alignscale.files import staged
 
 Pixels = NDArray[np.uint8]
 PIXELS = 3 * 32 * 32
@@ -90,7 +91,7 @@ def _read(
     config: ArchiveConfig, folder: str, name: str, checksum: str, packed: str | None = None
 ) -> tuple[Path, bytes]:
     """Path and content of a file in ``root/folder``, or in ``root`` where there is no such folder."""
-    root = Path(config.root).expanduser()
+    root = staged(config.root)
     place = root / folder if (root / folder).is_dir() else root
     path = place / name
     plain = path.with_suffix("")  # an idx file as torchvision leaves it, unpacked beside the published one

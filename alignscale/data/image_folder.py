@@ -19,6 +19,7 @@ from alignscale.choices import ConfigError, ImageFolderConfig
 from alignscale.data.examples import DataError, Examples
 from alignscale.data.torchvision import datasets
 from alignscale.environment import available_memory
+from alignscale.files import staged
 
 _LAYOUT = "arrange the images as docs/data.md says: train/<class>/* and test/<class>/* (or val/<class>/*)"
 
@@ -31,7 +32,7 @@ def image_folder(config: ImageFolderConfig) -> tuple[Examples, Examples]:
     Raises ConfigError for a ``size`` whose images cannot fit the memory, DataError for missing folders, classes that
     differ, classes without an image and, unless ``skip_undecodable``, a file that holds no readable image.
     """
-    root = Path(config.root).expanduser()
+    root = staged(config.root)
     folders = [_folder(root, "train"), _folder(root, "test", "val")]
     classes = _common_classes(folders)
     files = [_files(folder, classes) for folder in folders]
