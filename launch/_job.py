@@ -32,7 +32,7 @@ class Lost(RuntimeError):
 
 @dataclass
 class Job:
-    """One run. requeues: how often it starts again after a signal or a lost node. stage: see ClusterConfig. folder: of its logs."""
+    """One run. requeues: how often it starts again after a signal or a lost node. folder: of its logs."""
 
     config: TrainConfig
     command: str
@@ -44,8 +44,8 @@ class Job:
         """What submitit submits again when a signal comes while the run is not yet in its loop."""
         return DelayedSubmission(self)
 
-    def __call__(self) -> str:
-        """Train as one rank of the job and return the run's one-line result. Ends with the status of launch/train.py."""
+    def __call__(self) -> str:  # noqa: RET503
+        """Train as one rank of the job and return the run's one line. Ends with launch/train.py's status."""
         job = submitit.JobEnvironment()
         failure = failure_file(Path(self.folder), job.job_id, job.global_rank)
         failure.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Send a run, or a sweep, to a cluster: python launch/submit.py cluster=slurm cluster.nodes=2 rule=align_ada net.width=512.
+"""Send a run, or a sweep, to a cluster: python launch/submit.py cluster=slurm cluster.nodes=2 net.width=512.
 
 cluster=<preset> is slurm, local (processes on this machine), debug (this process) or a file; cluster.<option>=<value>
 changes it, and all other options are those of launch/train.py, where several values (seed=0,1,2) make a sweep: one job
@@ -52,9 +52,7 @@ def place(configs: list[TrainConfig], sweep: str) -> Path | None:
         configs[0].run.dir = str(run_folder(configs[0]).absolute())
         return None
     if configs[0].run.dir:
-        raise ConfigError(
-            f"run.dir={configs[0].run.dir}: expected cluster.sweep=<folder>, which holds each run's folder"
-        )
+        raise ConfigError(f"run.dir={configs[0].run.dir}: expected cluster.sweep=<folder>, for all of them")
     folder = Path(sweep or Path(configs[0].run.root) / f"{configs[0].name}-sweep").expanduser().absolute()
     for config in configs:
         config.run.dir = str(folder / run_name(config))

@@ -47,7 +47,7 @@ REQUIREMENTS: dict[str, Callable[[], str | None]] = {
     "distributed": cache(lacks_deepspeed),
     "ffcv": cache(lambda: lacks_module("ffcv")),
     "gpu": lacks_gpu,
-    "slurm": lambda: lacks_program("slurmctld", "slurmd", "srun", "munged"),
+    "slurm": lambda: lacks_program("slurmctld", "slurmd", "srun", "munged", "ip", "unshare"),
 }
 
 

@@ -120,7 +120,7 @@ class Cluster:
             "--uts",
             "--net",
             "--ipc",
-            f"--wdns={os.getcwd()}",
+            f"--wdns={Path.cwd()}",
             *command,
         ]
 
@@ -148,7 +148,7 @@ class Cluster:
         """As a machine that loses its power: slurmd, its steps and their processes, all at once with -9."""
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                same = os.readlink(path / "ns/uts") == self.host(name)
+                same = str((path / "ns/uts").readlink()) == self.host(name)
             except OSError:
                 continue
             if same:
@@ -163,7 +163,7 @@ class Cluster:
             except (OSError, StopIteration):
                 continue
             if len(ids) > 1 and ids[-1] == inner and "slurmd" in (path.parent / "comm").read_text():
-                return os.readlink(path.parent / "ns/uts")
+                return str((path.parent / "ns/uts").readlink())
         raise LookupError(name)
 
     def start_node(self, name: str) -> None:
