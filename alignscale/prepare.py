@@ -27,6 +27,7 @@ from alignscale.environment import available_memory, device_called, keep_freed_m
 from alignscale.files import write_atomic
 from alignscale.folder import describe_folder, opened, read_config
 from alignscale.frozen import fingerprint
+from alignscale.jacobian.cache import Cache
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets import build
 from alignscale.results import read_result
@@ -65,8 +66,14 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     show(_derived(run))
     show(f"folder: {folder}")
     ranks.of_first(lambda: held.enter_context(opened(folder, config)))
+    cache = cache_of(config, learner, train) if config.jacobian.name != "live" and learner.rule.reads_jacobian else None
     if config.net.norm == "calibrated":
-        _calibrated(run)
+        _calibrated(config, learner, train, [folder, *([cache.folder] if cache else [])])
+    if cache is not None:
+        if config.jacobian.build:
+            cache.make(show)
+        show(f"jacobian: {config.jacobian.name}, from {cache.folder}")
+        run.store = ranks.together(cache.open)
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
@@ -190,19 +197,49 @@ def _derived(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _calibrated(run: Run) -> None:
-    """Moments of the norms: computed once in a run's life, then read from its folder."""
-    path, norms = run.folder / "norms.safetensors", torch.nn.ModuleList(run.learner.net.norms)
+def _calibrated(config: TrainConfig, learner: Learner, train: Examples, folders: list[Path]) -> None:
+    """Moments of the norms: computed once in a run's life, then read from its folder, or from that of its cache.
+
+    folders: where they may be; they are kept in the first.
+    """
+    paths, norms = [folder / "norms.safetensors" for folder in folders], torch.nn.ModuleList(learner.net.norms)
 
     def made() -> dict[str, torch.Tensor]:
-        if path.exists():
-            _load_norms(path, run.learner)
+        known = next((path for path in paths if path.exists()), None)
+        if known:
+            _load_norms(known, learner)
         else:
-            run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
-            write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
-        return {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
+            learner.calibrate(train.images[: config.calibration.examples])
+        moments = {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
+        if known != paths[0]:
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(paths[0], save(moments))
+        return moments
 
-    norms.load_state_dict(run.ranks.of_first(made))
+    norms.load_state_dict(learner.ranks.of_first(made))
+
+
+def cache_of(config: TrainConfig, learner: Learner, train: Examples) -> Cache:
+    """The cache of the initial network's Jacobian for a run."""
+    frozen, encoding = learner.fixed.frozen, learner.encoding
+    return Cache(config, frozen, encoding, train, learner.rule.reads_inputs, learner.ranks)
+
+
+def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
+    """The cache of a run that need not have begun. held: as ``prepare`` has it."""
+    validate(config)
+    keep_freed_memory()
+    held.enter_context(torch_settings(config.threads, config.deterministic))
+    device = device_called(config.device)
+    _, ranks = _engine(config, device, held)
+    train = ranks.together(lambda: load(config.data))["train"]
+    check_data(config, {"train": len(train)})
+    ranks.together(lambda: _check_memory(config, train, device))
+    learner = make_learner(config, train, device, ENGINES["local"], ranks)
+    cache = cache_of(config, learner, train)
+    if config.net.norm == "calibrated":
+        _calibrated(config, learner, train, [cache.folder])
+    return cache
 
 
 def _load_norms(path: Path, learner: Learner) -> None:

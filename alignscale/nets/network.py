@@ -7,7 +7,7 @@ numbered in order, ``sites[l]`` is the site that layer l writes to, None for the
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,24 @@ from alignscale.choices import NetConfig
 from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layers import Layer
 from alignscale.nets.norms import Norm, make_norm
-from alignscale.types import NormState, Parameters, Trace, Weight
+from alignscale.types import Jacobian, NormState, Parameters, Trace, Weight
 
-Gates = Sequence[Tensor]
+Gates = Sequence[Tensor] | Mapping[int, Tensor]
+Jacobians = Mapping[int, Jacobian]
+NO_JACOBIANS: Jacobians = {}
 States = Sequence[NormState | None]
 Deltas = list[Tensor | None]
 """Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
+
+
+def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
+    """delta = J^T e: J (B, classes, *site) and error (B, classes) -> (B, *site) in the error's dtype."""
+    values, scale = jacobian
+    weights = error if scale is None else error * scale
+    # fp8 promotes to nothing, and always has a scale, which is wider
+    dtype = weights.dtype if values.dtype.itemsize == 1 else torch.promote_types(weights.dtype, values.dtype)
+    delta = torch.bmm(weights.to(dtype)[:, None], values.flatten(2).to(dtype))
+    return delta.view(len(error), *values.shape[2:]).to(error.dtype)
 
 
 class Network(nn.Module, ABC):
@@ -43,6 +55,7 @@ class Network(nn.Module, ABC):
     def __init__(self, config: NetConfig, layers: list[Layer], shapes: list[tuple[int, ...]]) -> None:
         """shapes: per site, of one example there. Subclasses set ``sites``, ``readout`` and ``direct_shapes``."""
         super().__init__()
+        self.shapes = shapes
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
         self.activation = ACTIVATIONS[config.activation]
@@ -57,14 +70,20 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
+    def first_input(self, images: Tensor) -> Tensor:
+        """What the first layer reads of ``images``."""
+
+    @abstractmethod
     def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
-    ) -> Deltas:
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
+        jacobians: Jacobians = NO_JACOBIANS,
+    ) -> Deltas:  # fmt: skip
         """The error at the output -> delta at every layer.
 
         error: dLoss/dlogits, shape of the logits. gates, norms: per site, of the network whose Jacobian this is.
         feedback: the weight whose transpose carries the signal through layer l. local_gates: per site, of the network
-        that is updated; given where ``public`` puts the boundary of a block before a gate.
+        that is updated; given where ``public`` puts the boundary of a block before a gate. jacobians: of the sites
+        whose delta they give at once, instead of the gate and the layer above.
         """
 
     @property
