@@ -178,13 +178,16 @@ def _input_of(norm: CalibratedNorm, at: int | slice, frozen: Frozen, images: Ten
     return caught[0]
 
 
-def fingerprint(net: Network, architecture: dict[str, object], seed: int) -> str:
-    """A digest of the initial network: generator, seed, architecture, gain and norm statistics; 16 hex digits."""
+def fingerprint(net: Network, architecture: dict[str, object], seed: int, moments: bool = True) -> str:
+    """A digest of the initial network: generator, seed, architecture, gain and norm statistics; 16 hex digits.
+
+    moments: with the bits of the norm statistics, which other threads may round otherwise.
+    """
     digest = hashlib.sha256(json.dumps([VERSION, seed, architecture], sort_keys=True).encode())
     digest.update(quantiles(torch.device("cpu")).numpy().tobytes())
     for layer in net.layers:
         digest.update(repr((layer.shape, layer.scale, layer.initial_std)).encode())
-    for norm in net.norms:
+    for norm in net.norms if moments else ():
         for buffer in norm.buffers():
             digest.update(buffer.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -66,10 +66,10 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     show(_derived(run))
     show(f"folder: {folder}")
     ranks.of_first(lambda: held.enter_context(opened(folder, config)))
-    cache = cache_of(config, learner, train) if config.jacobian.name != "live" and learner.rule.reads_jacobian else None
     if config.net.norm == "calibrated":
-        _calibrated(config, learner, train, [folder, *([cache.folder] if cache else [])])
-    if cache is not None:
+        _calibrated(config, learner, train, folder / "norms.safetensors")
+    if config.jacobian.name != "live" and learner.rule.reads_jacobian:
+        cache = cache_of(config, learner, train)
         if config.jacobian.build:
             cache.make(show)
         show(f"jacobian: {config.jacobian.name}, from {cache.folder}")
@@ -197,23 +197,18 @@ def _derived(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _calibrated(config: TrainConfig, learner: Learner, train: Examples, folders: list[Path]) -> None:
-    """Moments of the norms: computed once in a run's life, then read from its folder, or from that of its cache.
-
-    folders: where they may be; they are kept in the first.
-    """
-    paths, norms = [folder / "norms.safetensors" for folder in folders], torch.nn.ModuleList(learner.net.norms)
+def _calibrated(config: TrainConfig, learner: Learner, train: Examples, path: Path | None) -> None:
+    """Moments of the norms: computed once in a run's life, then read from ``path``, in its folder."""
+    norms = torch.nn.ModuleList(learner.net.norms)
 
     def made() -> dict[str, torch.Tensor]:
-        known = next((path for path in paths if path.exists()), None)
-        if known:
-            _load_norms(known, learner)
+        if path and path.exists():
+            _load_norms(path, learner)
         else:
             learner.calibrate(train.images[: config.calibration.examples])
         moments = {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
-        if known != paths[0]:
-            paths[0].parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(paths[0], save(moments))
+        if path and not path.exists():
+            write_atomic(path, save(moments))
         return moments
 
     norms.load_state_dict(learner.ranks.of_first(made))
@@ -238,7 +233,7 @@ def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
     learner = make_learner(config, train, device, ENGINES["local"], ranks)
     cache = cache_of(config, learner, train)
     if config.net.norm == "calibrated":
-        _calibrated(config, learner, train, [cache.folder])
+        _calibrated(config, learner, train, None)
     return cache
 
 

@@ -21,7 +21,7 @@ from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
 from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form, Layout, bytes_of
-from alignscale.jacobian.identity import MANIFEST, checked, claimed, folder_of, identity, made
+from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, folder_of, identity, made
 from alignscale.jacobian.plan import Costs, Machine, Planner
 from alignscale.jacobian.store import Store, Wanted, missing
 from alignscale.nets import build as build_net
@@ -66,8 +66,13 @@ class Cache:
         """What the cache must have been made of."""
         net, config = self.frozen.net, self.config
         shapes = {"layers": [layer.shape for layer in net.layers], "sites": net.shapes, "classes": self.train.classes}
-        digest = fingerprint(net, as_dict(config.net), config.seed)
+        digest = fingerprint(net, as_dict(config.net), config.seed, moments=False)
         return identity(config, digest, self.encoding, shapes)
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics of calibrated norms."""
+        return {name: buffer.cpu() for name, buffer in torch.nn.ModuleList(self.frozen.net.norms).state_dict().items()}
 
     def layout(self, form: Form) -> Layout:
         """What an example takes in this form."""
@@ -79,9 +84,13 @@ class Cache:
         Raises CacheError, or OSError for a full disk.
         """
         about, begun = self.about, (self.folder / MANIFEST).exists()
-        form = checked(self.folder, about) if begun and self.config.jacobian.name == "auto" else self.chosen()
+        form = (
+            checked(self.folder, about, self.moments)
+            if begun and self.config.jacobian.name == "auto"
+            else self.chosen()
+        )
         if form.sites[0] == "live":
-            self.ranks.of_first(lambda: claimed(self.folder, about, form))
+            self.ranks.of_first(lambda: claimed(self.folder, about, form, self.moments))
             show(f"cache: {self.folder}: live is fastest, or the only form for this network")
             return
         layout = self.layout(form)
@@ -167,7 +176,7 @@ class Cache:
         return next(tier for tier in ("disk", "host", "device") if tier in tiers)
 
     def _claimed(self, about: dict[str, object], form: Form) -> list[tuple[str, int, int]]:
-        claimed(self.folder, about, form)
+        claimed(self.folder, about, form, self.moments)
         return missing(self.folder, self.wanted, self.config.data.views)
 
     def _source(self, size: int) -> build.Source:
@@ -186,7 +195,7 @@ class Cache:
         Raises CacheError where it is missing or does not fit the run.
         """
         options, net = self.config.jacobian, self.frozen.net
-        found = checked(self.folder, self.about)
+        found = checked(self.folder, self.about, self.moments)
         if found.sites[0] == "live":
             return None
         if options.name != "auto":

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
 from alignscale.config import TrainConfig, as_dict, difference
 from alignscale.data.examples import Encoding
 from alignscale.files import write_atomic
@@ -16,8 +21,12 @@ from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, NORMS = "manifest.json", "norms.safetensors"
 COMMAND = "python tools/cache_jacobian.py with the same options"
+
+
+Moments = dict[str, Tensor]
+"""The statistics of calibrated norms, by name; none for other norms."""
 
 
 def file_of(shard: str, view: int) -> str:
@@ -54,25 +63,27 @@ def identity(config: TrainConfig, fingerprint: str, encoding: Encoding, shapes: 
     }  # fmt: skip
 
 
-def claimed(folder: Path, about: dict[str, Any], form: Form) -> None:
+def claimed(folder: Path, about: dict[str, Any], form: Form, moments: Moments) -> None:
     """Make the folder and its manifest where there are none. Raises CacheError if it belongs to something else."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
-        found = checked(folder, about)
+        found = checked(folder, about, moments)
         if found != form:
             raise CacheError(f"{folder}: expected a cache in the form {form}, found {found}; use another jacobian.dir")
         return
-    strange = [path.name for path in folder.iterdir() if not path.name.startswith((".", "norms."))]
+    strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     if strange:
         raise CacheError(
             f"{folder}: expected a new folder or a cache's, found {', '.join(sorted(strange)[:3])} and no {MANIFEST}; "
             "choose another jacobian.dir"
         )
+    if moments:
+        write_atomic(folder / NORMS, save(moments))
     manifest = {**about, "form": {"sites": form.sites, "dtype": form.dtype, "inputs": form.inputs}}
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def checked(folder: Path, about: dict[str, Any]) -> Form:
+def checked(folder: Path, about: dict[str, Any], moments: Moments) -> Form:
     """The form of the cache in ``folder``.
 
     Raises CacheError if there is none, or if it is another network's, transform's or precision's, with the difference.
@@ -94,7 +105,23 @@ def checked(folder: Path, about: dict[str, Any]) -> Form:
             f"{folder}: the cache was made for another initial network, transform or precision than this run's: "
             f"{'; '.join(changed)}. Use the old options, or another jacobian.dir, and {made()}"
         )
+    if moments and not _agree(folder / NORMS, moments):
+        raise CacheError(
+            f"{folder / NORMS}: expected the norm statistics of this run's initial network, found others: the cache "
+            f"was made with other examples or calibration options. Use those, or another jacobian.dir, and {made()}"
+        )
     return found
+
+
+def _agree(path: Path, moments: Moments) -> bool:
+    """Whether statistics are the same but for what other threads round otherwise."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError):
+        return False
+    return found.keys() == moments.keys() and all(
+        torch.allclose(found[name], one, rtol=1e-5, atol=1e-6) for name, one in moments.items()
+    )
 
 
 def made() -> str:
