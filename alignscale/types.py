@@ -36,10 +36,14 @@ class Batch:
 
 
 class Jacobian(NamedTuple):
-    """J = d logits / d x at a site (after its norm), (B, classes, *site): ``values``, times ``scale`` (B, classes)."""
+    """J = d logits / d x at a site (after its norm), (B, classes, *site): ``values``, times ``scale`` (B, classes).
+
+    rows: (B,) int64, where values and scale hold more examples than the batch has; they stay where they are.
+    """
 
     values: Tensor
     scale: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)

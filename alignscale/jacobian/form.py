@@ -69,7 +69,7 @@ class Form:
         found: Rows = {}
         for site, residue in enumerate(trace.residues):
             if site in jacobians:
-                values, scale = encoded(jacobians[site], DTYPES[self.dtype])
+                values, scale, _ = encoded(jacobians[site], DTYPES[self.dtype])
                 found[f"jacobian.{site}"] = values
                 if scale is not None:
                     found[f"scale.{site}"] = scale
@@ -82,11 +82,14 @@ class Form:
         return found
 
     def cached(self, net: Network, rows: Rows, images: Tensor) -> Cached:
-        """Rows as a rule reads them. images: the batch's own, which the first layer reads."""
+        """Rows as a rule reads them. images: the batch's own, which the first layer reads.
+
+        Where rows are told by ``at``, (B,), explicit Jacobians are tables of more examples.
+        """
         gates, jacobians = {}, {}
         for site, shape in enumerate(net.shapes):
             if self.sites[site] == "explicit":
-                jacobians[site] = Jacobian(rows[f"jacobian.{site}"], rows.get(f"scale.{site}"))
+                jacobians[site] = Jacobian(rows[f"jacobian.{site}"], rows.get(f"scale.{site}"), rows.get("at"))
             elif net.activation.binary:
                 gates[site] = unpack(rows[f"gates.{site}"], shape, images.dtype)
             else:

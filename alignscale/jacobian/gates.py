@@ -7,6 +7,7 @@ With these bits, the frozen weights and the error, the pullback needs no frozen 
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,5 +28,8 @@ def unpack(packed: Tensor, site: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     units, found = math.prod(site), packed.shape[1]
     if found != -(-units // 8):
         raise ValueError(f"packed gates: expected {-(-units // 8)} bytes an example for {units} units, found {found}")
+    if packed.device.type == "cpu":
+        plain = np.unpackbits(packed.numpy(), axis=1, count=units, bitorder="little")
+        return torch.from_numpy(plain).to(dtype).view(len(packed), *site)
     bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.view(len(packed), -1)[:, :units].to(dtype).view(len(packed), *site)

@@ -31,7 +31,10 @@ def missing(folder: Path, wanted: Wanted, views: int) -> list[tuple[str, int, in
 
 
 class Store:
-    """The rows of a cache by example and view."""
+    """The rows of a cache by example and view.
+
+    What is in memory is one table of all examples and views; what is on disk stays a table for each file.
+    """
 
     def __init__(
         self, folder: Path, net: Network, form: Form, wanted: Wanted, views: int, tiers: Mapping[str, str],
@@ -49,20 +52,30 @@ class Store:
                 f"{folder}: lacks {len(lacking)} of {views * len(wanted)} files, the first for {shard} in view {view}; "
                 f"{made()}"
             )
-        self.files: dict[tuple[str, int], tuple[np.ndarray[Any, Any], Rows]] = {}
-        for shard in wanted:
-            for view in range(views):
-                path = folder / file_of(shard, view)
-                tensors = Mapped(path, f"delete it, and {made()}", verify).tensors
-                rows = _matching(path, tensors.pop("rows"), tensors.pop("sums"), wanted[shard])
-                self.files[shard, view] = rows, {name: self._kept(one, tiers[name]) for name, one in tensors.items()}
+        self.rows: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+        self.starts: dict[tuple[str, int], int] = {}
+        self.inside: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+        self.tables: Rows = {}
+        self.files: dict[tuple[str, int], Rows] = {}
+        total = views * sum(len(rows) for rows, _ in wanted.values())
+        for place in ((shard, view) for shard in wanted for view in range(views)):
+            path = folder / file_of(*place)
+            tensors = Mapped(path, f"delete it, and {made()}", verify).tensors
+            at = _matching(path, tensors.pop("rows"), tensors.pop("sums"), wanted[place[0]])
+            start = self.starts[place] = sum(len(rows) for rows in self.rows.values())
+            self.rows[place] = wanted[place[0]][0].numpy()
+            self.files[place] = {name: one for name, one in tensors.items() if tiers[name] == "disk"}
+            self.inside[place] = at
+            for name in tensors.keys() - self.files[place].keys():
+                one = tensors[name]
+                if name not in self.tables:
+                    self.tables[name] = self._table(total, one, tiers[name])
+                self.tables[name][start : start + len(at)] = _take(one, at)
 
-    def _kept(self, tensor: Tensor, tier: str) -> Tensor:
-        if tier == "device":
-            return tensor.to(self.device, copy=True)
-        if tier == "host":
-            return tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
-        return tensor
+    def _table(self, rows: int, like: Tensor, tier: str) -> Tensor:
+        where = self.device if tier == "device" else torch.device("cpu")
+        pinned = tier == "host" and self.device.type == "cuda"
+        return torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=where, pin_memory=pinned)
 
     def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Iterator[tuple[int, list[Batch]]]:
         """The same batches with what the cache holds of them, which a thread fetches while another step is made."""
@@ -83,26 +96,47 @@ class Store:
         return self._joined([batch], [self.fetch(batch)])[0]
 
     def fetch(self, batch: Batch) -> Rows:
-        """A batch's rows, as they are kept."""
-        if not batch.keys:  # as a rank without examples has it
-            return {name: one[:0] for name, one in next(iter(self.files.values()))[1].items()}
+        """A batch's rows; of explicit Jacobians that are where they are used, the whole table and the places in it."""
         keys = [key.rpartition("/") for key in batch.keys]
-        shards = np.array([key[0] for key in keys])
+        shards = np.array([key[0] for key in keys], dtype=object)
         rows = np.array([int(key[2]) for key in keys], dtype=np.int64)
-        found: list[tuple[np.ndarray[Any, Any], Rows]] = []
+        at = np.zeros(len(keys), dtype=np.int64)
         for shard in dict.fromkeys(shards.tolist()):
-            if (shard, batch.view) not in self.files:
+            place = (shard, batch.view)
+            if place not in self.rows:
                 raise CacheError(f"the cache has no examples of {shard} in view {batch.view}; {made()}")
-            places = np.flatnonzero(shards == shard)
-            known, tensors = self.files[shard, batch.view]
-            at = np.searchsorted(known, rows[places]).clip(max=len(known) - 1)
-            if not np.array_equal(known[at], rows[places]):
+            known, own = self.rows[place], shards == shard
+            found = np.searchsorted(known, rows[own]).clip(max=len(known) - 1)
+            if not np.array_equal(known[found], rows[own]):
                 raise CacheError(f"the cache lacks examples of {shard} in view {batch.view}; {made()}")
-            found.append((places, {name: _take(one, at) for name, one in tensors.items()}))
-        if len(found) == 1:
-            return found[0][1]
-        order = np.argsort(np.concatenate([places for places, _ in found]))
-        return {name: _take(_joint([one[name] for _, one in found]), order) for name in found[0][1]}
+            at[own] = self.starts[place] + found
+        result: Rows = {}
+        for name, table in self.tables.items():
+            stays = name.startswith(("jacobian", "scale")) and table.device == self.device and not self._on_disk
+            result[name] = table if stays else _take(table, at)
+        if self._on_disk:
+            result |= self._from_disk(at)
+        elif any(name.startswith("jacobian") and result[name] is table for name, table in self.tables.items()):
+            result["at"] = torch.from_numpy(at)
+        return result
+
+    @property
+    def _on_disk(self) -> bool:
+        return any(self.files.values())
+
+    def _from_disk(self, at: np.ndarray[Any, Any]) -> Rows:
+        """The rows ``at`` of what is on disk, file by file."""
+        result: Rows = {}
+        for place, tensors in self.files.items():
+            own = (at >= self.starts[place]) & (at < self.starts[place] + len(self.rows[place]))
+            where = self.inside[place][at[own] - self.starts[place]]
+            found = {name: _take(tensor, where) for name, tensor in tensors.items()} if own.any() or not result else {}
+            if own.all():
+                return found
+            for name, part in found.items():
+                whole = result.setdefault(name, torch.empty(len(at), *part.shape[1:], dtype=part.dtype))
+                whole.view(INTS[part.dtype.itemsize]).numpy()[own] = part.view(INTS[part.dtype.itemsize]).numpy()
+        return result
 
     def _joined(self, batches: list[Batch], rows: list[Rows]) -> list[Batch]:
         placed = [{name: one.to(self.device, non_blocking=True) for name, one in each.items()} for each in rows]
@@ -111,7 +145,7 @@ class Store:
 
 
 def _matching(path: Path, rows: Tensor, sums: Tensor, wanted: tuple[Tensor, Tensor]) -> np.ndarray[Any, Any]:
-    """The rows of a file, which must have all that are wanted, of the same examples."""
+    """Where in a file the wanted rows are: it must have them all, of the same examples."""
     at = torch.searchsorted(rows, wanted[0]).clamp(max=len(rows) - 1)
     lacking = wanted[0][rows[at] != wanted[0]]
     if len(lacking):
@@ -125,7 +159,7 @@ def _matching(path: Path, rows: Tensor, sums: Tensor, wanted: tuple[Tensor, Tens
             f"{path}: was made of other data: {len(others)} examples differ, the first in row {int(others[0])}; use "
             f"another jacobian.dir, and {made()}"
         )
-    return rows.numpy()
+    return at.numpy()
 
 
 def _take(tensor: Tensor, at: np.ndarray[Any, Any]) -> Tensor:
@@ -134,7 +168,3 @@ def _take(tensor: Tensor, at: np.ndarray[Any, Any]) -> Tensor:
     if tensor.device.type != "cpu":
         return plain[torch.from_numpy(at).to(tensor.device)].view(tensor.dtype)
     return torch.from_numpy(plain.numpy().take(at, axis=0)).view(tensor.dtype)
-
-
-def _joint(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.view(INTS[part.dtype.itemsize]) for part in parts]).view(parts[0].dtype)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignscale.choices import NetConfig
@@ -22,18 +23,29 @@ Gates = Sequence[Tensor] | Mapping[int, Tensor]
 Jacobians = Mapping[int, Jacobian]
 NO_JACOBIANS: Jacobians = {}
 States = Sequence[NormState | None]
+WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.float32}
+"""What values are widened to, exactly, where their own range is too narrow for weighted sums."""
 Deltas = list[Tensor | None]
 """Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
 
 
 def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
-    """delta = J^T e: J (B, classes, *site) and error (B, classes) -> (B, *site) in the error's dtype."""
-    values, scale = jacobian
-    weights = error if scale is None else error * scale
-    # fp8 promotes to nothing, and always has a scale, which is wider
-    dtype = weights.dtype if values.dtype.itemsize == 1 else torch.promote_types(weights.dtype, values.dtype)
-    delta = torch.bmm(weights.to(dtype)[:, None], values.flatten(2).to(dtype))
-    return delta.view(len(error), *values.shape[2:]).to(error.dtype)
+    """delta = J^T e: J (B, classes, *site) and error (B, classes) -> (B, *site) in the error's dtype.
+
+    In one pass over J where it lies: each delta is a weighted sum of the rows (example, class) of a table.
+    """
+    values, scale, rows = jacobian
+    classes, site = values.shape[1], values.shape[2:]
+    if values.dtype in WIDER:
+        values = values if rows is None else values.view(torch.uint8)[rows].view(values.dtype)
+        scale = scale if rows is None or scale is None else scale[rows]
+        values, rows = values.to(WIDER[values.dtype]), None
+    weights = error if scale is None else error * (scale if rows is None else scale[rows])
+    rows = torch.arange(len(error), device=error.device) if rows is None else rows
+    places = rows[:, None] * classes + torch.arange(classes, device=error.device)
+    table = values.reshape(-1, math.prod(site))
+    delta = F.embedding_bag(places, table, per_sample_weights=weights.to(table.dtype), mode="sum")
+    return delta.view(len(error), *site).to(error.dtype)
 
 
 class Network(nn.Module, ABC):
