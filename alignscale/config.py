@@ -117,6 +117,7 @@ class TrainConfig:
 
     ``batch_size``: examples in an update on all ranks, computed in ``accumulation`` parts that are as equal as they can
     be. Norm batch takes the moments of each part, over all ranks with ``sync_norm``, else over each rank's examples.
+    ``form``: of what learns: ``primal`` (weights) or ``dual`` (align_zero's coefficients of the training examples).
     ``precision``: of the computation; with fp16 and bf16 the weights, the optimizer and the loss stay in fp32.
     ``deterministic``: the same bits on every run on a machine, whatever that costs; one thread unless ``threads`` says
     how many.
@@ -141,6 +142,7 @@ class TrainConfig:
     epochs: int = 10
     batch_size: int = 50
     accumulation: int = 1
+    form: str = "primal"
     sync_norm: bool = True
     precision: str = "fp32"
     device: str = "auto"

@@ -42,6 +42,7 @@ from alignscale.nets import build
 from alignscale.nets.norms import BatchNorm
 from alignscale.rules import RULES, make_rule
 from alignscale.rules.backprop import true_deltas
+from alignscale.rules.dual import DualAlignZero
 from alignscale.types import Batch
 from alignscale.validation import check_data, validate
 
@@ -68,7 +69,7 @@ class Learner:
         self, net: str | NetConfig, shape: Sequence[int], classes: int, rule: str | RuleConfig = "align_ada",
         optim: str | OptimConfig = "sgd", loss: str | LossConfig = "mse", *, seed: int = 0, precision: str = "fp32",
         device: str | torch.device = "cpu", frozen_weights: str = "stored", state_rows: int = 0,
-        engine: EngineConfig = ENGINES["local"], ranks: Ranks = ALONE, sync_norm: bool = True,
+        engine: EngineConfig = ENGINES["local"], ranks: Ranks = ALONE, sync_norm: bool = True, coefficients: int = 0,
     ) -> None:  # fmt: skip
         """What is given by name has its default options.
 
@@ -87,6 +88,7 @@ class Learner:
             engine: what runs a step.
             ranks: the processes that train together; each is given its own part of each batch.
             sync_norm: norm batch takes its moments in training over all ranks.
+            coefficients: the training examples of align_zero in dual form; 0 trains weights.
 
         Raises:
             ConfigError: an option is wrong, or the network does not fit the shape.
@@ -120,7 +122,8 @@ class Learner:
                 norm.total = ranks.sum
         self.fixed = Fixed.from_seed(self.net, seed, frozen_weights, dtype, ranks)
         self.loss = make_loss(self.options.loss)
-        self.rule = make_rule(self.net, self.fixed, self.options.rule, self.loss)
+        made = (self.net, self.fixed, self.options.rule, self.loss)
+        self.rule = DualAlignZero(*made, coefficients) if coefficients else make_rule(*made)
         self.encoding = Encoding(self.loss, dtype, master, device)
         self.lr = optim.lr
         self.engine = self._engine(engine, optim)

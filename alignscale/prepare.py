@@ -31,6 +31,7 @@ from alignscale.jacobian.cache import Cache
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets import build
 from alignscale.results import read_result
+from alignscale.rules.dual import COEFFICIENTS, DualAlignZero, check_size
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
 
@@ -59,6 +60,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     ranks.together(lambda: _check_memory(config, train, device))
     plan = Plan(len(train), config.batch_size, config.seed)
     learner = make_learner(config, train, device, engine, ranks)
+    if config.form == "dual":
+        check_size(learner.net, len(train), train.shape, train.classes)
     made_with = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size, **versions()}
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
@@ -74,6 +77,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
             cache.make(show)
         show(f"jacobian: {config.jacobian.name}, from {cache.folder}")
         run.store = ranks.together(cache.open)
+        if isinstance(learner.rule, DualAlignZero) and run.store:
+            learner.rule.attach(run.store, learner.encoding.images(train.images))
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
@@ -89,6 +94,8 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
     if engine.name == "auto":
         engine = ENGINES["local" if around is None else "deepspeed"]
     if isinstance(engine, DeepSpeedConfig):
+        if config.form == "dual":
+            raise ConfigError("engine=deepspeed: expected engine=local and one process for form=dual, which is small")
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError("engine=deepspeed: expected the package, found none; pip install 'alignscale[deepspeed]'")
         if config.precision == "fp64":
@@ -109,6 +116,7 @@ def make_learner(
         config.net, train.shape, train.classes, config.rule, config.optim, config.loss, seed=config.seed,
         precision=config.precision, device=device, frozen_weights=config.frozen.weights, state_rows=config.batch_size,
         engine=engine, ranks=ranks, sync_norm=config.sync_norm,
+        coefficients=len(train) if config.form == "dual" else 0,
     )  # fmt: skip
     learner.encoding = learner.encoding.of(config.data, train)
     return learner
@@ -133,11 +141,14 @@ def restored(folder: Path, which: str = "last") -> Restored:
     validate(config)
     path = checkpoint.find(folder / "checkpoints", which)
     splits = load(config.data)
-    learner = make_learner(config, splits["train"], device_called("auto"), ENGINES["local"], Ranks())
+    primal = replace(config, form="primal")  # whose weights a checkpoint of the dual form has too
+    learner = make_learner(primal, splits["train"], device_called("auto"), ENGINES["local"], Ranks())
     if config.net.norm == "calibrated":
         _load_norms(folder / "norms.safetensors", learner)
     manifest = checkpoint.verified(path, _identity(config, splits, learner))
-    learner.net.load_state_dict(checkpoint.read(path, manifest, "model"))
+    model = checkpoint.read(path, manifest, "model")
+    model.pop(COEFFICIENTS, None)
+    learner.net.load_state_dict(model)
     return Restored(config, splits, learner, manifest["step"])
 
 

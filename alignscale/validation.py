@@ -23,6 +23,7 @@ ONE_OF = {
     "device": ("auto", "cpu", "cuda"),
     "evaluation.splits": ("train", "validation", "test"),
     "engine.zero_stage": (0, 1, 2, 3),
+    "form": ("primal", "dual"),
     "frozen.weights": ("stored", "regenerated", "partitioned"),
     "jacobian.dtype": ("fp64", "fp32", "bf16", "fp16", "fp8"),
     "jacobian.inputs": ("fp64", "fp32", "bf16", "recomputed"),
@@ -122,6 +123,8 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
     if getattr(net, "strides", None) == []:
         yield "net.strides=[]: expected at least one stride, one for each convolution"
     yield from _jacobian_conflicts(config)
+    if config.form == "dual":
+        yield from _dual_conflicts(config)
     trained = isinstance(net, RNNConfig) and net.initial_state == "trained"
     if trained and config.accumulation > 1:
         yield (
@@ -152,6 +155,24 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
             f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
             "it divides"
         )
+
+
+def _dual_conflicts(config: TrainConfig) -> Iterator[str]:
+    kept = config.jacobian.name == "explicit" and config.jacobian.inputs == config.jacobian.dtype == config.precision
+    wrong = {
+        f"rule={config.rule.name}: expected align_zero": config.rule.name != "align_zero",
+        f"net={config.net.name}: expected mlp": not isinstance(config.net, MLPConfig),
+        f"optim={config.optim.name}: expected sgd": not isinstance(config.optim, SGDConfig),
+        "optim.weight_decay, optim.clip_norm: expected 0, as they are of weights": bool(
+            config.optim.weight_decay or config.optim.clip_norm
+        ),
+        f"precision={config.precision}: expected fp32 or fp64": config.precision not in ("fp32", "fp64"),
+        f"data.views={config.data.views}: expected 1": config.data.views != 1,
+        f"jacobian.tier={config.jacobian.tier}: expected auto, host or device": config.jacobian.tier == "disk",
+        f"jacobian={config.jacobian.name}: expected explicit, with dtype and inputs {config.precision}": not kept,
+        f"jacobian.layers={config.jacobian.layers}: expected none": bool(config.jacobian.layers),
+    }
+    yield from (f"form=dual, {what}; or use form=primal" for what, is_so in wrong.items() if is_so)
 
 
 def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:

@@ -145,15 +145,18 @@ class Conv(Layer):
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
         size = [delta.shape[0], *self.padded]
-        signal = conv2d_input(size, weight.to(delta.dtype), _scaled(delta, self.scale), self.stride, self.padding)
+        # the scale goes to the weight, and below to the gradient: they are far smaller than a batch of maps
+        signal = conv2d_input(size, _scaled(weight.to(delta.dtype), self.scale), delta, self.stride, self.padding)
         # A negative pad crops into a contiguous tensor, which elementwise kernels read ten times faster than a view.
         return F.pad(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
         shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
-        gradient = conv2d_weight(self._pad(a), shape, _scaled(delta, self.scale), self.stride, self.padding)
-        return gradient, delta.sum((0, 2, 3))
+        narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
+        scaled = _scaled(delta, self.scale) if narrow else delta
+        gradient = conv2d_weight(self._pad(a), shape, scaled, self.stride, self.padding)
+        return gradient if narrow else _scaled(gradient, self.scale), delta.sum((0, 2, 3))
 
     def _pad(self, a: Tensor) -> Tensor:
         return F.pad(a, self.extra) if any(self.extra) else a

@@ -47,6 +47,14 @@ class Rule(nn.Module, ABC):
         pairs = zip(self.net.layers, learns, strict=True)
         return [one for layer, does in pairs if does for one in layer.held if one is not None]
 
+    def saved(self) -> dict[str, Tensor]:
+        """Weights and norms, for a checkpoint."""
+        return self.net.state_dict()
+
+    def restore(self, model: dict[str, Tensor]) -> None:
+        """Set what ``saved`` gave."""
+        self.net.load_state_dict(model)
+
     def forward(self, batch: Batch) -> StepOutput:
         """One step on ``batch``, up to the scalar to call backward on; in evaluation mode the forward pass alone."""
         if self.training:
