@@ -14,7 +14,10 @@ from torch import Tensor
 
 def pack(residue: Tensor) -> Tensor:
     """Residue or gate (B, *site) of relu -> uint8 (B, ceil(units / 8)); unit 8 i + k is bit k of byte i."""
-    bits = (residue.flatten(1) > 0).to(torch.uint8)
+    open_units = residue.flatten(1) > 0
+    if residue.device.type == "cpu":
+        return torch.from_numpy(np.packbits(open_units.numpy(), axis=1, bitorder="little"))
+    bits = open_units.to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.view(len(bits), -1, 8) << places).sum(2, dtype=torch.uint8)
