@@ -28,6 +28,13 @@ class FrozenConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """``width``: ranks over which the rows of every hidden layer are shared out; the others share the examples out."""
+
+    width: int = 1
+
+
+@dataclass
 class CalibrationConfig:
     """``norm=calibrated``: the initial network's moments over the first ``examples`` training examples in key order."""
 
@@ -102,6 +109,7 @@ class TrainConfig:
     schedule: choices.ScheduleConfig = field(default_factory=choices.ConstantConfig)
     engine: choices.EngineConfig = field(default_factory=choices.EngineConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -120,8 +128,8 @@ class TrainConfig:
     resume: str = "auto"
 
 
-DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device", "engine")
-"""Options that change none of a run's numbers, or, as threads, device and engine, only their rounding."""
+DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel")
+"""Options that change none of a run's numbers, or, as threads, device, engine and parallel, only their rounding."""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from alignscale.folder import describe_folder, opened, read_config
 from alignscale.frozen import fingerprint
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets import build
+from alignscale.parallel import Mesh, Width
 from alignscale.results import read_result
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
@@ -48,6 +49,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     held.enter_context(torch_settings(config.threads, config.deterministic))
     device = device_called(config.device)
     engine, ranks = _engine(config, device, held)
+    mesh = Mesh.of(ranks, config.parallel.width, config.net.width)
     show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
@@ -55,11 +57,12 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     name = run_name(config)
     folder = run_folder(config)
     train = splits["train"]
-    ranks.together(lambda: _check_memory(config, train, device))
+    ranks.together(lambda: _check_memory(config, train, device, mesh.width))
     plan = Plan(len(train), config.batch_size, config.seed)
-    learner = make_learner(config, train, device, engine, ranks)
+    learner = make_learner(config, train, device, engine, mesh)
     made_with = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size, **versions()}
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
+    made_with |= {"width_ranks": mesh.width.ranks.size}
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))
@@ -95,13 +98,13 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
 
 
 def make_learner(
-    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, ranks: Ranks
+    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, mesh: Mesh
 ) -> Learner:
     """The learner of a run at its start, which reads examples as the run does."""
     learner = Learner(
         config.net, train.shape, train.classes, config.rule, config.optim, config.loss, seed=config.seed,
         precision=config.precision, device=device, frozen_weights=config.frozen.weights, state_rows=config.batch_size,
-        engine=engine, ranks=ranks, sync_norm=config.sync_norm,
+        engine=engine, mesh=mesh, sync_norm=config.sync_norm,
     )  # fmt: skip
     learner.encoding = learner.encoding.of(config.data, train)
     return learner
@@ -126,7 +129,7 @@ def restored(folder: Path, which: str = "last") -> Restored:
     validate(config)
     path = checkpoint.find(folder / "checkpoints", which)
     splits = load(config.data)
-    learner = make_learner(config, splits["train"], device_called("auto"), ENGINES["local"], Ranks())
+    learner = make_learner(config, splits["train"], device_called("auto"), ENGINES["local"], Mesh())
     if config.net.norm == "calibrated":
         _load_norms(folder / "norms.safetensors", learner)
     manifest = checkpoint.verified(path, _identity(config, splits, learner))
@@ -139,13 +142,13 @@ def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner
     return {
         "config": defining(config),
         "examples": {split: examples.digest for split, examples in splits.items()},
-        "fingerprint": fingerprint(learner.net, as_dict(config.net), config.seed),
+        "fingerprint": fingerprint(learner.net, as_dict(config.net), config.seed, learner.mesh),
     }
 
 
-def _check_memory(config: TrainConfig, train: Examples, device: torch.device) -> None:
+def _check_memory(config: TrainConfig, train: Examples, device: torch.device, width: Width) -> None:
     with torch.device("meta"):
-        outline = build(config.net, train.shape, train.classes, config.batch_size)
+        outline = build(config.net, train.shape, train.classes, config.batch_size, width)
     dtype, master = PRECISIONS[config.precision]
     states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
     copies = 2 + states + (config.frozen.weights == "stored" and config.rule.name != "backprop")
@@ -157,8 +160,8 @@ def _check_memory(config: TrainConfig, train: Examples, device: torch.device) ->
         raise ConfigError(
             f"net.width={config.net.width}: weights, gradient, optimizer and initial weights take "
             f"{weights / 2**30:.1f} GiB, the layers' outputs {outputs / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB "
-            "of available memory; choose a smaller width or batch_size, more accumulation, or "
-            "frozen.weights=regenerated"
+            "of available memory; choose a smaller width or batch_size, more accumulation, "
+            "frozen.weights=regenerated, or share the width out over more ranks with parallel.width"
         )
 
 
@@ -174,7 +177,8 @@ def _derived(run: Run) -> str:
         f"shape: {train.shape}, {train.classes} classes",
         f"steps: {run.plan.steps_per_epoch} an epoch, {run.stop:,} in all",
         f"device: {learner.encoding.device}, {torch.get_num_threads()} threads, {config.precision}",
-        f"engine: {made_with['engine']}, {made_with['ranks']} ranks, ZeRO {made_with['zero_stage'] or 0}",
+        f"engine: {made_with['engine']}, {made_with['ranks']} ranks, ZeRO {made_with['zero_stage'] or 0}"
+        + (f", width over {made_with['width_ranks']} of them" if made_with["width_ranks"] > 1 else ""),
     ]
     skipped = sum(examples.skipped for examples in run.splits.values())
     if skipped:
@@ -192,27 +196,41 @@ def _derived(run: Run) -> str:
 
 def _calibrated(run: Run) -> None:
     """Moments of the norms: computed once in a run's life, then read from its folder."""
-    path, norms = run.folder / "norms.safetensors", torch.nn.ModuleList(run.learner.net.norms)
+    path, learner, mesh = run.folder / "norms.safetensors", run.learner, run.learner.mesh
+    if not run.ranks.of_first(path.exists):
+        images = run.splits["train"].images[: run.config.calibration.examples]
+        run.ranks.together(lambda: learner.calibrate(images) if mesh.data.first else None)
+        share = learner.net.width.share(learner.net.units_axis)
+        whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
+        run.ranks.of_first(lambda: write_atomic(path, save(whole)))
+    _load_norms(path, learner)
 
-    def made() -> dict[str, torch.Tensor]:
-        if path.exists():
-            _load_norms(path, run.learner)
-        else:
-            run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
-            write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
-        return {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
 
-    norms.load_state_dict(run.ranks.of_first(made))
+def _moments(learner: Learner) -> dict[str, torch.Tensor]:
+    return torch.nn.ModuleList(learner.net.norms).state_dict()
 
 
 def _load_norms(path: Path, learner: Learner) -> None:
+    """Set the norms of all ranks from the file, which the first one reads."""
+    mesh, share = learner.mesh, learner.net.width.share(learner.net.units_axis)
+    moments = _moments(learner)
+    shapes = {name: one.shape if share is None else share.whole(one.shape) for name, one in moments.items()}
+
+    def read() -> dict[str, torch.Tensor]:
+        found = load_file(path)
+        if {name: tuple(one.shape) for name, one in found.items()} != {name: (*one,) for name, one in shapes.items()}:
+            raise RuntimeError("moments of another network's")
+        return found
+
     try:
-        torch.nn.ModuleList(learner.net.norms).load_state_dict(load_file(path))
+        found = mesh.everyone.together(lambda: read() if mesh.everyone.first else {})
     except (OSError, SafetensorError, RuntimeError) as problem:
         raise CheckpointError(
             f"{path}: expected the moments of this network's norms, found: {problem}; put the file "
             "back, or train again with resume=never"
         ) from problem
+    for name, one in moments.items():
+        one.copy_(mesh.part(found.get(name), share, one))
 
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:
