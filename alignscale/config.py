@@ -29,9 +29,42 @@ class FrozenConfig:
 
 @dataclass
 class ParallelConfig:
-    """``width``: ranks over which the rows of every hidden layer are shared out; the others share the examples out."""
+    """``width``: ranks over which the rows of every hidden layer are shared out; the others share the examples out.
+
+    ``inputs``: align_zero's cached initial layer inputs are ``whole`` on each rank, or its own units, ``gathered`` in
+    each step.
+    """
 
     width: int = 1
+    inputs: str = "whole"
+
+
+@dataclass
+class JacobianConfig:
+    """What align_ada and align_zero get the initial network's Jacobian from; no other rule reads one.
+
+    ``name``: ``live`` (a frozen forward pass and a pullback in each step), ``gates`` (the pullback, through cached
+    activation derivatives), ``explicit`` (cached d logits / d x of each unit, so neither), or ``auto`` (of these, layer
+    by layer, what a cost model finds fastest when the cache is made). ``layers``: gates or explicit for each hidden
+    layer by itself. ``dtype``: of explicit Jacobians, and of gates that are no bits. ``inputs``: align_zero's initial
+    layer inputs, cached in fp32 or bf16, or ``recomputed``. ``tier``: where training keeps the cache: ``device``,
+    ``host`` memory, memory-mapped from ``disk``, or ``auto``.
+    The cache is in ``dir``, or in ``root``/<name and digest of what it belongs to>. ``build``: make what is missing of
+    it before training, which is else an error. ``verify``: its files' checksums, before training.
+    """
+
+    name: str = "live"
+    layers: list[str] = field(default_factory=list)
+    dtype: str = "fp32"
+    inputs: str = "fp32"
+    tier: str = "auto"
+    root: str = "runs/jacobian"
+    dir: str = ""
+    build: bool = False
+    verify: bool = True
+
+
+JACOBIANS = {name: JacobianConfig(name) for name in ("live", "gates", "explicit", "auto")}
 
 
 @dataclass
@@ -110,6 +143,7 @@ class TrainConfig:
     engine: choices.EngineConfig = field(default_factory=choices.EngineConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    jacobian: JacobianConfig = field(default_factory=JacobianConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -128,7 +162,10 @@ class TrainConfig:
     resume: str = "auto"
 
 
-DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel")
+DISPLAY = (
+    "run", "log", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel",
+    *(f"jacobian.{name}" for name in ("tier", "root", "dir", "build", "verify")),
+)  # fmt: skip
 """Options that change none of a run's numbers, or, as threads, device, engine and parallel, only their rounding."""
 
 
@@ -144,7 +181,12 @@ def defining(config: TrainConfig) -> dict[str, Any]:
 
 def without_display(options: dict[str, Any]) -> dict[str, Any]:
     """``defining`` of a configuration that is already a dictionary, as config.yaml holds it."""
-    return {name: value for name, value in options.items() if name not in DISPLAY}
+
+    def kept(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        pairs = [(name, value) for name, value in node.items() if prefix + name not in DISPLAY]
+        return {name: kept(one, f"{prefix}{name}.") if isinstance(one, dict) else one for name, one in pairs}
+
+    return kept(options, "")
 
 
 def digest(config: TrainConfig) -> str:

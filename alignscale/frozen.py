@@ -20,7 +20,7 @@ from alignscale.initial import VERSION, Stream, normal, quantiles
 from alignscale.nets.network import Deltas, Network
 from alignscale.nets.norms import ALL, CalibratedNorm
 from alignscale.parallel import Mesh, Share
-from alignscale.types import Parameters, Trace, Weight
+from alignscale.types import Cached, Parameters, Trace, Weight
 
 CALIBRATION_CHUNK = 250
 WHOLE = Mesh()
@@ -82,9 +82,12 @@ class Frozen:
         return self.net.trace(images, self.parameters)
 
     @torch.no_grad()
-    def pullback(self, error: Tensor, trace: Trace, local_gates: list[Tensor] | None = None) -> Deltas:
-        """Error at the output -> delta at each layer, by the initial Jacobian at the examples of ``trace``."""
-        return self.net.pullback(error, self.net.gates(trace), trace.norms, self.weight, local_gates)
+    def pullback(self, error: Tensor, at: Trace | Cached, local_gates: list[Tensor] | None = None) -> Deltas:
+        """Error at the output -> delta at each layer, by the initial Jacobian at the examples of a trace or a cache."""
+        if isinstance(at, Trace):
+            return self.net.pullback(error, self.net.gates(at), at.norms, self.weight, local_gates)
+        none = [None] * len(self.net.norms)
+        return self.net.pullback(error, at.gates, none, self.weight, local_gates, at.jacobians)
 
 
 @dataclass(frozen=True)

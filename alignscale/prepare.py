@@ -13,21 +13,19 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from alignscale import checkpoint
-from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig
 from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Examples, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, joined, launched
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
-from alignscale.files import write_atomic
 from alignscale.folder import describe_folder, opened, read_config
 from alignscale.frozen import fingerprint
+from alignscale.jacobian.cache import Cache
 from alignscale.learner import PRECISIONS, Learner
+from alignscale.moments import calibrated, load_moments
 from alignscale.nets import build
 from alignscale.parallel import Mesh, Width
 from alignscale.results import read_result
@@ -68,8 +66,14 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     show(_derived(run))
     show(f"folder: {folder}")
     ranks.of_first(lambda: held.enter_context(opened(folder, config)))
+    cache = cache_of(config, learner, train) if config.jacobian.name != "live" and learner.rule.reads_jacobian else None
     if config.net.norm == "calibrated":
-        _calibrated(run)
+        calibrated(config, learner, train, [folder, *([cache.home] if cache else [])])
+    if cache is not None:
+        if config.jacobian.build:
+            cache.make(show)
+        show(f"jacobian: {config.jacobian.name}, from {cache.home}")
+        run.store = ranks.together(cache.open)
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
@@ -131,7 +135,7 @@ def restored(folder: Path, which: str = "last") -> Restored:
     splits = load(config.data)
     learner = make_learner(config, splits["train"], device_called("auto"), ENGINES["local"], Mesh())
     if config.net.norm == "calibrated":
-        _load_norms(folder / "norms.safetensors", learner)
+        load_moments(folder / "norms.safetensors", learner)
     manifest = checkpoint.verified(path, _identity(config, splits, learner))
     learner.net.load_state_dict(checkpoint.read(path, manifest, "model"))
     return Restored(config, splits, learner, manifest["step"])
@@ -194,43 +198,28 @@ def _derived(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _calibrated(run: Run) -> None:
-    """Moments of the norms: computed once in a run's life, then read from its folder."""
-    path, learner, mesh = run.folder / "norms.safetensors", run.learner, run.learner.mesh
-    if not run.ranks.of_first(path.exists):
-        images = run.splits["train"].images[: run.config.calibration.examples]
-        run.ranks.together(lambda: learner.calibrate(images) if mesh.data.first else None)
-        share = learner.net.width.share(learner.net.units_axis)
-        whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
-        run.ranks.of_first(lambda: write_atomic(path, save(whole)))
-    _load_norms(path, learner)
+def cache_of(config: TrainConfig, learner: Learner, train: Examples) -> Cache:
+    """The cache of the initial network's Jacobian for a run."""
+    frozen, encoding = learner.fixed.frozen, learner.encoding
+    return Cache(config, frozen, encoding, train, learner.rule.reads_inputs, learner.mesh)
 
 
-def _moments(learner: Learner) -> dict[str, torch.Tensor]:
-    return torch.nn.ModuleList(learner.net.norms).state_dict()
-
-
-def _load_norms(path: Path, learner: Learner) -> None:
-    """Set the norms of all ranks from the file, which the first one reads."""
-    mesh, share = learner.mesh, learner.net.width.share(learner.net.units_axis)
-    moments = _moments(learner)
-    shapes = {name: one.shape if share is None else share.whole(one.shape) for name, one in moments.items()}
-
-    def read() -> dict[str, torch.Tensor]:
-        found = load_file(path)
-        if {name: tuple(one.shape) for name, one in found.items()} != {name: (*one,) for name, one in shapes.items()}:
-            raise RuntimeError("moments of another network's")
-        return found
-
-    try:
-        found = mesh.everyone.together(lambda: read() if mesh.everyone.first else {})
-    except (OSError, SafetensorError, RuntimeError) as problem:
-        raise CheckpointError(
-            f"{path}: expected the moments of this network's norms, found: {problem}; put the file "
-            "back, or train again with resume=never"
-        ) from problem
-    for name, one in moments.items():
-        one.copy_(mesh.part(found.get(name), share, one))
+def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
+    """The cache of a run that need not have begun. held: as ``prepare`` has it."""
+    validate(config)
+    keep_freed_memory()
+    held.enter_context(torch_settings(config.threads, config.deterministic))
+    device = device_called(config.device)
+    _, ranks = _engine(config, device, held)
+    train = ranks.together(lambda: load(config.data))["train"]
+    check_data(config, {"train": len(train)})
+    mesh = Mesh.of(ranks, config.parallel.width, config.net.width)
+    ranks.together(lambda: _check_memory(config, train, device, mesh.width))
+    learner = make_learner(config, train, device, ENGINES["local"], mesh)
+    cache = cache_of(config, learner, train)
+    if config.net.norm == "calibrated":
+        calibrated(config, learner, train, [cache.home])
+    return cache
 
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:

@@ -52,6 +52,8 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views,
         run.learner.mesh.data.part,
     )  # fmt: skip
+    if run.store:
+        batches = run.store.attached(batches)
     asked = first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
     if run.start == 0 and not asked:
         measure(run, metrics, 0, None, None)
@@ -115,6 +117,7 @@ def update_cosine(run: Run, step: int) -> float | None:
     if isinstance(learner.rule, Backprop):
         return 1.0
     first = torch.arange(min(run.config.batch_size, len(train)))
-    values = learner.cosines(learner.encoding.batch(train, first, step))
+    batch = learner.encoding.batch(train, first, step)
+    values = learner.cosines(run.store.of(batch) if run.store else batch)
     value = sum(values) / len(values)
     return value if math.isfinite(value) else None

@@ -24,6 +24,11 @@ ONE_OF = {
     "evaluation.splits": ("train", "validation", "test"),
     "engine.zero_stage": (0, 1, 2, 3),
     "frozen.weights": ("stored", "regenerated", "partitioned"),
+    "jacobian.dtype": ("fp64", "fp32", "bf16", "fp16", "fp8"),
+    "jacobian.inputs": ("fp64", "fp32", "bf16", "recomputed"),
+    "jacobian.layers": ("gates", "explicit"),
+    "jacobian.name": ("live", "gates", "explicit", "auto"),
+    "jacobian.tier": ("auto", "device", "host", "disk"),
     "loss.reduction": ("mean", "sum"),
     "net.activation": ("relu", "gelu", "tanh", "erf"),
     "net.blocks": ("theory", "public"),
@@ -33,6 +38,7 @@ ONE_OF = {
     "net.readout": ("last", "every"),
     "optim.decay_towards": ("zero", "initial"),
     "precision": ("fp32", "fp16", "bf16", "fp64"),
+    "parallel.inputs": ("whole", "gathered"),
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
@@ -90,7 +96,7 @@ def _wanted(option: str, value: Any) -> str | None:
         return "a number from 0 to below 1"
     if option in SEEDS and not 0 <= value < 2**63:
         return "a whole number from 0 to 2^63 - 1"
-    if option in ("run.root", "data.root") and not value:
+    if option in ("run.root", "data.root", "jacobian.root") and not value:
         return "a folder, found nothing"
     if isinstance(value, float) and abs(value) > 3.4e38:
         return "a number of at most 3.4e+38 in size, as fp32 holds"
@@ -116,6 +122,7 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
         yield "net.blocks=public: the paper's public code has no mlp; expected theory"
     if getattr(net, "strides", None) == []:
         yield "net.strides=[]: expected at least one stride, one for each convolution"
+    yield from _jacobian_conflicts(config)
     trained = isinstance(net, RNNConfig) and net.initial_state == "trained"
     if trained and config.accumulation > 1:
         yield (
@@ -146,6 +153,31 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
             f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
             "it divides"
         )
+
+
+def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
+    options, net = config.jacobian, config.net
+    forms = {options.name, *options.layers}
+    if options.name == "live":
+        if options.layers:
+            yield f"jacobian.layers={options.layers}: expected none with jacobian=live; use jacobian=gates or explicit"
+        return
+    if net.norm == "batch" and options.name != "auto":
+        yield (
+            f"jacobian={options.name}: expected net.norm=none or calibrated, found batch, whose moments make each "
+            "example's Jacobian depend on the others of its batch; or use jacobian=live"
+        )
+    if "explicit" in forms and net.blocks == "public":
+        yield "net.blocks=public: its last gate is the current network's; expected theory with explicit Jacobians"
+    if "explicit" in forms and isinstance(net, RNNConfig):
+        yield (
+            "jacobian=explicit: net=rnn has a Jacobian for each step, classes x steps x width numbers an example, "
+            "which costs more to read than to compute; expected live or gates"
+        )
+    if "explicit" not in forms and options.dtype not in ("fp64", "fp32", "bf16") and net.activation != "relu":
+        yield f"jacobian.dtype={options.dtype}: expected fp32 or bf16 for the gates of {net.activation}"
+    if getattr(net, "initial_state", "zero") == "trained":
+        yield f"jacobian={options.name}: net.initial_state=trained changes what the initial network reads; use live"
 
 
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:

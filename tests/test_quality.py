@@ -35,7 +35,7 @@ LAYERS = [
     {"rules"},
     {"checkpoint", "engine", "engine_deepspeed", "engine_zero", "evaluate"},
     {"folder", "learner"},
-    {"run"},
+    {"moments", "run"},
     {"prepare"},
     {"train"},
     {"alignscale"},  # the public names

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignscale.choices import ConvConfig, MLPConfig, NetConfig
 from alignscale.nets.layers import Conv, Layer, Linear
-from alignscale.nets.network import Deltas, Gates, Network, States
+from alignscale.nets.network import NO_JACOBIANS, Deltas, Gates, Jacobians, Network, States, contract
 from alignscale.parallel import ALL_UNITS, Width
 from alignscale.types import Parameters, Trace, Weight
 
@@ -30,7 +30,7 @@ class LayeredNet(Network):
 
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
         """Images (B, C, H, W) -> the trace; logits (B, classes)."""
-        a = images.flatten(1) if self.flat else images
+        a = self.first_input(images)
         inputs, residues, norms = [], [], []
         for index, norm in enumerate(self.norms):
             inputs.append(a)
@@ -43,13 +43,21 @@ class LayeredNet(Network):
         inputs.append(features)
         return Trace(inputs, residues, norms, self.run_layer(self.readout, features, parameters))
 
+    def first_input(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), flat for an MLP."""
+        return images.flatten(1) if self.flat else images
+
     def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
-    ) -> Deltas:
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
+        jacobians: Jacobians = NO_JACOBIANS,
+    ) -> Deltas:  # fmt: skip
         """Error (B, classes) -> deltas, from the readout down; see Network.pullback."""
         deltas: Deltas = [None] * len(self.layers)
         deltas[self.readout] = delta = error
         for index in reversed(range(self.readout)):
+            if index in jacobians:
+                deltas[index] = delta = contract(jacobians[index], error)
+                continue
             above, last = index + 1, index + 1 == self.readout
             pulled = delta if last else self.norms[above].pullback(delta, norms[above])
             signal = self.layers[above].transpose(pulled, feedback(above))

@@ -166,7 +166,8 @@ class Conv(Layer):
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
-        gradient = conv2d_weight(self._pad(a), self.shape, _scaled(delta, self.scale), self.stride, self.padding)
+        shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
+        gradient = conv2d_weight(self._pad(a), shape, _scaled(delta, self.scale), self.stride, self.padding)
         return gradient, delta.sum((0, 2, 3))
 
     def _pad(self, a: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ numbered in order, ``sites[l]`` is the site that layer l writes to, None for the
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,24 @@ from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layers import Layer, Linear
 from alignscale.nets.norms import Norm, make_norm
 from alignscale.parallel import ALL_UNITS, Share, Width
-from alignscale.types import NormState, Parameters, Trace, Weight
+from alignscale.types import Jacobian, NormState, Parameters, Trace, Weight
 
-Gates = Sequence[Tensor]
+Gates = Sequence[Tensor] | Mapping[int, Tensor]
+Jacobians = Mapping[int, Jacobian]
+NO_JACOBIANS: Jacobians = {}
 States = Sequence[NormState | None]
 Deltas = list[Tensor | None]
 """Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
+
+
+def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
+    """delta = J^T e: J (B, classes, *site) and error (B, classes) -> (B, *site) in the error's dtype."""
+    values, scale = jacobian
+    weights = error if scale is None else error * scale
+    # fp8 promotes to nothing, and always has a scale, which is wider
+    dtype = weights.dtype if values.dtype.itemsize == 1 else torch.promote_types(weights.dtype, values.dtype)
+    delta = torch.bmm(weights.to(dtype)[:, None], values.flatten(2).to(dtype))
+    return delta.view(len(error), *values.shape[2:]).to(error.dtype)
 
 
 class Network(nn.Module, ABC):
@@ -53,7 +65,7 @@ class Network(nn.Module, ABC):
         super().__init__()
         self.width = width
         share = width.share(self.units_axis)
-        shapes = shapes if share is None else [share.shape(shape) for shape in shapes]
+        self.shapes = shapes = shapes if share is None else [share.shape(shape) for shape in shapes]
         for layer in layers:
             if isinstance(layer, Linear) and layer.share is not None and layer.share.axis == 1:
                 layer.total = width.sum
@@ -71,14 +83,20 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
+    def first_input(self, images: Tensor) -> Tensor:
+        """What the first layer reads of ``images``."""
+
+    @abstractmethod
     def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
-    ) -> Deltas:
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
+        jacobians: Jacobians = NO_JACOBIANS,
+    ) -> Deltas:  # fmt: skip
         """The error at the output -> delta at every layer.
 
         error: dLoss/dlogits, shape of the logits. gates, norms: per site, of the network whose Jacobian this is.
         feedback: the weight whose transpose carries the signal through layer l. local_gates: per site, of the network
-        that is updated; given where ``public`` puts the boundary of a block before a gate.
+        that is updated; given where ``public`` puts the boundary of a block before a gate. jacobians: of the sites
+        whose delta they give at once, instead of the gate and the layer above.
         """
 
     @property
@@ -95,6 +113,16 @@ class Network(nn.Module, ABC):
             share = self.layers[int(index)].share if kind == "layers" else self.width.share(self.units_axis)
             found[name] = None if part == "bias" and share is not None and share.axis > 0 else share
         return found
+
+    def own_input(self, layer: int, batch: int = 0) -> Share:
+        """What this rank's units are of the input of a layer above the first; batch: axes before the site's."""
+        share = self.width.share(self.units_axis + batch)
+        assert share is not None, f"layer {layer} reads all units here"
+        return share
+
+    def whole_input(self, own: Tensor) -> Tensor:
+        """A layer's input from the units of it that each rank has."""
+        return self.width.gather(own.movedim(1 + self.units_axis, 1)).movedim(1, 1 + self.units_axis)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) or (B, T, F) -> logits."""

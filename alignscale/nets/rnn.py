@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignscale.choices import ConfigError, RNNConfig
 from alignscale.nets.layers import Layer, Linear, State
-from alignscale.nets.network import Deltas, Gates, Network, States
+from alignscale.nets.network import NO_JACOBIANS, Deltas, Gates, Jacobians, Network, States
 from alignscale.parallel import ALL_UNITS, Width
 from alignscale.types import NormState, Parameters, Trace, Weight
 
@@ -44,7 +44,7 @@ class RNN(Network):
 
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
         """Images (B, T, F), or (B, C, T, W) read as T rows of C * W features -> the trace."""
-        x = images if images.dim() == 3 else images.transpose(1, 2).flatten(2)
+        x = self.first_input(images)
         drive = self.run_layer(INPUT, x, parameters)
         h = drive.new_zeros(drive.shape[0], self.layers[RECURRENT].whole[0])
         start = h.new_empty(0)
@@ -83,9 +83,14 @@ class RNN(Network):
             )
         return state[: h.shape[0]]
 
+    def first_input(self, images: Tensor) -> Tensor:
+        """Sequences (B, T, F), or the rows of images (B, C, T, W) as T steps of C * W features."""
+        return images if images.dim() == 3 else images.transpose(1, 2).flatten(2)
+
     def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
-    ) -> Deltas:
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
+        jacobians: Jacobians = NO_JACOBIANS,
+    ) -> Deltas:  # fmt: skip
         """Error (B, classes) or (B, T, classes) -> deltas, back through time; see Network.pullback.
 
         With ``blocks=public`` a delta leaves out the path from the same step's output to the hidden weights.

@@ -25,6 +25,10 @@ class Rule(nn.Module, ABC):
     """The class of the rule's own options."""
     trains_hidden: ClassVar[bool] = True
     """Whether all layers learn, or only the readout and a trained state."""
+    reads_jacobian: ClassVar[bool] = False
+    """Whether it uses ``batch.cached``, the initial network's Jacobian."""
+    reads_inputs: ClassVar[bool] = False
+    """Whether it uses the layer inputs in ``batch.cached`` too."""
 
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Fixed: the initial network and the random feedback."""
