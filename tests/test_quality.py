@@ -31,7 +31,7 @@ LAYERS = [
         "parallel",
         "schedule",
     },
-    {"frozen", "jacobian"},
+    {"frozen", "jacobian", "traffic"},
     {"rules"},
     {"checkpoint", "engine", "engine_deepspeed", "engine_zero", "evaluate"},
     {"folder", "learner"},
