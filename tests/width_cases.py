@@ -130,14 +130,11 @@ def counted(net: str, rule: str, form: str, inputs: str, stage: int, ranks: Rank
         messages, total = expected[one.over][one.call]
         expected[one.over][one.call] = messages + one.messages, total + one.bytes
     weights, wanted = made.engine.state()["model"], alone.engine.state()["model"]
-    off = (
-        max(((weights[name] - one).norm() / one.norm().clamp(min=1)).item() for name, one in wanted.items())
-        if weights
-        else 0
-    )
+    off = [((weights[name] - one).norm() / one.norm().clamp(min=1)).item() for name, one in wanted.items() if weights]
     return {
         "case": f"{net}-{rule}-{form}-{inputs}-zero{stage}", "net": net, "rule": rule, "form": form, "inputs": inputs,
-        "stage": stage, "ranks": ranks.size, "width": width, "layers": len(made.net.layers), "weights": max(off, default=0.0),
+        "stage": stage, "ranks": ranks.size, "width": width, "layers": len(made.net.layers),
+        "weights": max(off, default=0.0),
         "found": found, "expected": expected,
     }  # fmt: skip
 
