@@ -120,10 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw step time and efficiency")
     options = parser.parse_args(arguments)
-    if min(options.flops, options.bandwidth, options.memory) <= 0 or min(options.latency, options.optimizer_states) < 0:
-        parser.error(
-            "--flops, --bandwidth, --memory: expected numbers above 0; --latency, --optimizer-states: 0 or more"
-        )
+    if min(options.flops, options.bandwidth, options.memory) <= 0:
+        parser.error("--flops, --bandwidth, --memory: expected numbers above 0")
+    if min(options.latency, options.optimizer_states) < 0:
+        parser.error("--latency, --optimizer-states: expected numbers of at least 0")
     plan = Plan(net_of(options), options.shape, options.classes, options.batch, states=options.optimizer_states)
     plans = [dataclasses.replace(plan, rule=rule, jacobian=jacobian) for rule, jacobian in CONTENDERS]
     rows = [row(one, ranks, options) for ranks in options.ranks for one in plans]

@@ -1,4 +1,4 @@
-"""A step on a mesh of width x data ranks: its memory and traffic, measured beside what alignscale/traffic.py calculates.
+"""A step on a mesh of width x data ranks: memory and traffic, measured beside what alignscale/traffic.py calculates.
 
 For ``bench_step.py --distributed --parallel-width K``. Peaks are of the process while a rule alone is there.
 """
