@@ -88,7 +88,10 @@ def exchanges(plan: Plan) -> list[Exchange]:
         for layer in above if steps else ():
             places = 1 if net.recurrent else math.prod(net.shapes[layer - 1][1:])
             size = own * units * places * plan.itemsize * steps
-            found.append(Exchange(layer, "activations", "all_gather", "width", up * steps, up * size))
+            messages, moved = up * steps, up * size
+            if net.recurrent and plan.jacobian != "live" and plan.inputs == "gathered" and plan.rule == "align_zero":
+                messages, moved = steps + 1, 2 * size + size // steps  # the cached states of all steps at once
+            found.append(Exchange(layer, "activations", "all_gather", "width", messages, moved))
             if down:
                 found.append(Exchange(layer, "signals", "reduce_scatter", "width", down * steps, down * size))
         forward = up - (plan.rule == "align_zero" and plan.jacobian != "live" and plan.inputs == "gathered")
