@@ -28,6 +28,18 @@ class FrozenConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """``width``: ranks over which the rows of every hidden layer are shared out; the others share the examples out.
+
+    ``inputs``: align_zero's cached initial layer inputs are ``whole`` on each rank, or its own units, ``gathered`` in
+    each step.
+    """
+
+    width: int = 1
+    inputs: str = "whole"
+
+
+@dataclass
 class JacobianConfig:
     """What align_ada and align_zero get the initial network's Jacobian from; no other rule reads one.
 
@@ -131,6 +143,7 @@ class TrainConfig:
     schedule: choices.ScheduleConfig = field(default_factory=choices.ConstantConfig)
     engine: choices.EngineConfig = field(default_factory=choices.EngineConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     jacobian: JacobianConfig = field(default_factory=JacobianConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -152,10 +165,10 @@ class TrainConfig:
 
 
 DISPLAY = (
-    "run", "log", "checkpoint", "resume", "name", "threads", "device", "engine",
+    "run", "log", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel",
     *(f"jacobian.{name}" for name in ("tier", "root", "dir", "build", "verify")),
 )  # fmt: skip
-"""Options that change none of a run's numbers, or, as threads, device and engine, only their rounding."""
+"""Options that change none of a run's numbers, or, as threads, device, engine and parallel, only their rounding."""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

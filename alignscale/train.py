@@ -50,7 +50,7 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
     config, per_epoch, examples = run.config, run.plan.steps_per_epoch, run.splits["train"]
     batches = stream(
         examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views,
-        run.ranks.part,
+        run.learner.mesh.data.part,
     )  # fmt: skip
     if run.store:
         batches = run.store.attached(batches)
@@ -101,7 +101,7 @@ def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr:
     run.ranks.beat(step, "evaluation")
     engine, encoding, most = run.learner.engine, run.learner.encoding, run.config.evaluation.batch_size
     for split in dict.fromkeys(("test", *run.config.evaluation.splits)):
-        found = evaluate(engine, run.splits[split], encoding, most, run.ranks)
+        found = evaluate(engine, run.splits[split], encoding, most, run.learner.mesh.data)
         loss_key = "train_end_loss" if split == "train" else f"{split}_loss"  # train_loss is the mean over the epoch
         point |= {f"{split}_accuracy": found["accuracy"], f"{split}_top5": found["top5"], loss_key: found["loss"]}
     point["update_cosine"] = update_cosine(run, step) if run.config.log.update_cosine else None

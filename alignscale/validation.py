@@ -39,12 +39,13 @@ ONE_OF = {
     "net.readout": ("last", "every"),
     "optim.decay_towards": ("zero", "initial"),
     "precision": ("fp32", "fp16", "bf16", "fp64"),
+    "parallel.inputs": ("whole", "gathered"),
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
     **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
     **dict.fromkeys(("data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1),
-    **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width"), 1),
+    **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width", "parallel.width"), 1),
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),
     **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
     **dict.fromkeys(("data.noise", "data.shift", "data.train_limit", "data.validation", "optim.clip_norm"), 0),
@@ -242,7 +243,7 @@ def check_ranks(config: TrainConfig, train: int, ranks: int) -> None:
     """Check the options that depend on the number of ranks. Raises ConfigError for the first wrong."""
     if ranks > 1 and isinstance(config.net, RNNConfig) and config.net.initial_state == "trained":
         raise ConfigError(f"net.initial_state=trained: expected one process, found {ranks} ranks; use zero")
-    least = smallest_part(config, train)
+    ranks, least = ranks // config.parallel.width, smallest_part(config, train)
     if config.net.norm == "batch" and not config.sync_norm and least < 2 * ranks:
         raise ConfigError(
             f"sync_norm=false: expected at least 2 examples a rank, found parts of batches of {least} for {ranks} "

@@ -38,6 +38,7 @@ from alignscale.data.examples import Examples, stream
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, joined
 from alignscale.learner import Learner
+from alignscale.parallel import Mesh
 from alignscale.rules import RULES
 from alignscale.rules.feedback import SignSymmetricConfig
 from alignscale.types import Batch
@@ -123,7 +124,7 @@ def pairs(case: Case) -> set[tuple[tuple[str, Any], ...]]:
     return set(itertools.combinations(values, 2))
 
 
-def learner(case: Case, engine: EngineConfig, ranks: Ranks) -> Learner:
+def learner(case: Case, engine: EngineConfig, ranks: Ranks, width: int = 1) -> Learner:
     config, shape = NETS[case.net]
     name, _, magnitude = case.rule.partition("/")
     rule: RuleConfig = SignSymmetricConfig(magnitude=magnitude) if magnitude else RULES[name].options(name=name)
@@ -133,7 +134,8 @@ def learner(case: Case, engine: EngineConfig, ranks: Ranks) -> Learner:
         optim = dataclasses.replace(optim, lr=optim.lr / 10)
     keeping = case.options if case.options in ("partitioned", "regenerated") else "stored"
     made = Learner(
-        net, shape, 3, rule, optim, seed=1, frozen_weights=keeping, engine=engine, ranks=ranks,
+        net, shape, 3, rule, optim, seed=1, frozen_weights=keeping, engine=engine,
+        mesh=Mesh.of(ranks, width, net.width),
         state_rows=BATCH, sync_norm=case.options != "own-moments",
         precision=case.options if case.options in HALF else "fp32",
     )  # fmt: skip
@@ -155,7 +157,7 @@ def examples(case: Case) -> Examples:
 
 def batches(case: Case, made: Learner) -> Iterator[tuple[int, list[Batch]]]:
     data = examples(case)
-    return stream(data, Plan(len(data), BATCH, 0), made.encoding, 0, STEPS, case.parts, 1, made.ranks.part)
+    return stream(data, Plan(len(data), BATCH, 0), made.encoding, 0, STEPS, case.parts, 1, made.mesh.data.part)
 
 
 def train(case: Case, made: Learner) -> list[float]:

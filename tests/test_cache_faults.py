@@ -109,7 +109,8 @@ def test_a_manifest_says_what_the_cache_is(cache: Path) -> None:
     assert manifest["format"] == 1
     assert re.fullmatch("[0-9a-f]{16}", manifest["fingerprint"])
     assert (manifest["sites"], manifest["classes"]) == ([[16], [16]], 4)
-    assert manifest["form"] == {"sites": ["gates", "gates"], "dtype": "fp32", "inputs": None}
+    form = {"sites": ["gates", "gates"], "dtype": "fp32", "inputs": None, "gathered": False}
+    assert manifest["form"] == form
 
 
 @pytest.mark.parametrize(("changes", "found"), [

@@ -117,6 +117,10 @@ def distributed(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads or 1)
     config = dataclasses.replace(net_config(arguments.net, arguments.width, arguments.depth), norm="none")
     with joined(torch.device("cpu"), 600.0) as ranks:
+        if arguments.parallel_width:
+            from width_step import width_rows, width_table
+
+            rows, distributed_table = width_rows, width_table
         found = rows(arguments, config, batch_of(arguments), ranks)
     if ranks.first:
         print(f"{arguments.net}, width {arguments.width}, batch {arguments.batch}, {ranks.size} ranks")
@@ -226,6 +230,10 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unfused", action="store_true", help="torch's plain SGD in place of its fused one, for all")
     parser.add_argument("--threads", type=positive, help="by default torch's own number")
     parser.add_argument("--repeats", type=positive, default=15, help="rounds; a round runs every contender once")
+    parser.add_argument(
+        "--parallel-width", type=positive, default=0, metavar="K",
+        help="with --distributed: the width over K ranks; memory and traffic, measured and calculated, layer by layer",
+    )  # fmt: skip
     parser.add_argument("--distributed", action="store_true", help="under torchrun: DeepSpeed on all ranks, norm none")
     parser.add_argument("--stages", type=numbers(range(4)), default=[0, 1, 2, 3], help="of ZeRO, with --distributed")
     parser.add_argument("--bandwidth", type=speeds, default=[1.0, 10.0, 100.0], help="GB/s a rank, to project to")

@@ -71,7 +71,7 @@ def main(config: TrainConfig) -> None:
         raise ConfigError("jacobian=live: expected gates, explicit or auto, which have a cache")
     with ExitStack() as held:
         cache = cache_for(config, held)
-        show = print if cache.ranks.first else lambda line: None
+        show = print if cache.mesh.everyone.first else lambda line: None
         if planning:
             show(table(cache))
         else:

@@ -4,6 +4,7 @@ It stands alone because a cache is made once, before training and with other res
 """
 
 import fcntl
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignscale.distributed import Ranks
 from alignscale.frozen import Frozen
 from alignscale.jacobian.explicit import jacobians
 from alignscale.jacobian.files import CacheError, Writer
 from alignscale.jacobian.form import Form, Layout, Rows
 from alignscale.jacobian.identity import file_of
+from alignscale.parallel import Mesh
 from alignscale.types import Batch
 
 QUEUE = 2
@@ -31,21 +32,29 @@ Source = Callable[[str, int], Iterator[tuple[Batch, Tensor, Tensor]]]
 
 def build(
     folder: Path, missing: list[tuple[str, int, int]], frozen: Frozen, form: Form, layout: Layout, source: Source,
-    ranks: Ranks, show: Callable[[str], None],
+    mesh: Mesh, show: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Write the files of ``missing``: shard, view and number of examples of each, divided among the ranks.
+    """Write the files of ``missing``, shard, view and number of examples of each; ``mesh.data`` divides them.
 
     Raises CacheError where another builder is at work, OSError (a full disk, say) with no half file left.
     """
+    ranks = mesh.data
 
-    def own() -> None:
-        for shard, view, count in missing[ranks.rank :: ranks.size]:
+    def own(turn: int) -> None:
+        for shard, view, count in missing[turn + ranks.rank : turn + ranks.rank + 1]:
             path = folder / file_of(shard, view)
             show(f"caching {count} examples of {shard}, view {view}: {path}")
-            write_file(path, layout, count, chunks(frozen, form, source(shard, view)))
+            parts = chunks(frozen, form, source(shard, view))
+            try:
+                write_file(path, layout, count, parts)
+            except Exception:
+                for _ in parts if mesh.width.ranks.size > 1 else ():
+                    pass  # the ranks that have the other units wait for these
+                raise
 
-    with _alone(folder, ranks):
-        ranks.together(own)
+    with _alone(folder, mesh):
+        for turn in range(0, len(missing), ranks.size):
+            mesh.everyone.together(functools.partial(own, turn))
 
 
 def chunks(frozen: Frozen, form: Form, batches: Iterator[tuple[Batch, Tensor, Tensor]]) -> Iterator[Rows]:
@@ -77,12 +86,13 @@ def write_file(path: Path, layout: Layout, count: int, parts: Iterator[Rows]) ->
 
 
 @contextmanager
-def _alone(folder: Path, ranks: Ranks) -> Iterator[None]:
+def _alone(folder: Path, mesh: Mesh) -> Iterator[None]:
     """Hold the folder against another builder, and clear away what a killed one left half written."""
-    lock = (folder / ".lock").open("a+") if ranks.first else None
+    lock = (folder / ".lock").open("a+") if mesh.data.first else None
 
     def hold() -> None:
-        assert lock is not None
+        if lock is None:
+            return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
@@ -98,7 +108,7 @@ def _alone(folder: Path, ranks: Ranks) -> Iterator[None]:
             partial.unlink()
 
     try:
-        ranks.of_first(hold)
+        mesh.everyone.together(hold)
         yield
     finally:
         if lock is not None:

@@ -9,13 +9,13 @@ import socket
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import Encoding, Examples
-from alignscale.distributed import Ranks
 from alignscale.environment import available_memory
 from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
@@ -25,6 +25,7 @@ from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, fo
 from alignscale.jacobian.plan import Costs, Machine, Planner
 from alignscale.jacobian.store import Store, Wanted, missing
 from alignscale.nets import build as build_net
+from alignscale.parallel import Mesh
 from alignscale.types import Batch
 
 CHUNK, CHUNK_BYTES = 250, 2**28
@@ -41,12 +42,18 @@ class Cache:
     encoding: Encoding
     train: Examples
     inputs: bool
-    ranks: Ranks
+    mesh: Mesh
+
+    @property
+    def home(self) -> Path:
+        """Where it is."""
+        return folder_of(self.config, self.inputs)
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
-        return folder_of(self.config, self.inputs)
+        """Where this rank's units of it are."""
+        ranks = self.mesh.width.ranks
+        return self.home / f"width-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else self.home
 
     @cached_property
     def wanted(self) -> Wanted:
@@ -55,53 +62,67 @@ class Cache:
 
     @cached_property
     def input_shapes(self) -> list[tuple[int, ...]]:
-        """Of what each layer reads of an example, without a pass through the network."""
+        """Of what each layer reads of an example on this rank, without a pass through the network."""
         with torch.device("meta"):
             outline = build_net(self.config.net, self.train.shape, self.train.classes, self.config.batch_size)
             trace = outline.trace(torch.zeros(1, *self.train.shape))
-        return [tuple(one.shape[1:]) for one in trace.inputs]
+        shapes = [tuple(one.shape[1:]) for one in trace.inputs]
+        readout = self.frozen.net.readout
+        if self.mesh.width.ranks.size > 1:
+            shapes[readout] = (*shapes[readout][:-1], self.frozen.net.layers[readout].shape[1])
+        return shapes
 
     @property
     def about(self) -> dict[str, object]:
         """What the cache must have been made of."""
         net, config = self.frozen.net, self.config
         shapes = {"layers": [layer.shape for layer in net.layers], "sites": net.shapes, "classes": self.train.classes}
-        digest = fingerprint(net, as_dict(config.net), config.seed, moments=False)
+        digest = fingerprint(net, as_dict(config.net), config.seed, self.mesh, moments=False)
         return identity(config, digest, self.encoding, shapes)
 
     @property
     def moments(self) -> Moments:
-        """The statistics of calibrated norms."""
+        """The statistics of calibrated norms at this rank's units."""
         return {name: buffer.cpu() for name, buffer in torch.nn.ModuleList(self.frozen.net.norms).state_dict().items()}
 
     def layout(self, form: Form) -> Layout:
         """What an example takes in this form."""
         return form.layout(self.frozen.net, self.train.classes, self.input_shapes)
 
+    def _form(self) -> Form:
+        """As the options name it."""
+        form = Form.of(self.config.jacobian, self.frozen.net, self.inputs)
+        gathered = self.config.parallel.inputs == "gathered" and self.mesh.width.ranks.size > 1
+        return dataclasses.replace(form, gathered=bool(form.inputs and gathered))
+
     def make(self, show: Callable[[str], None]) -> None:
         """Make what is missing, in the form that was chosen when the cache was begun.
 
         Raises CacheError, or OSError for a full disk.
         """
-        about, begun = self.about, (self.folder / MANIFEST).exists()
-        form = (
-            checked(self.folder, about, self.moments)
-            if begun and self.config.jacobian.name == "auto"
-            else self.chosen()
-        )
+        about, begun, moments = self.about, (self.folder / MANIFEST).exists(), self.moments
+        kept = begun and self.config.jacobian.name == "auto"
+        form = checked(self.folder, about, moments) if kept else self.chosen()
+        form = self.mesh.everyone.objects(form)[0]  # memory may differ
         if form.sites[0] == "live":
-            self.ranks.of_first(lambda: claimed(self.folder, about, form, self.moments))
-            show(f"cache: {self.folder}: live is fastest, or the only form for this network")
+            self._of_shards(lambda: claimed(self.folder, about, form, moments))
+            show(f"cache: {self.home}: live is fastest, or the only form for this network")
             return
         layout = self.layout(form)
-        lacking = self.ranks.of_first(lambda: self._claimed(about, form))
+        found = self.mesh.everyone.objects(self._of_shards(lambda: self._claimed(about, form)) or [])
+        lacking = sorted({file for files in found for file in files})  # all units of a file are made together
         size = bytes_of(layout)
         count = sum(rows for _, _, rows in lacking)
-        self.ranks.of_first(lambda: self._check_disk(count * size))
+        self.mesh.everyone.of_first(lambda: self._check_disk(count * size * self.mesh.width.ranks.size))
         self.tiers(layout)
-        show(f"cache: {self.folder}: {len(lacking)} files to make, {size:,} bytes an example, {count * size:,} in all")
+        where = "in all" if self.folder == self.home else "on each rank"
+        show(f"cache: {self.home}: {len(lacking)} files to make, {size:,} bytes an example, {count * size:,} {where}")
         if lacking:
-            build.build(self.folder, lacking, self.frozen, form, layout, self._source(size), self.ranks, show)
+            build.build(self.folder, lacking, self.frozen, form, layout, self._source(size), self.mesh, show)
+
+    def _of_shards(self, work: Callable[[], Any]) -> Any:
+        """``work`` on one rank for each part of the units; its error is raised on all."""
+        return self.mesh.everyone.together(lambda: work() if self.mesh.data.first else None)
 
     def _check_disk(self, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -116,14 +137,14 @@ class Cache:
         """The cost model, with this machine's measured speeds: the first rank's, for all."""
         config, net, encoding = self.config, self.frozen.net, self.encoding
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        part = max(-(-config.batch_size // config.accumulation // self.ranks.size), 1)
+        part = max(-(-config.batch_size // config.accumulation // self.mesh.data.size), 1)
 
         def measured() -> tuple[Machine, Costs]:
             machine = Machine.measured(encoding.device, self.folder.parent)
             costs = Costs.measured(net, self.input_shapes, part, encoding.device, encoding.dtype, machine)
             return machine, costs
 
-        machine, costs = self.ranks.of_first(measured)
+        machine, costs = self.mesh.everyone.of_first(measured)
         size = encoding.dtype.itemsize
         return Planner(net, self.input_shapes, self.train.classes, part, machine, costs, size, self.inputs)
 
@@ -131,7 +152,7 @@ class Cache:
         """The form that the options name; of ``auto`` the one that the cost model finds fastest, which may be live."""
         options, net = self.config.jacobian, self.frozen.net
         if options.name != "auto" or options.layers:
-            return Form.of(options, net, self.inputs)
+            return self._form()
         live = Form(("live",) * len(net.shapes), options.dtype, None)
         if self.config.net.norm == "batch":
             return live
@@ -167,7 +188,7 @@ class Cache:
         device = self.encoding.device if tier == "device" else torch.device("cpu")
         beside = 1
         if device.type == "cpu":
-            beside = self.ranks.objects(socket.gethostname()).count(socket.gethostname())
+            beside = self.mesh.everyone.objects(socket.gethostname()).count(socket.gethostname())
         return SPARE * available_memory(device) / beside
 
     def tier_of(self, form: Form) -> str:
@@ -199,7 +220,7 @@ class Cache:
         if found.sites[0] == "live":
             return None
         if options.name != "auto":
-            asked = Form.of(options, net, self.inputs)
+            asked = self._form()
             if found != asked:
                 raise CacheError(f"{self.folder}: expected a cache in the form {asked}, found {found}; {made()}")
         tiers = self.tiers(self.layout(found))

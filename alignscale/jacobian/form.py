@@ -32,11 +32,15 @@ Rows = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """sites: ``gates`` or ``explicit`` each. dtype: of what is no bits. inputs: dtype of layer inputs, or None."""
+    """sites: ``gates`` or ``explicit`` each. dtype: of what is no bits. inputs: dtype of layer inputs, or None.
+
+    gathered: of the inputs a rank keeps its own units, and asks the others for theirs in each step.
+    """
 
     sites: tuple[str, ...]
     dtype: str
     inputs: str | None
+    gathered: bool = False
 
     @classmethod
     def of(cls, config: JacobianConfig, net: Network, inputs: bool) -> "Form":
@@ -61,7 +65,8 @@ class Form:
             else:
                 found[f"gates.{site}"] = (DTYPES[self.dtype], shape)
         for layer, shape in enumerate(inputs[1:] if self.inputs else [], 1):
-            found[f"inputs.{layer}"] = (DTYPES[self.inputs or ""], shape)
+            kept = net.own_input(layer).shape(shape) if self.gathered and layer != net.readout else shape
+            found[f"inputs.{layer}"] = (DTYPES[self.inputs or ""], kept)
         return found
 
     def rows(self, net: Network, trace: Trace, jacobians: dict[int, Tensor]) -> Rows:
@@ -78,6 +83,8 @@ class Form:
             else:
                 found[f"gates.{site}"] = net.activation.gate(residue).to(DTYPES[self.dtype])
         for layer, a in enumerate(trace.inputs[1:] if self.inputs else [], 1):
+            if self.gathered and layer != net.readout:
+                a = net.own_input(layer, 1).of(a).contiguous()
             found[f"inputs.{layer}"] = a.to(DTYPES[self.inputs or ""])
         return found
 
@@ -97,6 +104,8 @@ class Form:
         if not self.inputs:
             return Cached(gates, jacobians)
         others = [rows[f"inputs.{layer}"].to(images.dtype) for layer in range(1, len(net.layers))]
+        if self.gathered:
+            others[: net.readout - 1] = [net.whole_input(one) for one in others[: net.readout - 1]]
         return Cached(gates, jacobians, [net.first_input(images), *others])
 
 

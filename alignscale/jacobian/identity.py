@@ -71,7 +71,7 @@ def claimed(folder: Path, about: dict[str, Any], form: Form, moments: Moments) -
         if found != form:
             raise CacheError(f"{folder}: expected a cache in the form {form}, found {found}; use another jacobian.dir")
         return
-    strange = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    strange = [path.name for path in folder.iterdir() if not path.name.startswith((".", "width-"))]
     if strange:
         raise CacheError(
             f"{folder}: expected a new folder or a cache's, found {', '.join(sorted(strange)[:3])} and no {MANIFEST}; "
@@ -79,7 +79,7 @@ def claimed(folder: Path, about: dict[str, Any], form: Form, moments: Moments) -
         )
     if moments:
         write_atomic(folder / NORMS, save(moments))
-    manifest = {**about, "form": {"sites": form.sites, "dtype": form.dtype, "inputs": form.inputs}}
+    manifest = {**about, "form": as_dict(form)}
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
@@ -94,7 +94,7 @@ def checked(folder: Path, about: dict[str, Any], moments: Moments) -> Form:
     try:
         manifest = json.loads(path.read_text())
         form = manifest.pop("form")
-        found = Form(tuple(form["sites"]), form["dtype"], form["inputs"])
+        found = Form(tuple(form["sites"]), form["dtype"], form["inputs"], form["gathered"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CacheError(
             f"{path}: expected a cache's manifest, found: {problem}; delete {folder}, and {made()}"

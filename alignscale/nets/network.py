@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from alignscale.choices import NetConfig
 from alignscale.nets.activations import ACTIVATIONS
-from alignscale.nets.layers import Layer
+from alignscale.nets.layers import Layer, Linear
 from alignscale.nets.norms import Norm, make_norm
+from alignscale.parallel import ALL_UNITS, Share, Width
 from alignscale.types import Jacobian, NormState, Parameters, Trace, Weight
 
 Gates = Sequence[Tensor] | Mapping[int, Tensor]
@@ -59,15 +60,27 @@ class Network(nn.Module, ABC):
     state: int | None = None
     """Index of a trained initial state, which the initial network reads too, like an input."""
     direct_shapes: Sequence[tuple[int, ...]]
-    """Per site: the shape that direct feedback of one error vector (classes,) has there."""
+    """Per site: the shape that direct feedback of one error vector (classes,) has there, on all ranks of ``width``."""
+    units_axis = 0
+    """Of a site's shape."""
 
     recurrent = False
     """Whether a site's first axis is time, normalised one step after another."""
 
-    def __init__(self, config: NetConfig, layers: list[Layer], shapes: list[tuple[int, ...]]) -> None:
-        """shapes: per site, of one example there. Subclasses set ``sites``, ``readout`` and ``direct_shapes``."""
+    def __init__(
+        self, config: NetConfig, layers: list[Layer], shapes: list[tuple[int, ...]], width: Width = ALL_UNITS
+    ) -> None:
+        """shapes: per site, of one example there. Subclasses set ``sites``, ``readout`` and ``direct_shapes``.
+
+        width: the ranks that have the other units of each site.
+        """
         super().__init__()
-        self.shapes = shapes
+        self.width = width
+        share = width.share(self.units_axis)
+        self.shapes = shapes = shapes if share is None else [share.shape(shape) for shape in shapes]
+        for layer in layers:
+            if isinstance(layer, Linear) and layer.share is not None and layer.share.axis == 1:
+                layer.total = width.sum
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
         self.activation = ACTIVATIONS[config.activation]
@@ -101,8 +114,27 @@ class Network(nn.Module, ABC):
     @property
     def size(self) -> int:
         """The number of weights and biases, wherever they are kept."""
-        biases = sum(layer.shape[0] for layer in self.layers if layer.held[1] is not None)
-        return sum(math.prod(layer.shape) for layer in self.layers) + biases
+        biases = sum(layer.whole[0] for layer in self.layers if layer.held[1] is not None)
+        return sum(math.prod(layer.whole) for layer in self.layers) + biases
+
+    def shares(self) -> dict[str, Share | None]:
+        """What this rank has of each weight, bias and buffer, by its name in ``state_dict``; None: all of it."""
+        found = {}
+        for name in self.state_dict():
+            kind, index, part = name.split(".", 2)
+            share = self.layers[int(index)].share if kind == "layers" else self.width.share(self.units_axis)
+            found[name] = None if part == "bias" and share is not None and share.axis > 0 else share
+        return found
+
+    def own_input(self, layer: int, batch: int = 0) -> Share:
+        """What this rank's units are of the input of a layer above the first; batch: axes before the site's."""
+        share = self.width.share(self.units_axis + batch)
+        assert share is not None, f"layer {layer} reads all units here"
+        return share
+
+    def whole_input(self, own: Tensor) -> Tensor:
+        """A layer's input from the units of it that each rank has."""
+        return self.width.gather(own.movedim(1 + self.units_axis, 1)).movedim(1, 1 + self.units_axis)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) or (B, T, F) -> logits."""
