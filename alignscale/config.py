@@ -28,6 +28,46 @@ class FrozenConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """``width``: ranks over which the rows of every hidden layer are shared out; the others share the examples out.
+
+    ``inputs``: align_zero's cached initial layer inputs are ``whole`` on each rank, or its own units, ``gathered`` in
+    each step.
+    """
+
+    width: int = 1
+    inputs: str = "whole"
+
+
+@dataclass
+class JacobianConfig:
+    """What align_ada and align_zero get the initial network's Jacobian from; no other rule reads one.
+
+    ``name``: ``live`` (a frozen forward pass and a pullback in each step), ``gates`` (the pullback, through cached
+    activation derivatives), ``explicit`` (cached d logits / d x of each unit, so neither), or ``auto`` (of these, layer
+    by layer, what a cost model finds fastest when the cache is made). ``layers``: gates or explicit for each hidden
+    layer by itself. ``dtype``: of explicit Jacobians, and of gates that are no bits. ``inputs``: align_zero's initial
+    layer inputs, cached in fp32 or bf16, or ``recomputed``. ``tier``: where training keeps the cache: ``device``,
+    ``host`` memory, memory-mapped from ``disk``, or ``auto``.
+    The cache is in ``dir``, or in ``root``/<name and digest of what it belongs to>. ``build``: make what is missing of
+    it before training, which is else an error. ``verify``: its files' checksums, before training.
+    """
+
+    name: str = "live"
+    layers: list[str] = field(default_factory=list)
+    dtype: str = "fp32"
+    inputs: str = "fp32"
+    tier: str = "auto"
+    root: str = "runs/jacobian"
+    dir: str = ""
+    build: bool = False
+    verify: bool = True
+
+
+JACOBIANS = {name: JacobianConfig(name) for name in ("live", "gates", "explicit", "auto")}
+
+
+@dataclass
 class CalibrationConfig:
     """``norm=calibrated``: the initial network's moments over the first ``examples`` training examples in key order."""
 
@@ -89,6 +129,7 @@ class TrainConfig:
 
     ``batch_size``: examples in an update on all ranks, computed in ``accumulation`` parts that are as equal as they can
     be. Norm batch takes the moments of each part, over all ranks with ``sync_norm``, else over each rank's examples.
+    ``form``: of what learns: ``primal`` (weights) or ``dual`` (align_zero's coefficients of the training examples).
     ``precision``: of the computation; with fp16 and bf16 the weights, the optimizer and the loss stay in fp32.
     ``deterministic``: the same bits on every run on a machine, whatever that costs; one thread unless ``threads`` says
     how many.
@@ -102,6 +143,8 @@ class TrainConfig:
     schedule: choices.ScheduleConfig = field(default_factory=choices.ConstantConfig)
     engine: choices.EngineConfig = field(default_factory=choices.EngineConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    jacobian: JacobianConfig = field(default_factory=JacobianConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -112,6 +155,7 @@ class TrainConfig:
     epochs: int = 10
     batch_size: int = 50
     accumulation: int = 1
+    form: str = "primal"
     sync_norm: bool = True
     precision: str = "fp32"
     device: str = "auto"
@@ -120,8 +164,11 @@ class TrainConfig:
     resume: str = "auto"
 
 
-DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device", "engine")
-"""Options that change none of a run's numbers, or, as threads, device and engine, only their rounding."""
+DISPLAY = (
+    "run", "log", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel",
+    *(f"jacobian.{name}" for name in ("tier", "root", "dir", "build", "verify")),
+)  # fmt: skip
+"""Options that change none of a run's numbers, or, as threads, device, engine and parallel, only their rounding."""
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -136,7 +183,12 @@ def defining(config: TrainConfig) -> dict[str, Any]:
 
 def without_display(options: dict[str, Any]) -> dict[str, Any]:
     """``defining`` of a configuration that is already a dictionary, as config.yaml holds it."""
-    return {name: value for name, value in options.items() if name not in DISPLAY}
+
+    def kept(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        pairs = [(name, value) for name, value in node.items() if prefix + name not in DISPLAY]
+        return {name: kept(one, f"{prefix}{name}.") if isinstance(one, dict) else one for name, one in pairs}
+
+    return kept(options, "")
 
 
 def digest(config: TrainConfig) -> str:

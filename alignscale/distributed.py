@@ -42,6 +42,7 @@ class Ranks:
     local: int = 0
     store: Any = None
     heart: "Heart | None" = None
+    group: Any = None
 
     @property
     def first(self) -> bool:
@@ -55,7 +56,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def totals(self, values: Sequence[float], device: torch.device) -> list[float]:
@@ -67,22 +68,32 @@ class Ranks:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The first rank's tensor on all, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
     def gather(self, part: Tensor) -> Tensor:
-        """The equal, flat parts of all ranks, one after the other."""
+        """The equal parts of all ranks, one after the other along axis 0."""
         if self.size == 1:
             return part
-        whole = part.new_empty(self.size * len(part))
-        dist.all_gather_into_tensor(whole, part)
+        whole = part.new_empty(self.size * len(part), *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part, group=self.group)
         return whole
+
+    def scatter(self, parts: Tensor) -> Tensor:
+        """This rank's of the equal parts, one after the other along axis 0, of the sum over ranks."""
+        own = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
+        dist.reduce_scatter_tensor(own, parts, group=self.group)
+        return own
+
+    def collect(self, part: Tensor, parts: list[Tensor] | None) -> None:
+        """Each rank's part into the first one's ``parts``."""
+        dist.gather(part, parts, group=self.group, group_dst=0)
 
     def objects(self, own: Made) -> list[Made]:
         """An object of each rank."""
         found = [own] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, own)
+            dist.all_gather_object(found, own, group=self.group)
         return found
 
     def together(self, work: Callable[[], Made]) -> Made:
@@ -157,6 +168,10 @@ class Ranks:
             return self.store.get(key).decode() if self.store.check([key]) else None
         except RuntimeError:  # the store went with the rank that held it
             return None
+
+
+ALONE = Ranks()
+"""One process."""
 
 
 class Heart(threading.Thread):

@@ -132,11 +132,11 @@ class LocalEngine(Engine):
         """As they are, not copies."""
         states = self.optimizer.state_dict()["state"].items()
         pairs = [(f"{place}.{key}", value) for place, own in states for key, value in own.items()]
-        return {"model": self.rule.net.state_dict(), "optimizer": {key: v for key, v in pairs if v is not None}}
+        return {"model": self.rule.saved(), "optimizer": {key: v for key, v in pairs if v is not None}}
 
     def load(self, tensors: Tensors) -> None:
         """Set weights, norms and the optimizer's state."""
-        self.rule.net.load_state_dict(tensors["model"])
+        self.rule.restore(tensors["model"])
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors["optimizer"].items():
             place, key = name.split(".", 1)

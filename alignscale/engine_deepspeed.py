@@ -5,16 +5,16 @@ computes in the precision of what it reads, as in one process.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignscale import engine_zero as zero
 from alignscale.choices import AdamConfig, ConfigError, DeepSpeedConfig, OptimConfig, SGDConfig
-from alignscale.distributed import Ranks
 from alignscale.engine import Engine, Tensors, make_optimizer, pull_to_start
+from alignscale.parallel import Mesh
 from alignscale.rules import Rule
 from alignscale.types import Batch, StepOutput
 
@@ -55,18 +55,22 @@ def _merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]
 class DeepSpeedEngine(Engine):
     """Many processes. What a checkpoint holds is whole, so other ranks or another stage go on from it."""
 
-    def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, ranks: Ranks) -> None:
+    def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, mesh: Mesh) -> None:
         """Partitions the parameters of ``rule`` as ``config`` says. Raises ConfigError for an option of DeepSpeed's."""
         super().__init__(rule)
         zero.check_version()
         zero.logger.setLevel(logging.ERROR)
-        self.ranks, self.stage = ranks, config.zero_stage
+        self.mesh, self.first, self.stage = mesh, mesh.everyone.first, config.zero_stage
+        self.shares = rule.net.shares()
+        names = {parameter: name for name, parameter in rule.net.named_parameters()}
+        self.names = [names[parameter] for parameter in rule.trained()]
         optimizer = make_optimizer(optim, rule.trained())
         settings = deepspeed_config(config, optim.clip_norm)
         try:
             self.engine, *_ = zero.deepspeed.initialize(
-                model=rule, optimizer=optimizer, config=settings, dist_init_required=False
-            )
+                model=rule, optimizer=optimizer, config=settings, dist_init_required=False,
+                mpu=zero.share_out(rule.net, mesh),
+            )  # fmt: skip
         except (ValueError, zero.DeepSpeedConfigError) as problem:
             found = " ".join(str(problem).split())
             raise ConfigError(f"engine.extra: expected settings that DeepSpeed takes, found: {found}") from problem
@@ -87,7 +91,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
         """Add to the gradient; DeepSpeed, which takes the mean over ranks, sums them over ranks with the last part."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(surrogate * self.ranks.size, scale_wrt_gas=False)
+        self.engine.backward(surrogate * self.mesh.data.size, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the part, and no more
 
@@ -105,41 +109,43 @@ class DeepSpeedEngine(Engine):
     def state(self) -> Tensors:
         """Whole tensors, on the first rank; a collective of all."""
         model = {
-            name: self._kept(zero.whole_weight(parameter, self.stage))
+            name: self._kept(zero.whole_weight(parameter, self.stage), name)
             for name, parameter in self.rule.net.named_parameters()
         }
-        model |= {name: self._kept(buffer) for name, buffer in self.rule.net.named_buffers()}
+        model |= {name: self._kept(buffer, name) for name, buffer in self.rule.net.named_buffers()}
         optimizer = {
-            f"{index}.{key}": self._kept(zero.whole_state(self.engine, parameter, key, self.stage))
-            for index, parameter in enumerate(self.rule.trained())
+            f"{index}.{key}": self._kept(zero.whole_state(self.engine, parameter, key, self.stage), name)
+            for index, (parameter, name) in enumerate(self._trained())
             for key in self.keys
         }
         if self.counts:
             states = zero.inner(self.engine, self.stage).state
             steps = next(iter(states.values()))["step"]
-            optimizer |= {f"{index}.step": self._kept(steps) for index, _ in enumerate(self.rule.trained())}
-        return {"model": model, "optimizer": optimizer} if self.ranks.first else {"model": {}, "optimizer": {}}
+            optimizer |= {f"{index}.step": steps.detach().to("cpu", copy=True) for index, _ in enumerate(self.names)}
+        return {"model": model, "optimizer": optimizer} if self.first else {"model": {}, "optimizer": {}}
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=True) if self.ranks.first else tensor.new_empty(0)
+    def _trained(self) -> Iterator[tuple[nn.Parameter, str]]:
+        return zip(self.rule.trained(), self.names, strict=True)
+
+    def _kept(self, tensor: Tensor, name: str) -> Tensor:
+        whole = self.mesh.whole(tensor.detach(), self.shares[name])
+        return whole.to("cpu", copy=True) if self.first else tensor.new_empty(0)
 
     def load(self, tensors: Tensors) -> None:
         """Set everything from the first rank's tensors; a collective of all."""
         for name, parameter in self.rule.net.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
             zero.set_weight(
-                self.engine, parameter, self._shared(tensors["model"].get(name), shape, parameter), self.stage
+                self.engine, parameter, self._shared(tensors["model"].get(name), parameter, name), self.stage
             )
         for name, buffer in self.rule.net.named_buffers():
-            buffer.copy_(self._shared(tensors["model"].get(name), buffer.shape, buffer))
-        steps = self.ranks.of_first(lambda: tensors["optimizer"].get("0.step", torch.zeros(())).item())
+            buffer.copy_(self._shared(tensors["model"].get(name), buffer, name))
+        steps = self.mesh.everyone.of_first(lambda: tensors["optimizer"].get("0.step", torch.zeros(())).item())
         zero.make_states(self.engine, self.keys, steps if self.counts else None, self.stage)
-        for index, parameter in enumerate(self.rule.trained()):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+        for index, (parameter, name) in enumerate(self._trained()):
             for key in self.keys:
-                value = self._shared(tensors["optimizer"].get(f"{index}.{key}"), shape, parameter)
+                value = self._shared(tensors["optimizer"].get(f"{index}.{key}"), parameter, name)
                 zero.set_state(self.engine, parameter, key, value, self.stage)
 
-    def _shared(self, value: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
-        whole = like.new_empty(shape) if value is None else value.to(like)
-        return self.ranks.broadcast(whole.contiguous())
+    def _shared(self, whole: Tensor | None, like: Tensor, name: str) -> Tensor:
+        own = like.new_empty(getattr(like, "ds_shape", like.shape))
+        return self.mesh.part(whole, self.shares[name], own)

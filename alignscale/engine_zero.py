@@ -5,9 +5,11 @@ third less under ZeRO 3: after the forward pass a layer's weight is not needed a
 The other part is the port of alignscale/nets/layers.py, which lends a released parameter its shape.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 
 from alignscale.choices import ConfigError
 from alignscale.nets.network import Network
+from alignscale.parallel import Mesh
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the imports below
 
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
+    groups,
     logger,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -42,6 +46,28 @@ def check_version() -> None:
         raise ConfigError(
             f"engine=deepspeed: expected DeepSpeed {VERSION}, found {found}; pip install deepspeed=={VERSION}"
         )
+
+
+def share_out(net: Network, mesh: Mesh) -> SimpleNamespace | None:
+    """What DeepSpeed is to know of a mesh: it partitions over ``mesh.data``; norms are of all parts."""
+    groups.mpu = None  # an engine before may have left another one
+    width, data = mesh.width.ranks, mesh.data
+    if width.size == 1:
+        return None
+    shares = net.shares()
+    for name, parameter in net.named_parameters():
+        parameter.model_parallel = shares[name] is not None  # type: ignore[attr-defined]
+    first = mesh.everyone.rank - width.rank
+    found: dict[str, Any] = {"tensor_model_parallel_src_rank": first}
+    for kind, ranks in (("model", width), ("tensor_model", width), ("data", data)):
+        about = {"rank": ranks.rank, "world_size": ranks.size, "group": ranks.group}
+        found |= {f"{kind}_parallel_{what}": value for what, value in about.items()}
+    found["data_parallel_group_ranks"] = torch.distributed.get_process_group_ranks(data.group)
+    return SimpleNamespace(**{f"get_{name}": functools.partial(_itself, value) for name, value in found.items()})
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def empty_again(net: Network) -> None:
@@ -133,7 +159,7 @@ def set_state(engine: Any, parameter: nn.Parameter, key: str, value: Tensor, sta
 def _set_part(engine: Any, parameter: Any, value: Tensor, key: str | None) -> Tensor:
     """Set this rank's part of a weight or state under ZeRO 3; DeepSpeed's own call fails where parts are unequal."""
     part, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
-    begin = part.numel() * torch.distributed.get_rank()
+    begin = part.numel() * engine.optimizer._get_param_partition_rank(parameter)
     own = value.flatten()[begin : begin + part.numel()]
     part.data.copy_(torch.nn.functional.pad(own, (0, part.numel() - own.numel())))
     return part

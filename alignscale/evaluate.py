@@ -5,10 +5,8 @@ from torch import Tensor
 
 from alignscale.data.examples import Encoding, Examples
 from alignscale.data.plan import even_batches
-from alignscale.distributed import Ranks
+from alignscale.distributed import ALONE, Ranks
 from alignscale.engine import Engine
-
-ALONE = Ranks()
 
 
 @torch.no_grad()

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.distributed import Ranks
+from alignscale.distributed import ALONE, Ranks
 from alignscale.initial import VERSION, Stream, normal, quantiles
 from alignscale.nets.network import Deltas, Network
 from alignscale.nets.norms import ALL, CalibratedNorm
-from alignscale.types import Parameters, Trace, Weight
+from alignscale.parallel import Mesh, Share
+from alignscale.types import Cached, Parameters, Trace, Weight
 
 CALIBRATION_CHUNK = 250
-ALONE = Ranks()
+WHOLE = Mesh()
 
 
 def initialise(net: Network, seed: int) -> None:
@@ -37,9 +38,18 @@ def initialise(net: Network, seed: int) -> None:
 
 def initial_weight(net: Network, seed: int, index: int, stream: Stream = Stream.WEIGHT, draw: int = 0) -> Tensor:
     """The initial weight of layer ``index``, or random numbers of that shape and scale from another stream or draw."""
-    weight = net.layers[index].held[0]
-    numbers = normal(seed, stream, index, net.layers[index].shape, draw=draw, device=weight.device)
-    return numbers.to(weight.dtype).mul_(net.layers[index].initial_std)
+    layer, weight = net.layers[index], net.layers[index].held[0]
+    numbers = _own(layer.share, seed, stream, index, layer.whole, draw, weight.device)
+    return numbers.to(weight.dtype).mul_(layer.initial_std)
+
+
+def _own(
+    share: Share | None, seed: int, stream: Stream, index: int, whole: tuple[int, ...], draw: int, device: torch.device
+) -> Tensor:
+    """This rank's part of random numbers of shape ``whole``, with the bits that it has there."""
+    rows = share.place if share is not None and share.axis == 0 else None
+    numbers = normal(seed, stream, index, whole, rows, draw, device)
+    return numbers if share is None or rows is not None else share.of(numbers).contiguous()
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,12 @@ class Frozen:
         return self.net.trace(images, self.parameters)
 
     @torch.no_grad()
-    def pullback(self, error: Tensor, trace: Trace, local_gates: list[Tensor] | None = None) -> Deltas:
-        """Error at the output -> delta at each layer, by the initial Jacobian at the examples of ``trace``."""
-        return self.net.pullback(error, self.net.gates(trace), trace.norms, self.weight, local_gates)
+    def pullback(self, error: Tensor, at: Trace | Cached, local_gates: list[Tensor] | None = None) -> Deltas:
+        """Error at the output -> delta at each layer, by the initial Jacobian at the examples of a trace or a cache."""
+        if isinstance(at, Trace):
+            return self.net.pullback(error, self.net.gates(at), at.norms, self.weight, local_gates)
+        none = [None] * len(self.net.norms)
+        return self.net.pullback(error, at.gates, none, self.weight, local_gates, at.jacobians)
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,8 @@ class Fixed:
         def direct(site: int) -> Tensor:
             shape, readout = net.direct_shapes[site], net.layers[net.readout]
             whole, weight = (*shape, readout.shape[0]), readout.held[0]
-            numbers = normal(seed, Stream.DIRECT_FEEDBACK, site, whole, device=weight.device)
+            share = net.width.share(len(shape) - 1 if net.recurrent else 0)
+            numbers = _own(share, seed, Stream.DIRECT_FEEDBACK, site, whole, 0, weight.device)
             return numbers.to(weight.dtype).div_(math.sqrt(math.prod(shape))).to(dtype or weight.dtype)
 
         def magnitude(index: int, draw: int) -> Tensor:
@@ -175,13 +189,19 @@ def _input_of(norm: CalibratedNorm, at: int | slice, frozen: Frozen, images: Ten
     return caught[0]
 
 
-def fingerprint(net: Network, architecture: dict[str, object], seed: int) -> str:
-    """A digest of the initial network: generator, seed, architecture, gain and norm statistics; 16 hex digits."""
+def fingerprint(
+    net: Network, architecture: dict[str, object], seed: int, mesh: Mesh = WHOLE, moments: bool = True
+) -> str:
+    """A digest of the initial network: generator, seed, architecture, gain and norm statistics; 16 hex digits.
+
+    The same however the network is shared out; a collective of all ranks of ``mesh``. moments: with the bits of the
+    norm statistics, which other threads may round otherwise.
+    """
     digest = hashlib.sha256(json.dumps([VERSION, seed, architecture], sort_keys=True).encode())
     digest.update(quantiles(torch.device("cpu")).numpy().tobytes())
     for layer in net.layers:
-        digest.update(repr((layer.shape, layer.scale, layer.initial_std)).encode())
-    for norm in net.norms:
-        for buffer in norm.buffers():
-            digest.update(buffer.double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        digest.update(repr((layer.whole, layer.scale, layer.initial_std)).encode())
+    shares = net.shares()
+    for name, buffer in net.named_buffers() if moments else ():
+        digest.update(mesh.whole(buffer, shares[name]).double().cpu().numpy().tobytes())
+    return mesh.everyone.of_first(digest.hexdigest)[:16]

@@ -32,16 +32,17 @@ from alignscale.choices import (
 from alignscale.config import CalibrationConfig, EvaluationConfig, FrozenConfig, TrainConfig
 from alignscale.data.examples import Encoding, Examples, stream
 from alignscale.data.plan import Plan
-from alignscale.distributed import Ranks
 from alignscale.engine import Engine, LocalEngine, make_optimizer
 from alignscale.environment import device_called
 from alignscale.evaluate import evaluate
-from alignscale.frozen import ALONE, Fixed, calibrate, initialise
+from alignscale.frozen import WHOLE, Fixed, calibrate, initialise
 from alignscale.loss import make_loss
 from alignscale.nets import build
 from alignscale.nets.norms import BatchNorm
+from alignscale.parallel import Mesh
 from alignscale.rules import RULES, make_rule
 from alignscale.rules.backprop import true_deltas
+from alignscale.rules.dual import DualAlignZero
 from alignscale.types import Batch
 from alignscale.validation import check_data, validate
 
@@ -68,7 +69,7 @@ class Learner:
         self, net: str | NetConfig, shape: Sequence[int], classes: int, rule: str | RuleConfig = "align_ada",
         optim: str | OptimConfig = "sgd", loss: str | LossConfig = "mse", *, seed: int = 0, precision: str = "fp32",
         device: str | torch.device = "cpu", frozen_weights: str = "stored", state_rows: int = 0,
-        engine: EngineConfig = ENGINES["local"], ranks: Ranks = ALONE, sync_norm: bool = True,
+        engine: EngineConfig = ENGINES["local"], mesh: Mesh = WHOLE, sync_norm: bool = True, coefficients: int = 0,
     ) -> None:  # fmt: skip
         """What is given by name has its default options.
 
@@ -85,8 +86,9 @@ class Learner:
             frozen_weights: the initial weights are ``stored``, or ``regenerated`` at each use.
             state_rows: of a recurrent network's trained initial state: the largest batch.
             engine: what runs a step.
-            ranks: the processes that train together; each is given its own part of each batch.
+            mesh: the processes that train together; those of ``mesh.data`` are given their own parts of each batch.
             sync_norm: norm batch takes its moments in training over all ranks.
+            coefficients: the training examples of align_zero in dual form; 0 trains weights.
 
         Raises:
             ConfigError: an option is wrong, or the network does not fit the shape.
@@ -112,15 +114,16 @@ class Learner:
         self.seed, self.shape, self.classes, self.epochs, self.trained = seed, tuple(shape), classes, 0, False
         dtype, master = PRECISIONS[precision]
         device = device_called(str(device))
-        self.net = build(self.options.net, self.shape, classes, state_rows).to(device, master)
+        self.net = build(self.options.net, self.shape, classes, state_rows, mesh.width).to(device, master)
         initialise(self.net, seed)
-        self.ranks = ranks
+        self.mesh = mesh
         for norm in self.net.norms:
-            if isinstance(norm, BatchNorm) and sync_norm and ranks.size > 1:
-                norm.total = ranks.sum
-        self.fixed = Fixed.from_seed(self.net, seed, frozen_weights, dtype, ranks)
+            if isinstance(norm, BatchNorm) and sync_norm and mesh.data.size > 1:
+                norm.total = mesh.data.sum
+        self.fixed = Fixed.from_seed(self.net, seed, frozen_weights, dtype, mesh.data)
         self.loss = make_loss(self.options.loss)
-        self.rule = make_rule(self.net, self.fixed, self.options.rule, self.loss)
+        made = (self.net, self.fixed, self.options.rule, self.loss)
+        self.rule = DualAlignZero(*made, coefficients) if coefficients else make_rule(*made)
         self.encoding = Encoding(self.loss, dtype, master, device)
         self.lr = optim.lr
         self.engine = self._engine(engine, optim)
@@ -129,7 +132,7 @@ class Learner:
         if isinstance(config, DeepSpeedConfig):
             from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
 
-            return DeepSpeedEngine(self.rule, optim, config, self.ranks)
+            return DeepSpeedEngine(self.rule, optim, config, self.mesh)
         return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim)
 
     def calibrate(self, images: Tensor) -> None:
@@ -160,8 +163,9 @@ class Learner:
             self.engine.backward(output.surrogate, place == len(batches))
             losses.append(output.loss)
             right.append((output.logits.argmax(-1) == batch.targets.argmax(-1)).sum())
-        own = [torch.stack(losses).sum().item(), torch.stack(right).sum().item(), *flags]
-        value, count, *sums = self.ranks.totals(own, self.encoding.device)
+        own = [torch.stack(losses).sum().item(), torch.stack(right).sum().item()]
+        own = own if self.mesh.width.ranks.first else [0.0, 0.0]  # the same examples on all ranks of a network
+        value, count, *sums = self.mesh.everyone.totals([*own, *flags], self.encoding.device)
         if math.isfinite(value):
             self.engine.step(lr)
         else:
@@ -177,7 +181,7 @@ class Learner:
         mine = weight_updates(self.net, *self.rule.local(batch, self.net.current))
         true = weight_updates(self.net, *true_deltas(self.net, batch, self.loss, self.net.current))
         self.rule.train()
-        return cosines(mine, true)
+        return cosines(mine, true, self.mesh.width.ranks)
 
     def fit(self, images: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 50) -> list[float]:
         """Train for some more epochs, each in an order of its own, and return each one's mean loss.
@@ -205,7 +209,7 @@ class Learner:
         rows = 120 if self.net.state is None else self.net.layers[self.net.state].shape[0]
         batch_size = min(120, rows) if batch_size is None else batch_size
         examples = self._examples(images, labels, "test", batch_size)
-        return evaluate(self.engine, examples, self.encoding, batch_size, self.ranks)
+        return evaluate(self.engine, examples, self.encoding, batch_size, self.mesh.data)
 
     def alignment(self, images: Tensor, labels: Tensor) -> list[float]:
         """``cosines`` on these examples as one batch."""

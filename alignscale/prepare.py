@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from alignscale import checkpoint
-from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig
 from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Examples, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, joined, launched
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
-from alignscale.files import write_atomic
 from alignscale.folder import describe_folder, opened, read_config
 from alignscale.frozen import fingerprint
+from alignscale.jacobian.cache import Cache
 from alignscale.learner import PRECISIONS, Learner
+from alignscale.moments import calibrated, load_moments
 from alignscale.nets import build
+from alignscale.parallel import Mesh, Width
 from alignscale.results import read_result
+from alignscale.rules.dual import COEFFICIENTS, DualAlignZero, check_size
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
 
@@ -48,6 +48,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     held.enter_context(torch_settings(config.threads, config.deterministic))
     device = device_called(config.device)
     engine, ranks = _engine(config, device, held)
+    mesh = Mesh.of(ranks, config.parallel.width, config.net.width)
     show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
@@ -55,18 +56,29 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     name = run_name(config)
     folder = run_folder(config)
     train = splits["train"]
-    ranks.together(lambda: _check_memory(config, train, device))
+    ranks.together(lambda: _check_memory(config, train, device, mesh.width))
     plan = Plan(len(train), config.batch_size, config.seed)
-    learner = make_learner(config, train, device, engine, ranks)
+    learner = make_learner(config, train, device, engine, mesh)
+    if config.form == "dual":
+        check_size(learner.net, len(train), train.shape, train.classes)
     made_with = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size, **versions()}
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
+    made_with |= {"width_ranks": mesh.width.ranks.size}
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))
     show(f"folder: {folder}")
     ranks.of_first(lambda: held.enter_context(opened(folder, config)))
     if config.net.norm == "calibrated":
-        _calibrated(run)
+        calibrated(config, learner, train, folder / "norms.safetensors")
+    if config.jacobian.name != "live" and learner.rule.reads_jacobian:
+        cache = cache_of(config, learner, train)
+        if config.jacobian.build:
+            cache.make(show)
+        show(f"jacobian: {config.jacobian.name}, from {cache.home}")
+        run.store = ranks.together(cache.open)
+        if isinstance(learner.rule, DualAlignZero) and run.store:
+            learner.rule.attach(run.store, learner.encoding.images(train.images))
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
@@ -82,6 +94,8 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
     if engine.name == "auto":
         engine = ENGINES["local" if around is None else "deepspeed"]
     if isinstance(engine, DeepSpeedConfig):
+        if config.form == "dual":
+            raise ConfigError("engine=deepspeed: expected engine=local and one process for form=dual, which is small")
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError("engine=deepspeed: expected the package, found none; pip install 'alignscale[deepspeed]'")
         if config.precision == "fp64":
@@ -95,13 +109,14 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
 
 
 def make_learner(
-    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, ranks: Ranks
+    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, mesh: Mesh
 ) -> Learner:
     """The learner of a run at its start, which reads examples as the run does."""
     learner = Learner(
         config.net, train.shape, train.classes, config.rule, config.optim, config.loss, seed=config.seed,
         precision=config.precision, device=device, frozen_weights=config.frozen.weights, state_rows=config.batch_size,
-        engine=engine, ranks=ranks, sync_norm=config.sync_norm,
+        engine=engine, mesh=mesh, sync_norm=config.sync_norm,
+        coefficients=len(train) if config.form == "dual" else 0,
     )  # fmt: skip
     learner.encoding = learner.encoding.of(config.data, train)
     return learner
@@ -126,11 +141,14 @@ def restored(folder: Path, which: str = "last") -> Restored:
     validate(config)
     path = checkpoint.find(folder / "checkpoints", which)
     splits = load(config.data)
-    learner = make_learner(config, splits["train"], device_called("auto"), ENGINES["local"], Ranks())
+    primal = replace(config, form="primal")  # whose weights a checkpoint of the dual form has too
+    learner = make_learner(primal, splits["train"], device_called("auto"), ENGINES["local"], Mesh())
     if config.net.norm == "calibrated":
-        _load_norms(folder / "norms.safetensors", learner)
+        load_moments(folder / "norms.safetensors", learner)
     manifest = checkpoint.verified(path, _identity(config, splits, learner))
-    learner.net.load_state_dict(checkpoint.read(path, manifest, "model"))
+    model = checkpoint.read(path, manifest, "model")
+    model.pop(COEFFICIENTS, None)
+    learner.net.load_state_dict(model)
     return Restored(config, splits, learner, manifest["step"])
 
 
@@ -139,13 +157,13 @@ def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner
     return {
         "config": defining(config),
         "examples": {split: examples.digest for split, examples in splits.items()},
-        "fingerprint": fingerprint(learner.net, as_dict(config.net), config.seed),
+        "fingerprint": fingerprint(learner.net, as_dict(config.net), config.seed, learner.mesh),
     }
 
 
-def _check_memory(config: TrainConfig, train: Examples, device: torch.device) -> None:
+def _check_memory(config: TrainConfig, train: Examples, device: torch.device, width: Width) -> None:
     with torch.device("meta"):
-        outline = build(config.net, train.shape, train.classes, config.batch_size)
+        outline = build(config.net, train.shape, train.classes, config.batch_size, width)
     dtype, master = PRECISIONS[config.precision]
     states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
     copies = 2 + states + (config.frozen.weights == "stored" and config.rule.name != "backprop")
@@ -157,8 +175,8 @@ def _check_memory(config: TrainConfig, train: Examples, device: torch.device) ->
         raise ConfigError(
             f"net.width={config.net.width}: weights, gradient, optimizer and initial weights take "
             f"{weights / 2**30:.1f} GiB, the layers' outputs {outputs / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB "
-            "of available memory; choose a smaller width or batch_size, more accumulation, or "
-            "frozen.weights=regenerated"
+            "of available memory; choose a smaller width or batch_size, more accumulation, "
+            "frozen.weights=regenerated, or share the width out over more ranks with parallel.width"
         )
 
 
@@ -174,7 +192,8 @@ def _derived(run: Run) -> str:
         f"shape: {train.shape}, {train.classes} classes",
         f"steps: {run.plan.steps_per_epoch} an epoch, {run.stop:,} in all",
         f"device: {learner.encoding.device}, {torch.get_num_threads()} threads, {config.precision}",
-        f"engine: {made_with['engine']}, {made_with['ranks']} ranks, ZeRO {made_with['zero_stage'] or 0}",
+        f"engine: {made_with['engine']}, {made_with['ranks']} ranks, ZeRO {made_with['zero_stage'] or 0}"
+        + (f", width over {made_with['width_ranks']} of them" if made_with["width_ranks"] > 1 else ""),
     ]
     skipped = sum(examples.skipped for examples in run.splits.values())
     if skipped:
@@ -190,29 +209,28 @@ def _derived(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _calibrated(run: Run) -> None:
-    """Moments of the norms: computed once in a run's life, then read from its folder."""
-    path, norms = run.folder / "norms.safetensors", torch.nn.ModuleList(run.learner.net.norms)
-
-    def made() -> dict[str, torch.Tensor]:
-        if path.exists():
-            _load_norms(path, run.learner)
-        else:
-            run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
-            write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
-        return {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
-
-    norms.load_state_dict(run.ranks.of_first(made))
+def cache_of(config: TrainConfig, learner: Learner, train: Examples) -> Cache:
+    """The cache of the initial network's Jacobian for a run."""
+    frozen, encoding = learner.fixed.frozen, learner.encoding
+    return Cache(config, frozen, encoding, train, learner.rule.reads_inputs, learner.mesh)
 
 
-def _load_norms(path: Path, learner: Learner) -> None:
-    try:
-        torch.nn.ModuleList(learner.net.norms).load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as problem:
-        raise CheckpointError(
-            f"{path}: expected the moments of this network's norms, found: {problem}; put the file "
-            "back, or train again with resume=never"
-        ) from problem
+def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
+    """The cache of a run that need not have begun. held: as ``prepare`` has it."""
+    validate(config)
+    keep_freed_memory()
+    held.enter_context(torch_settings(config.threads, config.deterministic))
+    device = device_called(config.device)
+    _, ranks = _engine(config, device, held)
+    train = ranks.together(lambda: load(config.data))["train"]
+    check_data(config, {"train": len(train)})
+    mesh = Mesh.of(ranks, config.parallel.width, config.net.width)
+    ranks.together(lambda: _check_memory(config, train, device, mesh.width))
+    learner = make_learner(config, train, device, ENGINES["local"], mesh)
+    cache = cache_of(config, learner, train)
+    if config.net.norm == "calibrated":
+        calibrated(config, learner, train, None)
+    return cache
 
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:

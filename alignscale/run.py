@@ -19,6 +19,7 @@ from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks
 from alignscale.environment import hardware, versions
 from alignscale.files import write_atomic
+from alignscale.jacobian.store import Store
 from alignscale.learner import Learner
 from alignscale.results import Result, finite, make_result
 from alignscale.types import Batch
@@ -50,6 +51,7 @@ class Run:
     curve: list[dict[str, Any]] = field(default_factory=list)
     saved: float = field(default_factory=time.monotonic)
     finished: Result | None = None
+    store: Store | None = None
 
     @property
     def stop(self) -> int:

@@ -50,8 +50,10 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
     config, per_epoch, examples = run.config, run.plan.steps_per_epoch, run.splits["train"]
     batches = stream(
         examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views,
-        run.ranks.part,
+        run.learner.mesh.data.part,
     )  # fmt: skip
+    if run.store:
+        batches = run.store.attached(batches)
     asked = first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
     if run.start == 0 and not asked:
         measure(run, metrics, 0, None, None)
@@ -99,7 +101,7 @@ def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr:
     run.ranks.beat(step, "evaluation")
     engine, encoding, most = run.learner.engine, run.learner.encoding, run.config.evaluation.batch_size
     for split in dict.fromkeys(("test", *run.config.evaluation.splits)):
-        found = evaluate(engine, run.splits[split], encoding, most, run.ranks)
+        found = evaluate(engine, run.splits[split], encoding, most, run.learner.mesh.data)
         loss_key = "train_end_loss" if split == "train" else f"{split}_loss"  # train_loss is the mean over the epoch
         point |= {f"{split}_accuracy": found["accuracy"], f"{split}_top5": found["top5"], loss_key: found["loss"]}
     point["update_cosine"] = update_cosine(run, step) if run.config.log.update_cosine else None
@@ -115,6 +117,7 @@ def update_cosine(run: Run, step: int) -> float | None:
     if isinstance(learner.rule, Backprop):
         return 1.0
     first = torch.arange(min(run.config.batch_size, len(train)))
-    values = learner.cosines(learner.encoding.batch(train, first, step))
+    batch = learner.encoding.batch(train, first, step)
+    values = learner.cosines(run.store.of(batch) if run.store else batch)
     value = sum(values) / len(values)
     return value if math.isfinite(value) else None

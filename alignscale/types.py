@@ -23,6 +23,7 @@ class Batch:
     images: (B, C, H, W), or (B, T, F) for sequences. targets: what the logits should be, (B, classes) or
     (B, T, classes), same dtype. keys: ``shard/row`` of each example. size: examples in the GLOBAL batch, by which the
     loss is divided. step: index of the update that this batch makes. view: which deterministic augmentation.
+    cached: the initial network's Jacobian at these examples, where there is a cache of it.
     """
 
     images: Tensor
@@ -31,6 +32,31 @@ class Batch:
     size: int
     step: int = 0
     view: int = 0
+    cached: "Cached | None" = None
+
+
+class Jacobian(NamedTuple):
+    """J = d logits / d x at a site (after its norm), (B, classes, *site): ``values``, times ``scale`` (B, classes).
+
+    rows: (B,) int64, where values and scale hold more examples than the batch has; they stay where they are.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a cache holds of the initial network at the examples of a batch.
+
+    gates: site -> (B, *site), in the form that the activation's pullback reads. jacobians: site -> J, for the sites
+    that have no gates. inputs: per layer, what it read; None where they are not cached.
+    """
+
+    gates: dict[int, Tensor]
+    jacobians: dict[int, Jacobian]
+    inputs: list[Tensor] | None = None
 
 
 class NormState(NamedTuple):

@@ -23,7 +23,13 @@ ONE_OF = {
     "device": ("auto", "cpu", "cuda"),
     "evaluation.splits": ("train", "validation", "test"),
     "engine.zero_stage": (0, 1, 2, 3),
+    "form": ("primal", "dual"),
     "frozen.weights": ("stored", "regenerated", "partitioned"),
+    "jacobian.dtype": ("fp64", "fp32", "bf16", "fp16", "fp8"),
+    "jacobian.inputs": ("fp64", "fp32", "bf16", "recomputed"),
+    "jacobian.layers": ("gates", "explicit"),
+    "jacobian.name": ("live", "gates", "explicit", "auto"),
+    "jacobian.tier": ("auto", "device", "host", "disk"),
     "loss.reduction": ("mean", "sum"),
     "net.activation": ("relu", "gelu", "tanh", "erf"),
     "net.blocks": ("theory", "public"),
@@ -33,12 +39,13 @@ ONE_OF = {
     "net.readout": ("last", "every"),
     "optim.decay_towards": ("zero", "initial"),
     "precision": ("fp32", "fp16", "bf16", "fp64"),
+    "parallel.inputs": ("whole", "gathered"),
     "resume": ("auto", "never"),
 }
 AT_LEAST = {
     **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
     **dict.fromkeys(("data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1),
-    **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width"), 1),
+    **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width", "parallel.width"), 1),
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),
     **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
     **dict.fromkeys(("data.noise", "data.shift", "data.train_limit", "data.validation", "optim.clip_norm"), 0),
@@ -90,7 +97,7 @@ def _wanted(option: str, value: Any) -> str | None:
         return "a number from 0 to below 1"
     if option in SEEDS and not 0 <= value < 2**63:
         return "a whole number from 0 to 2^63 - 1"
-    if option in ("run.root", "data.root") and not value:
+    if option in ("run.root", "data.root", "jacobian.root") and not value:
         return "a folder, found nothing"
     if isinstance(value, float) and abs(value) > 3.4e38:
         return "a number of at most 3.4e+38 in size, as fp32 holds"
@@ -116,6 +123,9 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
         yield "net.blocks=public: the paper's public code has no mlp; expected theory"
     if getattr(net, "strides", None) == []:
         yield "net.strides=[]: expected at least one stride, one for each convolution"
+    yield from _jacobian_conflicts(config)
+    if config.form == "dual":
+        yield from _dual_conflicts(config)
     trained = isinstance(net, RNNConfig) and net.initial_state == "trained"
     if trained and config.accumulation > 1:
         yield (
@@ -146,6 +156,49 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
             f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
             "it divides"
         )
+
+
+def _dual_conflicts(config: TrainConfig) -> Iterator[str]:
+    kept = config.jacobian.name == "explicit" and config.jacobian.inputs == config.jacobian.dtype == config.precision
+    wrong = {
+        f"rule={config.rule.name}: expected align_zero": config.rule.name != "align_zero",
+        f"net={config.net.name}: expected mlp": not isinstance(config.net, MLPConfig),
+        f"optim={config.optim.name}: expected sgd": not isinstance(config.optim, SGDConfig),
+        "optim.weight_decay, optim.clip_norm: expected 0, as they are of weights": bool(
+            config.optim.weight_decay or config.optim.clip_norm
+        ),
+        f"precision={config.precision}: expected fp32 or fp64": config.precision not in ("fp32", "fp64"),
+        f"data.views={config.data.views}: expected 1": config.data.views != 1,
+        f"jacobian.tier={config.jacobian.tier}: expected auto, host or device": config.jacobian.tier == "disk",
+        f"jacobian={config.jacobian.name}: expected explicit, with dtype and inputs {config.precision}": not kept,
+        f"jacobian.layers={config.jacobian.layers}: expected none": bool(config.jacobian.layers),
+    }
+    yield from (f"form=dual, {what}; or use form=primal" for what, is_so in wrong.items() if is_so)
+
+
+def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
+    options, net = config.jacobian, config.net
+    forms = {options.name, *options.layers}
+    if options.name == "live":
+        if options.layers:
+            yield f"jacobian.layers={options.layers}: expected none with jacobian=live; use jacobian=gates or explicit"
+        return
+    if net.norm == "batch" and options.name != "auto":
+        yield (
+            f"jacobian={options.name}: expected net.norm=none or calibrated, found batch, whose moments make each "
+            "example's Jacobian depend on the others of its batch; or use jacobian=live"
+        )
+    if "explicit" in forms and net.blocks == "public":
+        yield "net.blocks=public: its last gate is the current network's; expected theory with explicit Jacobians"
+    if "explicit" in forms and isinstance(net, RNNConfig):
+        yield (
+            "jacobian=explicit: net=rnn has a Jacobian for each step, classes x steps x width numbers an example, "
+            "which costs more to read than to compute; expected live or gates"
+        )
+    if "explicit" not in forms and options.dtype not in ("fp64", "fp32", "bf16") and net.activation != "relu":
+        yield f"jacobian.dtype={options.dtype}: expected fp32 or bf16 for the gates of {net.activation}"
+    if getattr(net, "initial_state", "zero") == "trained":
+        yield f"jacobian={options.name}: net.initial_state=trained changes what the initial network reads; use live"
 
 
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:
@@ -190,7 +243,7 @@ def check_ranks(config: TrainConfig, train: int, ranks: int) -> None:
     """Check the options that depend on the number of ranks. Raises ConfigError for the first wrong."""
     if ranks > 1 and isinstance(config.net, RNNConfig) and config.net.initial_state == "trained":
         raise ConfigError(f"net.initial_state=trained: expected one process, found {ranks} ranks; use zero")
-    least = smallest_part(config, train)
+    ranks, least = ranks // config.parallel.width, smallest_part(config, train)
     if config.net.norm == "batch" and not config.sync_norm and least < 2 * ranks:
         raise ConfigError(
             f"sync_norm=false: expected at least 2 examples a rank, found parts of batches of {least} for {ranks} "

@@ -30,6 +30,7 @@ from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
 from alignscale.distributed import LOST, RankError, Ranks, launched
 from alignscale.interrupts import Interrupted
+from alignscale.jacobian.files import CacheError
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
@@ -109,7 +110,7 @@ def guarded(work: Callable[[], None]) -> None:
     """
     try:
         work()
-    except (ConfigError, DataError, CheckpointError) as problem:
+    except (ConfigError, DataError, CheckpointError, CacheError) as problem:
         sys.exit(_say(problem, 2))
     except BrokenPipeError:  # whatever read the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, SCHEDULES
-from alignscale.config import TrainConfig
+from alignscale.config import JACOBIANS, TrainConfig
 from alignscale.rules import RULES
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
@@ -21,6 +21,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "optim": dict(OPTIMS),
     "schedule": dict(SCHEDULES),
     "engine": dict(ENGINES),
+    "jacobian": dict(JACOBIANS),
 }
 
 

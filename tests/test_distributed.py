@@ -428,3 +428,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == ["error: rank 1: shard-7.tar: key 0042: expected a JPEG, found text"], done.stderr[-3000:]
+
+
+@pytest.mark.timeout(600)
+def test_a_cache_that_ranks_make_trains_ranks_to_the_live_result(tmp_path: Path) -> None:
+    cached = ["rule=align_zero", "net.norm=none", "data.views=3", "data.shift=1", f"jacobian.root={tmp_path}/jacobian"]
+    live = alone(*cached, f"run.dir={tmp_path}/live")
+    assert live.returncode == 0, live.stderr
+    for form in ("gates", "explicit"):
+        words = [word for word in RUN if not word.startswith(("run.", "log."))]
+        made = subprocess.run(
+            torchrun(2, "tools/cache_jacobian.py", *words, *cached, f"jacobian={form}"),
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr[-3000:]
+        assert "3 files to make" in made.stdout
+        done = subprocess.run(
+            torchrun(2, "launch/train.py", *RUN, *cached, f"jacobian={form}", f"run.dir={tmp_path}/{form}"),
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        one, other = result(tmp_path / form), result(tmp_path / "live")
+        assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], rel=1e-4)

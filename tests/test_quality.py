@@ -31,11 +31,11 @@ LAYERS = [
         "parallel",
         "schedule",
     },
-    {"frozen", "jacobian"},
+    {"frozen", "jacobian", "traffic"},
     {"rules"},
     {"checkpoint", "engine", "engine_deepspeed", "engine_zero", "evaluate"},
     {"folder", "learner"},
-    {"run"},
+    {"moments", "run"},
     {"prepare"},
     {"train"},
     {"alignscale"},  # the public names

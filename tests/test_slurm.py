@@ -24,7 +24,7 @@ NET = [
     "log.progress=false",
     "threads=1",
 ]
-ZERO = ["engine=deepspeed", "engine.zero_stage=3", "engine.timeout=60"]
+ZERO = ["engine=deepspeed", "engine.zero_stage=3", "engine.timeout=150"]
 LONG = ["epochs=60", "checkpoint.every_steps=20"]
 
 

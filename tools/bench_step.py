@@ -6,6 +6,7 @@ that a machine whose speed drifts spoils neither. Every contender uses the same 
 
     python tools/bench_step.py --net conv3 --width 512 --threads 1
     python tools/bench_step.py --net mlp --width 2048 --depth 4 --rules align_ada,align_zero,readout_only
+    python tools/bench_step.py --net mlp --width 4096 --depth 4 --batch 256 --jacobian live,gates,explicit
     torchrun --nproc-per-node=2 tools/bench_step.py --distributed --net mlp --width 1024 --depth 4 --stages 0,3
 """
 
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +25,34 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from argument_types import names, numbers, positive, shape, speeds
+from cached_step import cached_step
 from plain_step import plain_step
 
 from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.config import JACOBIANS
 from alignscale.distributed import joined
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.environment import keep_freed_memory
 from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, initialise
+from alignscale.jacobian.cache import Cache
+from alignscale.jacobian.form import DTYPES
 from alignscale.nets import build
 from alignscale.rules import RULES, make_rule
 from alignscale.types import Batch
 
 SHAPES = {"mlp": (1, 8, 8), "conv3": (1, 8, 8), "conv7": (3, 16, 16), "imagenet_conv7": (3, 224, 224), "rnn": (1, 8, 8)}
-JACOBIANS = ("live",)
 WARM_UP = 3
+Contender = tuple[str, str | None]
+"""A rule, or the plain step, and the form of the frozen Jacobian where it reads one."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
 
 
-def net_config(name: str, width: int, depth: int | None) -> NetConfig:
+def net_config(name: str, width: int, depth: int | None, norm: str | None = None) -> NetConfig:
     """The options of the network to time. Raises ConfigError for a depth that the network does not have."""
-    config = dataclasses.replace(NETS[name], width=width)
+    config = dataclasses.replace(NETS[name], width=width, norm=norm or NETS[name].norm)
     if depth is not None:
         if not isinstance(config, MLPConfig):
             raise ConfigError(f"--depth {depth}: only --net mlp has a depth to set")
@@ -59,12 +67,14 @@ def depth_of(config: NetConfig) -> int:
     )
 
 
-def rule_step(config: NetConfig, rule: str, batch: Batch, classes: int) -> Callable[[], None]:
+def rule_step(config: NetConfig, rule: str, batch: Batch, classes: int, fused: bool = True) -> Callable[[], None]:
     """One step of our engine, as the training loop makes it."""
     net = build(config, tuple(batch.images.shape[1:]), classes)
     initialise(net, 0)
     module = make_rule(net, Fixed.from_seed(net, 0), RULES[rule].options(name=rule))
     engine = LocalEngine(module, make_optimizer(SGDConfig(lr=1e-3), module.parameters()))
+    for group in engine.optimizer.param_groups:
+        group["fused"] = fused
 
     def step() -> None:
         output = engine(batch)
@@ -74,16 +84,16 @@ def rule_step(config: NetConfig, rule: str, batch: Batch, classes: int) -> Calla
     return step
 
 
-def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def measure(steps: dict[Contender, Callable[[], None]], repeats: int) -> dict[Contender, list[float]]:
     """Seconds of every contender in every round."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    contenders = list(steps)
+    seconds: dict[Contender, list[float]] = {name: [] for name in contenders}
     for number in range(repeats):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        turn = number % len(contenders)
+        for name in contenders[turn:] + contenders[:turn]:
             begin = time.perf_counter()
             steps[name]()
             seconds[name].append(time.perf_counter() - begin)
@@ -107,6 +117,10 @@ def distributed(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads or 1)
     config = dataclasses.replace(net_config(arguments.net, arguments.width, arguments.depth), norm="none")
     with joined(torch.device("cpu"), 600.0) as ranks:
+        if arguments.parallel_width:
+            from width_step import width_rows, width_table
+
+            rows, distributed_table = width_rows, width_table
         found = rows(arguments, config, batch_of(arguments), ranks)
     if ranks.first:
         print(f"{arguments.net}, width {arguments.width}, batch {arguments.batch}, {ranks.size} ranks")
@@ -118,11 +132,25 @@ def distributed(arguments: argparse.Namespace) -> int:
 
 def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what the command line asks for; the plain step and backprop come first."""
-    config, batch = net_config(arguments.net, arguments.width, arguments.depth), batch_of(arguments)
+    config = net_config(arguments.net, arguments.width, arguments.depth, arguments.norm)
+    batch = batch_of(arguments)
+    if config.norm == "batch" and set(arguments.jacobian) - {"live"}:
+        raise ConfigError(f"--jacobian {','.join(arguments.jacobian)}: expected --norm none, found norm batch")
     wanted = ["backprop", *[rule for rule in arguments.rules if rule != "backprop"]]
-    steps = {"plain": plain_step(config, batch, arguments.classes)}
-    steps |= {rule: rule_step(config, rule, batch, arguments.classes) for rule in wanted}
-    seconds = measure(steps, arguments.repeats)
+    fused = not arguments.unfused
+    steps: dict[Contender, Callable[[], None]] = {("plain", None): plain_step(config, batch, arguments.classes, fused)}
+    predicted: dict[Contender, float] = {}
+    with ExitStack() as held:
+        for rule in wanted:
+            forms = arguments.jacobian if RULES[rule].reads_jacobian else [None]
+            for form in forms:
+                if form in (None, "live"):
+                    steps[rule, form] = rule_step(config, rule, batch, arguments.classes, fused)
+                    continue
+                how = (form, arguments.dtype, arguments.tier, batch, arguments.classes, held, fused)
+                steps[rule, form], cache = cached_step(config, rule, *how)
+                predicted |= predictions(cache, rule, form)
+        seconds = measure(steps, arguments.repeats)
     return [
         {
             "net": arguments.net,
@@ -131,13 +159,24 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "batch": arguments.batch,
             "threads": torch.get_num_threads(),
             "rule": name,
-            "jacobian": "live" if name in ("align_ada", "align_zero") else None,
-            "seconds_median": statistics.median(seconds[name]),
-            "ratio_to_backprop": ratio(seconds[name], seconds["backprop"]),
-            "ratio_to_plain": ratio(seconds[name], seconds["plain"]),
+            "jacobian": form,
+            "seconds_median": statistics.median(seconds[name, form]),
+            "ratio_to_backprop": ratio(seconds[name, form], seconds["backprop", None]),
+            "ratio_to_plain": ratio(seconds[name, form], seconds["plain", None]),
+            "predicted_seconds": predicted.get((name, form)),
         }
-        for name in steps
+        for name, form in steps
     ]
+
+
+def predictions(cache: Cache, rule: str, form: str) -> dict[Contender, float]:
+    """Seconds that the cost model gives for a form in its cache, for live and for backprop."""
+    planner, chosen = cache.planner, cache.chosen()
+    return {
+        ("backprop", None): planner.backprop,
+        (rule, "live"): planner.step(None, "host"),
+        (rule, form): planner.step(chosen, cache.tier_of(chosen)),
+    }
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
@@ -147,12 +186,16 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 
 def table(measured: list[dict[str, Any]]) -> str:
     """The rows as aligned text, beside the public code's figures where the network is theirs."""
-    lines = [f"{'rule':28s} {'jacobian':>8s} {'ms':>9s} {'/ backprop':>10s} {'/ plain':>8s}"]
-    lines += [
-        f"{row['rule']:28s} {row['jacobian'] or '-':>8s} {1000 * row['seconds_median']:9.2f} "
-        f"{row['ratio_to_backprop']:10.3f} {row['ratio_to_plain']:8.3f}"
-        for row in measured
-    ]
+    lines = [f"{'rule':28s} {'jacobian':>8s} {'ms':>9s} {'/ backprop':>10s} {'/ plain':>8s} {'predicted':>10s}"]
+    for row in measured:
+        guess = f"{1000 * row['predicted_seconds']:.2f}" if row["predicted_seconds"] else "-"
+        lines.append(
+            f"{row['rule']:28s} {row['jacobian'] or '-':>8s} {1000 * row['seconds_median']:9.2f} "
+            f"{row['ratio_to_backprop']:10.3f} {row['ratio_to_plain']:8.3f} {guess:>10s}"
+        )
+    errors = [abs(row["predicted_seconds"] / row["seconds_median"] - 1) for row in measured if row["predicted_seconds"]]
+    if errors:
+        lines.append(f"median error of the predictions: {statistics.median(errors):.0%}")
     first = measured[0]
     if [first[key] for key in ("net", "width", "batch", "threads")] == ["conv3", 512, 50, 1]:
         lines.append("\nbeside the paper's public TensorFlow code (its times are from another machine):")
@@ -170,61 +213,32 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     """The command line; every wrong value is refused with the valid ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=sorted(SHAPES), default="conv3")
-    parser.add_argument("--width", type=_positive, default=512)
-    parser.add_argument("--depth", type=_positive, help="hidden layers of --net mlp")
-    parser.add_argument("--batch", type=_positive, default=50)
-    parser.add_argument("--classes", type=_positive, default=10)
-    parser.add_argument("--shape", type=_shape, help="C,H,W of the images; by default the net's usual data")
+    parser.add_argument("--width", type=positive, default=512)
+    parser.add_argument("--depth", type=positive, help="hidden layers of --net mlp")
+    parser.add_argument("--batch", type=positive, default=50)
+    parser.add_argument("--classes", type=positive, default=10)
+    parser.add_argument("--shape", type=shape, help="C,H,W of the images; by default the net's usual data")
     parser.add_argument(
-        "--rules", type=_names(tuple(sorted(RULES))), default=["align_ada", "align_zero", "readout_only"]
+        "--rules", type=names(tuple(sorted(RULES))), default=["align_ada", "align_zero", "readout_only"]
     )
-    parser.add_argument("--jacobian", type=_names(JACOBIANS), default=["live"], help="forms of the frozen Jacobian")
-    parser.add_argument("--threads", type=_positive, help="by default torch's own number")
-    parser.add_argument("--repeats", type=_positive, default=15, help="rounds; a round runs every contender once")
+    parser.add_argument(
+        "--jacobian", type=names(tuple(JACOBIANS)), default=["live"], help="live, or from a temporary cache"
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of an explicit Jacobian")
+    parser.add_argument("--tier", choices=("device", "host", "disk"), default="host", help="where a cache is kept")
+    parser.add_argument("--norm", choices=("none", "batch"), help="by default the net's own")
+    parser.add_argument("--unfused", action="store_true", help="torch's plain SGD in place of its fused one, for all")
+    parser.add_argument("--threads", type=positive, help="by default torch's own number")
+    parser.add_argument("--repeats", type=positive, default=15, help="rounds; a round runs every contender once")
+    parser.add_argument(
+        "--parallel-width", type=positive, default=0, metavar="K",
+        help="with --distributed: the width over K ranks; memory and traffic, measured and calculated, layer by layer",
+    )  # fmt: skip
     parser.add_argument("--distributed", action="store_true", help="under torchrun: DeepSpeed on all ranks, norm none")
-    parser.add_argument("--stages", type=_numbers(range(4)), default=[0, 1, 2, 3], help="of ZeRO, with --distributed")
-    parser.add_argument("--bandwidth", type=_speeds, default=[1.0, 10.0, 100.0], help="GB/s a rank, to project to")
+    parser.add_argument("--stages", type=numbers(range(4)), default=[0, 1, 2, 3], help="of ZeRO, with --distributed")
+    parser.add_argument("--bandwidth", type=speeds, default=[1.0, 10.0, 100.0], help="GB/s a rank, to project to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     return parser.parse_args(command)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    lengths = tuple(_positive(part) for part in text.split(","))
-    if len(lengths) != 3:
-        raise argparse.ArgumentTypeError(f"expected C,H,W, found {text!r}")
-    return lengths
-
-
-def _numbers(valid: range) -> Callable[[str], list[int]]:
-    names = _names(tuple(str(number) for number in valid))
-    return lambda text: [int(name) for name in names(text)]
-
-
-def _speeds(text: str) -> list[float]:
-    try:
-        speeds = [float(part) for part in text.split(",")]
-    except ValueError:
-        speeds = []
-    if not speeds or min(speeds) <= 0:
-        raise argparse.ArgumentTypeError(f"expected numbers above 0, as 1,10,100, found {text!r}")
-    return speeds
-
-
-def _names(valid: tuple[str, ...]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        found = [name for name in text.split(",") if name]
-        wrong = [name for name in found if name not in valid]
-        if wrong or not found:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(valid)}, found {text!r}")
-        return list(dict.fromkeys(found))
-
-    return names
 
 
 def main() -> int:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 COUNTED: Counter[str] = Counter()
+LOG: list[tuple[str, int, Any]] = []
+"""Of each collective: its name, the bytes, and the process group, None for that of all ranks."""
 WHOLE = {
     "all_gather": ("tensor_list",),
     "all_gather_into_tensor": ("output_tensor",),
@@ -48,7 +50,9 @@ def counting(name: str, names: tuple[str, ...], collective: Callable[..., Any]) 
         if _inside:
             return collective(*arguments, **options)
         given = signature.bind(*arguments, **options).arguments
-        COUNTED[name] += size(next(given[one] for one in names if one in given))
+        moved = size(next(given[one] for one in names if one in given))
+        COUNTED[name] += moved
+        LOG.append((name, moved, given.get("group")))
         _inside = True
         try:
             return collective(*arguments, **options)
@@ -67,6 +71,18 @@ for _name, _names in WHOLE.items():
 
 def reset() -> None:
     COUNTED.clear()
+    LOG.clear()
+
+
+def within(group: Any) -> dict[str, tuple[int, int]]:
+    """Messages and bytes in a process group since the reset: of all-gathers, reduce-scatters and sums."""
+    found = dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), (0, 0))
+    for name, moved, where in LOG:
+        kind = next((kind for kind in found if name.startswith(kind)), None)
+        if kind and where is group:
+            messages, total = found[kind]
+            found[kind] = messages + 1, total + moved
+    return found
 
 
 def gathered() -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.distributed import Ranks
 from alignscale.learner import Learner
+from alignscale.parallel import Mesh
 from alignscale.types import Batch
 
 WARM_UP, MEMORY_STEPS = 3, 3
@@ -54,7 +55,7 @@ def measured(
     settings = {"zero_optimization": NOTHING_KEPT} if stage == 3 else {}
     engine = DeepSpeedConfig(zero_stage=stage, extra=settings)
     before = resident(reset=True)
-    learner = Learner(config, shape, classes, rule, SGDConfig(lr=1e-3), engine=engine, ranks=ranks)
+    learner = Learner(config, shape, classes, rule, SGDConfig(lr=1e-3), engine=engine, mesh=Mesh(ranks, ranks))
     psi = padded_bytes(learner, ranks.size)
     for _ in range(MEMORY_STEPS):
         learner.update([batch], 1e-3)

@@ -18,7 +18,7 @@ from alignscale.types import Batch
 Plain = tuple[list[Tensor], Callable[[Tensor], Tensor]]
 
 
-def plain_step(config: NetConfig, batch: Batch, classes: int) -> Callable[[], None]:
+def plain_step(config: NetConfig, batch: Batch, classes: int, fused: bool = True) -> Callable[[], None]:
     """One backprop step by autograd on weights of its own. Raises ConfigError for a network it has no code for."""
     torch.manual_seed(0)
     makers: dict[type[NetConfig], Callable[[Any, tuple[int, ...], int], Plain]]
@@ -28,7 +28,7 @@ def plain_step(config: NetConfig, batch: Batch, classes: int) -> Callable[[], No
     weights, forward = makers[type(config)](config, tuple(batch.images.shape[1:]), classes)
     for weight in weights:
         weight.requires_grad_()
-    optimizer = torch.optim.SGD(weights, 1e-3, fused=True)
+    optimizer = torch.optim.SGD(weights, 1e-3, fused=fused)
 
     def step() -> None:
         loss = F.mse_loss(forward(batch.images), batch.targets)

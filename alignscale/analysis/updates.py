@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from alignscale.distributed import ALONE, Ranks
 from alignscale.nets.network import Deltas, Network
 from alignscale.types import Trace
 
@@ -16,12 +17,17 @@ def weight_updates(net: Network, trace: Trace, deltas: Deltas) -> list[Tensor | 
     return [None if delta is None else layer.weight_gradient(a, delta)[0] for layer, a, delta in local]
 
 
-def cosines(first: list[Tensor | None], second: list[Tensor | None]) -> list[float]:
-    """Cosine of two updates layer by layer, in float64; 0 for a layer that has no update in one of them."""
+def cosines(first: list[Tensor | None], second: list[Tensor | None], ranks: Ranks = ALONE) -> list[float]:
+    """Cosine of two updates layer by layer, in float64; 0 for a layer that has no update in one of them.
+
+    ranks: those that have the other parts of the updates.
+    """
     pairs = zip(first, second, strict=True)
-    return [0.0 if a is None or b is None else _cosine(a.double(), b.double()) for a, b in pairs]
+    return [0.0 if a is None or b is None else _cosine(a.double(), b.double(), ranks) for a, b in pairs]
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    scale = math.sqrt(a.square().sum().item() * b.square().sum().item())
-    return (a * b).sum().item() / scale if scale > 0 else 0.0
+def _cosine(a: Tensor, b: Tensor, ranks: Ranks) -> float:
+    products = torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+    product, first, second = ranks.sum(products).tolist()
+    scale = math.sqrt(first * second)
+    return product / scale if scale > 0 else 0.0

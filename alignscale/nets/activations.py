@@ -20,13 +20,14 @@ class Activation:
 
     function: may overwrite x when no graph is built. gate: residue -> the gate, in the form that ``pullback`` reads.
     pullback: signal after the activation, gate -> delta before it, signal * act'(x). of_output: whether the residue is
-    the function's value, else x.
+    the function's value, else x. binary: whether the gate is 0 or 1, for which a bit is enough.
     """
 
     function: Callable[[Tensor], Tensor]
     gate: Callable[[Tensor], Tensor]
     pullback: Callable[[Tensor, Tensor], Tensor] = torch.mul
     of_output: bool = False
+    binary: bool = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x -> the activation of x, and the residue. May overwrite x when no graph is built."""
@@ -64,7 +65,7 @@ def _gelu_gate(residue: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "relu": Activation(_relu, _itself, _where_open, of_output=True),
+    "relu": Activation(_relu, _itself, _where_open, of_output=True, binary=True),
     "gelu": Activation(torch.nn.functional.gelu, _gelu_gate),  # x * Phi(x), exact (Hendrycks & Gimpel 2016)
     "tanh": Activation(torch.tanh, _tanh_gate, of_output=True),
     "erf": Activation(torch.erf, _erf_gate),  # whose infinite-width kernel is known in closed form

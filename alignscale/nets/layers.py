@@ -10,12 +10,15 @@ A layer computes in the precision of what it reads; its weight and the gradient 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
+
+from alignscale.parallel import Share
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -59,17 +62,20 @@ class Layer(nn.Module, ABC):
 
     bias: nn.Parameter | None
 
-    def __init__(self, shape: tuple[int, ...], bias: bool, gain: float, parameterisation: str) -> None:
-        """Shape: of the weight. Its values are set by ``alignscale.frozen.initialise``."""
+    def __init__(
+        self, shape: tuple[int, ...], bias: bool, gain: float, parameterisation: str, share: Share | None = None
+    ) -> None:
+        """Shape: of the whole weight, of which this rank has its share; ``alignscale.frozen.initialise`` sets it."""
         super().__init__()
-        self.shape = shape
+        self.whole, self.share = shape, share
+        self.shape = shape if share is None else share.shape(shape)
         self.fan_in = math.prod(shape[1:])
         deviation = gain / math.sqrt(self.fan_in)
         ntk = parameterisation == "ntk"
         self.initial_std = 1.0 if ntk else deviation
         self.scale = deviation if ntk else 1.0
-        self.weight = nn.Parameter(torch.zeros(shape))
-        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+        self.weight = nn.Parameter(torch.zeros(self.shape))
+        self.bias = nn.Parameter(torch.zeros(self.shape[0])) if bias else None
         self.held = (
             self.weight,
             self.bias,
@@ -105,11 +111,17 @@ class Layer(nn.Module, ABC):
 
 
 class Linear(Layer):
-    """weight (out, in), on the last axis of inputs (..., in)."""
+    """weight (out, in), on the last axis of inputs (..., in).
+
+    total: sums over the ranks that have the other columns of the weight.
+    """
+
+    total: Callable[[Tensor], Tensor] | None = None
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out)."""
-        return _scale_and_shift(F.linear(a, weight.to(a.dtype)), self.scale, bias)
+        z = F.linear(a, weight.to(a.dtype))
+        return _scale_and_shift(z if self.total is None else self.total(z), self.scale, bias)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""
@@ -125,10 +137,13 @@ class Linear(Layer):
 class Conv(Layer):
     """weight (out, in, k, k) on maps (B, in, H, W) with TensorFlow's SAME padding: outputs are ceil(H / stride)."""
 
-    def __init__(self, inputs: tuple[int, ...], out: int, stride: int, gain: float, parameterisation: str) -> None:
-        """Inputs: (C, H, W) of what the layer reads."""
+    def __init__(
+        self, inputs: tuple[int, ...], out: int, stride: int, gain: float, parameterisation: str,
+        share: Share | None = None,
+    ) -> None:  # fmt: skip
+        """Inputs: (C, H, W) of what the layer reads; out: of its channels on all ranks."""
         channels, height, width = inputs
-        super().__init__((out, channels, 3, 3), True, gain, parameterisation)
+        super().__init__((out, channels, 3, 3), True, gain, parameterisation, share)
         rows, columns = _same_padding(height, 3, stride), _same_padding(width, 3, stride)
         self.outputs = (out, -(-height // stride), -(-width // stride))
         self.stride = stride
@@ -145,14 +160,18 @@ class Conv(Layer):
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
         size = [delta.shape[0], *self.padded]
-        signal = conv2d_input(size, weight.to(delta.dtype), _scaled(delta, self.scale), self.stride, self.padding)
+        # the scale goes to the weight, and below to the gradient: they are far smaller than a batch of maps
+        signal = conv2d_input(size, _scaled(weight.to(delta.dtype), self.scale), delta, self.stride, self.padding)
         # A negative pad crops into a contiguous tensor, which elementwise kernels read ten times faster than a view.
         return F.pad(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
-        gradient = conv2d_weight(self._pad(a), self.shape, _scaled(delta, self.scale), self.stride, self.padding)
-        return gradient, delta.sum((0, 2, 3))
+        shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
+        narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
+        scaled = _scaled(delta, self.scale) if narrow else delta
+        gradient = conv2d_weight(self._pad(a), shape, scaled, self.stride, self.padding)
+        return gradient if narrow else _scaled(gradient, self.scale), delta.sum((0, 2, 3))
 
     def _pad(self, a: Tensor) -> Tensor:
         return F.pad(a, self.extra) if any(self.extra) else a

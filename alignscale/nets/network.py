@@ -7,21 +7,46 @@ numbered in order, ``sites[l]`` is the site that layer l writes to, None for the
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignscale.choices import NetConfig
 from alignscale.nets.activations import ACTIVATIONS
-from alignscale.nets.layers import Layer
+from alignscale.nets.layers import Layer, Linear
 from alignscale.nets.norms import Norm, make_norm
-from alignscale.types import NormState, Parameters, Trace, Weight
+from alignscale.parallel import ALL_UNITS, Share, Width
+from alignscale.types import Jacobian, NormState, Parameters, Trace, Weight
 
-Gates = Sequence[Tensor]
+Gates = Sequence[Tensor] | Mapping[int, Tensor]
+Jacobians = Mapping[int, Jacobian]
+NO_JACOBIANS: Jacobians = {}
 States = Sequence[NormState | None]
+WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.float32}
+"""What values are widened to, exactly, where their own range is too narrow for weighted sums."""
 Deltas = list[Tensor | None]
 """Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
+
+
+def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
+    """delta = J^T e: J (B, classes, *site) and error (B, classes) -> (B, *site) in the error's dtype.
+
+    In one pass over J where it lies: each delta is a weighted sum of the rows (example, class) of a table.
+    """
+    values, scale, rows = jacobian
+    classes, site = values.shape[1], values.shape[2:]
+    if values.dtype in WIDER:
+        values = values if rows is None else values.view(torch.uint8)[rows].view(values.dtype)
+        scale = scale if rows is None or scale is None else scale[rows]
+        values, rows = values.to(WIDER[values.dtype]), None
+    weights = error if scale is None else error * (scale if rows is None else scale[rows])
+    rows = torch.arange(len(error), device=error.device) if rows is None else rows
+    places = rows[:, None] * classes + torch.arange(classes, device=error.device)
+    table = values.reshape(-1, math.prod(site))
+    delta = F.embedding_bag(places, table, per_sample_weights=weights.to(table.dtype), mode="sum")
+    return delta.view(len(error), *site).to(error.dtype)
 
 
 class Network(nn.Module, ABC):
@@ -35,14 +60,27 @@ class Network(nn.Module, ABC):
     state: int | None = None
     """Index of a trained initial state, which the initial network reads too, like an input."""
     direct_shapes: Sequence[tuple[int, ...]]
-    """Per site: the shape that direct feedback of one error vector (classes,) has there."""
+    """Per site: the shape that direct feedback of one error vector (classes,) has there, on all ranks of ``width``."""
+    units_axis = 0
+    """Of a site's shape."""
 
     recurrent = False
     """Whether a site's first axis is time, normalised one step after another."""
 
-    def __init__(self, config: NetConfig, layers: list[Layer], shapes: list[tuple[int, ...]]) -> None:
-        """shapes: per site, of one example there. Subclasses set ``sites``, ``readout`` and ``direct_shapes``."""
+    def __init__(
+        self, config: NetConfig, layers: list[Layer], shapes: list[tuple[int, ...]], width: Width = ALL_UNITS
+    ) -> None:
+        """shapes: per site, of one example there. Subclasses set ``sites``, ``readout`` and ``direct_shapes``.
+
+        width: the ranks that have the other units of each site.
+        """
         super().__init__()
+        self.width = width
+        share = width.share(self.units_axis)
+        self.shapes = shapes = shapes if share is None else [share.shape(shape) for shape in shapes]
+        for layer in layers:
+            if isinstance(layer, Linear) and layer.share is not None and layer.share.axis == 1:
+                layer.total = width.sum
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
         self.activation = ACTIVATIONS[config.activation]
@@ -57,21 +95,46 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
+    def first_input(self, images: Tensor) -> Tensor:
+        """What the first layer reads of ``images``."""
+
+    @abstractmethod
     def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
-    ) -> Deltas:
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
+        jacobians: Jacobians = NO_JACOBIANS,
+    ) -> Deltas:  # fmt: skip
         """The error at the output -> delta at every layer.
 
         error: dLoss/dlogits, shape of the logits. gates, norms: per site, of the network whose Jacobian this is.
         feedback: the weight whose transpose carries the signal through layer l. local_gates: per site, of the network
-        that is updated; given where ``public`` puts the boundary of a block before a gate.
+        that is updated; given where ``public`` puts the boundary of a block before a gate. jacobians: of the sites
+        whose delta they give at once, instead of the gate and the layer above.
         """
 
     @property
     def size(self) -> int:
         """The number of weights and biases, wherever they are kept."""
-        biases = sum(layer.shape[0] for layer in self.layers if layer.held[1] is not None)
-        return sum(math.prod(layer.shape) for layer in self.layers) + biases
+        biases = sum(layer.whole[0] for layer in self.layers if layer.held[1] is not None)
+        return sum(math.prod(layer.whole) for layer in self.layers) + biases
+
+    def shares(self) -> dict[str, Share | None]:
+        """What this rank has of each weight, bias and buffer, by its name in ``state_dict``; None: all of it."""
+        found = {}
+        for name in self.state_dict():
+            kind, index, part = name.split(".", 2)
+            share = self.layers[int(index)].share if kind == "layers" else self.width.share(self.units_axis)
+            found[name] = None if part == "bias" and share is not None and share.axis > 0 else share
+        return found
+
+    def own_input(self, layer: int, batch: int = 0) -> Share:
+        """What this rank's units are of the input of a layer above the first; batch: axes before the site's."""
+        share = self.width.share(self.units_axis + batch)
+        assert share is not None, f"layer {layer} reads all units here"
+        return share
+
+    def whole_input(self, own: Tensor) -> Tensor:
+        """A layer's input from the units of it that each rank has."""
+        return self.width.gather(own.movedim(1 + self.units_axis, 1)).movedim(1, 1 + self.units_axis)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) or (B, T, F) -> logits."""

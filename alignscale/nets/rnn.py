@@ -10,7 +10,8 @@ from torch import Tensor
 
 from alignscale.choices import ConfigError, RNNConfig
 from alignscale.nets.layers import Layer, Linear, State
-from alignscale.nets.network import Deltas, Gates, Network, States
+from alignscale.nets.network import NO_JACOBIANS, Deltas, Gates, Jacobians, Network, States
+from alignscale.parallel import ALL_UNITS, Width
 from alignscale.types import NormState, Parameters, Trace, Weight
 
 INPUT, RECURRENT, READOUT, STATE = range(4)
@@ -20,18 +21,21 @@ class RNN(Network):
     """Layers: input (units, F), recurrent (units, units), readout (classes, units), and perhaps a trained state."""
 
     recurrent = True
+    units_axis = 1
 
-    def __init__(self, config: RNNConfig, steps: int, features: int, classes: int, batch: int) -> None:
+    def __init__(
+        self, config: RNNConfig, steps: int, features: int, classes: int, batch: int, width: Width = ALL_UNITS
+    ) -> None:
         """steps: T. batch: the number of rows of a trained initial state; not read otherwise."""
         units, gain, parameterisation = config.width, config.gain, config.parameterisation
         layers: list[Layer] = [
-            Linear((units, features), True, 1.0, parameterisation),
-            Linear((units, units), False, gain, parameterisation),
-            Linear((classes, units), True, gain, parameterisation),
+            Linear((units, features), True, 1.0, parameterisation, width.share(0)),
+            Linear((units, units), False, gain, parameterisation, width.share(0)),
+            Linear((classes, units), True, gain, parameterisation, width.share(1)),
         ]
         if config.initial_state == "trained":
             layers.append(State(batch, units))
-        super().__init__(config, layers, [(steps, units)])
+        super().__init__(config, layers, [(steps, units)], width)
         self.state = STATE if len(layers) > STATE else None
         self.sites = [0, 0, None, None][: len(layers)]
         self.readout = READOUT
@@ -40,9 +44,9 @@ class RNN(Network):
 
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
         """Images (B, T, F), or (B, C, T, W) read as T rows of C * W features -> the trace."""
-        x = images if images.dim() == 3 else images.transpose(1, 2).flatten(2)
+        x = self.first_input(images)
         drive = self.run_layer(INPUT, x, parameters)
-        h = drive.new_zeros(drive.shape[0], drive.shape[2])
+        h = drive.new_zeros(drive.shape[0], self.layers[RECURRENT].whole[0])
         start = h.new_empty(0)
         if self.state is not None:
             h = self._initial(h)
@@ -52,11 +56,12 @@ class RNN(Network):
             before.append(h)
             z = drive[:, step] + recurrent(h)
             normed, state = self.norms[0](z, step)
-            h, residue = self.activation.forward(normed)
-            after.append(h)
+            own, residue = self.activation.forward(normed)
+            h = self.width.gather(own) if step + 1 < drive.shape[1] else own
+            after.append(own)
             residues.append(residue)
             states.append(state)
-        read = torch.stack(after, 1) if self.every else h
+        read = torch.stack(after, 1) if self.every else own
         logits = self.run_layer(READOUT, read, parameters)
         inputs = [x, torch.stack(before, 1), read, start][: len(self.layers)]
         return Trace(inputs, [torch.stack(residues, 1)], [_stack(states)], logits)
@@ -78,9 +83,14 @@ class RNN(Network):
             )
         return state[: h.shape[0]]
 
+    def first_input(self, images: Tensor) -> Tensor:
+        """Sequences (B, T, F), or the rows of images (B, C, T, W) as T steps of C * W features."""
+        return images if images.dim() == 3 else images.transpose(1, 2).flatten(2)
+
     def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None
-    ) -> Deltas:
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
+        jacobians: Jacobians = NO_JACOBIANS,
+    ) -> Deltas:  # fmt: skip
         """Error (B, classes) or (B, T, classes) -> deltas, back through time; see Network.pullback.
 
         With ``blocks=public`` a delta leaves out the path from the same step's output to the hidden weights.
@@ -100,7 +110,8 @@ class RNN(Network):
                 local = torch.zeros_like(signal) if carry is None else carry
                 deltas.append(self.activation.pullback(local, local_gates[0][:, step]))
             pulled = self.norms[0].pullback(delta, _at(norms[0], step), step)
-            carry = self.layers[RECURRENT].transpose(pulled, recurrent)
+            if step or self.state is not None:
+                carry = self.width.scatter(self.layers[RECURRENT].transpose(pulled, recurrent))
         hidden = torch.stack(deltas[::-1], 1)
         return [hidden, hidden, error, carry][: len(self.layers)]
 

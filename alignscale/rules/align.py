@@ -15,11 +15,13 @@ from alignscale.types import Batch, Trace
 class AlignAda(LocalRule):
     """Initial gates and transposed weights, current layer inputs."""
 
+    reads_jacobian = True
+
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """Deltas of the initial network meet the current layer inputs, through the current norms."""
         frozen = self.fixed.frozen
         local_gates = self.net.gates(trace) if self.net.public else None
-        return trace, frozen.pullback(error, frozen.trace(batch.images), local_gates)
+        return trace, frozen.pullback(error, batch.cached or frozen.trace(batch.images), local_gates)
 
 
 @register("align_zero")
@@ -27,11 +29,16 @@ class AlignZero(LocalRule):
     """Initial gates, transposed weights and layer inputs: only the error is the current network's."""
 
     reads_trace = False
+    reads_jacobian = reads_inputs = True
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """Everything but the error comes from the initial network."""
-        initial = self.fixed.frozen.trace(batch.images)
-        return initial, self.fixed.frozen.pullback(error, initial)
+        frozen, cached = self.fixed.frozen, batch.cached
+        if cached and cached.inputs:
+            initial = Trace(cached.inputs, [], [None] * len(self.net.norms), trace.logits)
+        else:
+            initial = frozen.trace(batch.images)
+        return initial, frozen.pullback(error, cached or initial)
 
 
 @register("align_prop")

@@ -25,6 +25,10 @@ class Rule(nn.Module, ABC):
     """The class of the rule's own options."""
     trains_hidden: ClassVar[bool] = True
     """Whether all layers learn, or only the readout and a trained state."""
+    reads_jacobian: ClassVar[bool] = False
+    """Whether it uses ``batch.cached``, the initial network's Jacobian."""
+    reads_inputs: ClassVar[bool] = False
+    """Whether it uses the layer inputs in ``batch.cached`` too."""
 
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Fixed: the initial network and the random feedback."""
@@ -42,6 +46,14 @@ class Rule(nn.Module, ABC):
             layer.requires_grad_(does)
         pairs = zip(self.net.layers, learns, strict=True)
         return [one for layer, does in pairs if does for one in layer.held if one is not None]
+
+    def saved(self) -> dict[str, Tensor]:
+        """Weights and norms, for a checkpoint."""
+        return self.net.state_dict()
+
+    def restore(self, model: dict[str, Tensor]) -> None:
+        """Set what ``saved`` gave."""
+        self.net.load_state_dict(model)
 
     def forward(self, batch: Batch) -> StepOutput:
         """One step on ``batch``, up to the scalar to call backward on; in evaluation mode the forward pass alone."""

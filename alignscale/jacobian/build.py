@@ -1,0 +1,115 @@
+"""Builds a cache of the initial network's Jacobian: what is missing of it, file by file, on all ranks.
+
+It stands alone because a cache is made once, before training and with other resources, and must be whole or refused.
+"""
+
+import fcntl
+import functools
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignscale.frozen import Frozen
+from alignscale.jacobian.explicit import jacobians
+from alignscale.jacobian.files import CacheError, Writer
+from alignscale.jacobian.form import Form, Layout, Rows
+from alignscale.jacobian.identity import file_of
+from alignscale.parallel import Mesh
+from alignscale.types import Batch
+
+QUEUE = 2
+"""Chunks that may wait to be written, while the next is computed."""
+
+Source = Callable[[str, int], Iterator[tuple[Batch, Tensor, Tensor]]]
+"""Shard and view -> its examples in batches in row order, with their rows and checksums (B,) int64."""
+
+
+def build(
+    folder: Path, missing: list[tuple[str, int, int]], frozen: Frozen, form: Form, layout: Layout, source: Source,
+    mesh: Mesh, show: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write the files of ``missing``, shard, view and number of examples of each; ``mesh.data`` divides them.
+
+    Raises CacheError where another builder is at work, OSError (a full disk, say) with no half file left.
+    """
+    ranks = mesh.data
+
+    def own(turn: int) -> None:
+        for shard, view, count in missing[turn + ranks.rank : turn + ranks.rank + 1]:
+            path = folder / file_of(shard, view)
+            show(f"caching {count} examples of {shard}, view {view}: {path}")
+            parts = chunks(frozen, form, source(shard, view))
+            try:
+                write_file(path, layout, count, parts)
+            except Exception:
+                for _ in parts if mesh.width.ranks.size > 1 else ():
+                    pass  # the ranks that have the other units wait for these
+                raise
+
+    with _alone(folder, mesh):
+        for turn in range(0, len(missing), ranks.size):
+            mesh.everyone.together(functools.partial(own, turn))
+
+
+def chunks(frozen: Frozen, form: Form, batches: Iterator[tuple[Batch, Tensor, Tensor]]) -> Iterator[Rows]:
+    """What is kept of each batch, with its rows and checksums."""
+    explicit = [site for site, kind in enumerate(form.sites) if kind == "explicit"]
+    for batch, rows, sums in batches:
+        trace = frozen.trace(batch.images)
+        found = form.rows(frozen.net, trace, jacobians(frozen, trace, explicit))
+        yield {"rows": rows, "sums": sums, **found}
+
+
+def write_file(path: Path, layout: Layout, count: int, parts: Iterator[Rows]) -> None:
+    """One file of ``count`` examples; a thread writes a part while the next is computed."""
+    whole = {"rows": (torch.int64, ()), "sums": (torch.int64, ()), **layout}
+    writer = Writer(path, whole, count, {"examples": str(count)})
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting: list[Future[None]] = []
+            for part in parts:
+                waiting.append(pool.submit(writer.write, part))
+                if len(waiting) > QUEUE:
+                    waiting.pop(0).result()
+            for one in waiting:
+                one.result()
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+
+
+@contextmanager
+def _alone(folder: Path, mesh: Mesh) -> Iterator[None]:
+    """Hold the folder against another builder, and clear away what a killed one left half written."""
+    lock = (folder / ".lock").open("a+") if mesh.data.first else None
+
+    def hold() -> None:
+        if lock is None:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            lock.seek(0)
+            raise CacheError(
+                f"{folder}: expected no other builder, found {lock.read().strip() or 'one'} at work; wait for it to "
+                "end, then give the same command, which makes what is still missing"
+            ) from problem
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        for partial in folder.glob(".*.partial"):
+            partial.unlink()
+
+    try:
+        mesh.everyone.together(hold)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()

@@ -1,0 +1,250 @@
+"""The cache of a run: what belongs into it, made or opened.
+
+It stands alone because the tool that makes caches and the training that reads them must ask for the same thing.
+"""
+
+import dataclasses
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignscale.config import TrainConfig, as_dict
+from alignscale.data.examples import Encoding, Examples
+from alignscale.environment import available_memory
+from alignscale.frozen import Frozen, fingerprint
+from alignscale.jacobian import build
+from alignscale.jacobian.files import CacheError
+from alignscale.jacobian.form import Form, Layout, bytes_of
+from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, folder_of, identity, made
+from alignscale.jacobian.plan import Costs, Machine, Planner
+from alignscale.jacobian.store import Store, Wanted, missing
+from alignscale.nets import build as build_net
+from alignscale.parallel import Mesh
+from alignscale.types import Batch
+
+CHUNK, CHUNK_BYTES = 250, 2**28
+SPARE = 0.8
+"""The part of free memory that a cache may take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Of the initial network ``frozen`` at the examples ``train`` as ``encoding`` gives them to it."""
+
+    config: TrainConfig
+    frozen: Frozen
+    encoding: Encoding
+    train: Examples
+    inputs: bool
+    mesh: Mesh
+
+    @property
+    def home(self) -> Path:
+        """Where it is."""
+        return folder_of(self.config, self.inputs)
+
+    @property
+    def folder(self) -> Path:
+        """Where this rank's units of it are."""
+        ranks = self.mesh.width.ranks
+        return self.home / f"width-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else self.home
+
+    @cached_property
+    def wanted(self) -> Wanted:
+        """Rows and checksums of the training examples, by shard."""
+        return {self.train.shard: (self.train.rows, self.train.sums)}
+
+    @cached_property
+    def input_shapes(self) -> list[tuple[int, ...]]:
+        """Of what each layer reads of an example on this rank, without a pass through the network."""
+        with torch.device("meta"):
+            outline = build_net(self.config.net, self.train.shape, self.train.classes, self.config.batch_size)
+            trace = outline.trace(torch.zeros(1, *self.train.shape))
+        shapes = [tuple(one.shape[1:]) for one in trace.inputs]
+        readout = self.frozen.net.readout
+        if self.mesh.width.ranks.size > 1:
+            shapes[readout] = (*shapes[readout][:-1], self.frozen.net.layers[readout].shape[1])
+        return shapes
+
+    @property
+    def about(self) -> dict[str, object]:
+        """What the cache must have been made of."""
+        net, config = self.frozen.net, self.config
+        shapes = {"layers": [layer.shape for layer in net.layers], "sites": net.shapes, "classes": self.train.classes}
+        digest = fingerprint(net, as_dict(config.net), config.seed, self.mesh, moments=False)
+        return identity(config, digest, self.encoding, shapes)
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics of calibrated norms at this rank's units."""
+        return {name: buffer.cpu() for name, buffer in torch.nn.ModuleList(self.frozen.net.norms).state_dict().items()}
+
+    def layout(self, form: Form) -> Layout:
+        """What an example takes in this form."""
+        return form.layout(self.frozen.net, self.train.classes, self.input_shapes)
+
+    def _form(self) -> Form:
+        """As the options name it."""
+        form = Form.of(self.config.jacobian, self.frozen.net, self.inputs)
+        gathered = self.config.parallel.inputs == "gathered" and self.mesh.width.ranks.size > 1
+        return dataclasses.replace(form, gathered=bool(form.inputs and gathered))
+
+    def make(self, show: Callable[[str], None]) -> None:
+        """Make what is missing, in the form that was chosen when the cache was begun.
+
+        Raises CacheError, or OSError for a full disk.
+        """
+        about, begun, moments = self.about, (self.folder / MANIFEST).exists(), self.moments
+        kept = begun and self.config.jacobian.name == "auto"
+        form = checked(self.folder, about, moments) if kept else self.chosen()
+        form = self.mesh.everyone.objects(form)[0]  # memory may differ
+        if form.sites[0] == "live":
+            self._of_shards(lambda: claimed(self.folder, about, form, moments))
+            show(f"cache: {self.home}: live is fastest, or the only form for this network")
+            return
+        layout = self.layout(form)
+        found = self.mesh.everyone.objects(self._of_shards(lambda: self._claimed(about, form)) or [])
+        lacking = sorted({file for files in found for file in files})  # all units of a file are made together
+        size = bytes_of(layout)
+        count = sum(rows for _, _, rows in lacking)
+        self.mesh.everyone.of_first(lambda: self._check_disk(count * size * self.mesh.width.ranks.size))
+        self.tiers(layout)
+        where = "in all" if self.folder == self.home else "on each rank"
+        show(f"cache: {self.home}: {len(lacking)} files to make, {size:,} bytes an example, {count * size:,} {where}")
+        if lacking:
+            build.build(self.folder, lacking, self.frozen, form, layout, self._source(size), self.mesh, show)
+
+    def _of_shards(self, work: Callable[[], Any]) -> Any:
+        """``work`` on one rank for each part of the units; its error is raised on all."""
+        return self.mesh.everyone.together(lambda: work() if self.mesh.data.first else None)
+
+    def _check_disk(self, size: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise CacheError(
+                f"{self.folder}: the cache takes {size / 2**30:.1f} GiB, found {free / 2**30:.1f} GiB of free disk; "
+                "choose another jacobian.root or form, or a smaller jacobian.dtype"
+            )
+
+    @cached_property
+    def planner(self) -> Planner:
+        """The cost model, with this machine's measured speeds: the first rank's, for all."""
+        config, net, encoding = self.config, self.frozen.net, self.encoding
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        part = max(-(-config.batch_size // config.accumulation // self.mesh.data.size), 1)
+
+        def measured() -> tuple[Machine, Costs]:
+            machine = Machine.measured(encoding.device, self.folder.parent)
+            costs = Costs.measured(net, self.input_shapes, part, encoding.device, encoding.dtype, machine)
+            return machine, costs
+
+        machine, costs = self.mesh.everyone.of_first(measured)
+        size = encoding.dtype.itemsize
+        return Planner(net, self.input_shapes, self.train.classes, part, machine, costs, size, self.inputs)
+
+    def chosen(self) -> Form:
+        """The form that the options name; of ``auto`` the one that the cost model finds fastest, which may be live."""
+        options, net = self.config.jacobian, self.frozen.net
+        if options.name != "auto" or options.layers:
+            return self._form()
+        live = Form(("live",) * len(net.shapes), options.dtype, None)
+        if self.config.net.norm == "batch":
+            return live
+        best = self.candidates()["auto"]
+        return best if self.planner.step(best, self.tier_of(best)) < self.planner.step(None, "host") else live
+
+    def candidates(self) -> dict[str, Form]:
+        """Gates, explicit where the net has it, and the fastest mixture of both that fits."""
+        options, net = self.config.jacobian, self.frozen.net
+        forms = {
+            name: Form.of(dataclasses.replace(options, name=name, layers=[]), net, self.inputs)
+            for name in (("gates",) if net.recurrent or net.public else ("gates", "explicit"))
+        }
+        mixed = forms["gates"]
+        if "explicit" in forms:
+            tier = options.tier if options.tier != "auto" else ("device" if self._on_gpu else "host")
+            mixed = self.planner.best(mixed, tier, self.free(tier), self.examples)
+        return {**forms, "auto": mixed}
+
+    @property
+    def examples(self) -> int:
+        """Rows of the whole cache."""
+        return len(self.train) * self.config.data.views
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.encoding.device.type == "cuda"
+
+    def free(self, tier: str) -> float:
+        """Bytes that a cache may take on a rank in ``tier``."""
+        if tier == "disk":
+            return float(shutil.disk_usage(self.folder.parent).free)
+        device = self.encoding.device if tier == "device" else torch.device("cpu")
+        beside = 1
+        if device.type == "cpu":
+            beside = self.mesh.everyone.objects(socket.gethostname()).count(socket.gethostname())
+        return SPARE * available_memory(device) / beside
+
+    def tier_of(self, form: Form) -> str:
+        """The slowest tier that a tensor of this form is kept in."""
+        tiers = set(self.tiers(self.layout(form)).values())
+        return next(tier for tier in ("disk", "host", "device") if tier in tiers)
+
+    def _claimed(self, about: dict[str, object], form: Form) -> list[tuple[str, int, int]]:
+        claimed(self.folder, about, form, self.moments)
+        return missing(self.folder, self.wanted, self.config.data.views)
+
+    def _source(self, size: int) -> build.Source:
+        chunk = max(1, min(CHUNK, CHUNK_BYTES // max(size, 1)))
+
+        def batches(shard: str, view: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+            rows, sums = self.wanted[shard]
+            for places in torch.arange(len(rows)).split(chunk):
+                yield self.encoding.batch(self.train, places, 0, view=view), rows[places], sums[places]
+
+        return batches
+
+    def open(self) -> Store | None:
+        """The cache, checked; None where its form is ``live``, as ``auto`` may have chosen.
+
+        Raises CacheError where it is missing or does not fit the run.
+        """
+        options, net = self.config.jacobian, self.frozen.net
+        found = checked(self.folder, self.about, self.moments)
+        if found.sites[0] == "live":
+            return None
+        if options.name != "auto":
+            asked = self._form()
+            if found != asked:
+                raise CacheError(f"{self.folder}: expected a cache in the form {asked}, found {found}; {made()}")
+        tiers = self.tiers(self.layout(found))
+        views, device = self.config.data.views, self.encoding.device
+        return Store(self.folder, net, found, self.wanted, views, tiers, device, options.verify)
+
+    def tiers(self, layout: Layout) -> dict[str, str]:
+        """Where each tensor of a row is kept: what is cheapest to read of what fits; the smallest first.
+
+        Raises CacheError where ``jacobian.tier`` asks for what does not fit.
+        """
+        asked, order = self.config.jacobian.tier, ("device", "host") if self._on_gpu else ("host",)
+        free = {tier: self.free(tier) for tier in ("device", "host")}
+        found = {}
+        for name, row in sorted(layout.items(), key=lambda item: bytes_of(dict([item]))):
+            size = self.examples * bytes_of({name: row})
+            tier = asked if asked != "auto" else next((one for one in order if size <= free[one]), "disk")
+            if tier != "disk":
+                free[tier] -= size
+                if free[tier] < 0:
+                    raise CacheError(
+                        f"jacobian.tier={tier}: the cache takes {self.examples * bytes_of(layout) / 2**30:.1f} GiB, "
+                        f"found {self.free(tier) / 2**30:.1f} GiB for it on each rank; use jacobian.tier=auto or "
+                        "disk, or another form"
+                    )
+            found[name] = tier
+        return found

@@ -1,0 +1,226 @@
+"""A cost model of a step: which form of the frozen Jacobian, kept where, is fastest at each layer, and what it costs.
+
+It stands alone because sizes and times must be known, and what does not fit refused, before any work. Operations are
+timed on this machine at the shapes of the network, for as many examples and rows as make a moment's work, and scaled;
+what moves bytes is counted and divided by measured bandwidths. Thread scheduling, caches and overlap are left out.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignscale.jacobian.form import DTYPES, Form, bytes_of
+from alignscale.nets.layers import Conv, Layer, Linear
+from alignscale.nets.network import Network
+
+SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = 4e9, 2**26, 3
+PASSES = {"forward": 2.0, "pullback": 3.0}
+"""Bytes that elementwise work moves, in units of a site: activation in place; signal, gate and delta."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes a second: memory (read or written), disk (read, and written to stay), link (host to device)."""
+
+    memory: float
+    disk: float
+    disk_write: float
+    link: float
+
+    @classmethod
+    def measured(cls, device: torch.device, folder: Path) -> "Machine":
+        """This machine's, with a file of 64 MiB in ``folder`` for the disk."""
+        source, target = torch.ones(SAMPLE_BYTES, dtype=torch.uint8), torch.empty(SAMPLE_BYTES, dtype=torch.uint8)
+        memory = 2 * SAMPLE_BYTES / timed(lambda: target.copy_(source), torch.device("cpu"))
+        link = memory
+        if device.type == "cuda":
+            pinned, there = source.pin_memory(), source.to(device)
+            link = SAMPLE_BYTES / timed(lambda: there.copy_(pinned, non_blocking=True), device)
+            memory = 2 * SAMPLE_BYTES / timed(lambda: there.clone(), device)
+        write, read = _disk(folder, source)
+        return cls(memory, SAMPLE_BYTES / read, SAMPLE_BYTES / write, link)
+
+    def bandwidth(self, tier: str) -> float:
+        """Of reading what is kept in ``tier``."""
+        return {"device": self.memory, "host": self.link, "disk": min(self.disk, self.link)}[tier]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that a batch takes in each layer: compute, transpose and weight gradient; and of an update."""
+
+    compute: tuple[float, ...]
+    transpose: tuple[float, ...]
+    gradient: tuple[float, ...]
+    update: float
+    flop_rate: float
+
+    @classmethod
+    def measured(
+        cls, net: Network, inputs: Sequence[tuple[int, ...]], batch: int, device: torch.device, dtype: torch.dtype,
+        machine: Machine,
+    ) -> "Costs":  # fmt: skip
+        """inputs: per layer, the shape of what it reads of an example. batch: examples in a step on this rank."""
+        known: dict[object, tuple[float, float, float]] = {}
+        times = []
+        flop = 0.0
+        for layer, shape in zip(net.layers, inputs, strict=True):
+            steps = shape[0] if net.recurrent and len(shape) > 1 else 1
+            key = (layer.shape, shape, getattr(layer, "stride", 0))
+            known[key] = known.get(key) or _layer_times(layer, shape, batch, device, dtype)
+            times.append(known[key])
+            flop += batch * _flop(layer, shape) * (steps if isinstance(layer, Linear) else 1)
+        compute, transpose, gradient = zip(*times, strict=True)
+        parameters = sum(one.numel() for layer in net.layers for one in layer.held if one is not None)
+        update = 4 * 4 * parameters / machine.memory  # weight and gradient read, weight written, gradient written
+        return cls(compute, transpose, gradient, update, flop / max(sum(compute), 1e-12))
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of a few repetitions after a warm one."""
+    found = []
+    for _ in range(REPEATS + 1):
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found[1:])
+
+
+def _disk(folder: Path, content: Tensor) -> tuple[float, float]:
+    """Seconds to write and to read ``content``, past the kernel's memory of it."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        begin = time.perf_counter()
+        file.write(content.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        file.read()
+        return written - begin, time.perf_counter() - written
+
+
+def _flop(layer: Layer, inputs: tuple[int, ...]) -> float:
+    """Of one example's forward pass through a layer."""
+    places = layer.outputs[1] * layer.outputs[2] if isinstance(layer, Conv) else 1
+    return 2.0 * layer.shape[0] * layer.fan_in * places
+
+
+def _layer_times(
+    layer: Layer, inputs: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float, float]:
+    """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment."""
+    steps = inputs[0] if isinstance(layer, Linear) and len(inputs) > 1 else 1
+    rows = max(1, min(layer.shape[0], SAMPLE_BYTES // (layer.fan_in * dtype.itemsize)))
+    part = layer.shape[0] / rows
+    examples = max(1, min(batch, int(SAMPLE_FLOP * part / _flop(layer, inputs) / steps)))
+    weight = torch.randn(rows, *layer.shape[1:], device=device, dtype=dtype)
+    shape = (examples * steps, inputs[-1]) if isinstance(layer, Linear) else (examples, *inputs)
+    a = torch.randn(shape, device=device, dtype=dtype)
+    delta = torch.randn_like(layer.compute(a, weight, None))
+    scale = batch / examples * part
+    work = (
+        lambda: layer.compute(a, weight, None),
+        lambda: layer.transpose(delta, weight),
+        lambda: layer.weight_gradient(a, delta),
+    )
+    compute, transpose, gradient = (scale * timed(one, device) for one in work)
+    return compute, transpose, gradient
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Predicts steps and caches of a network; inputs: per layer, the shape of what it reads of an example."""
+
+    net: Network
+    inputs: Sequence[tuple[int, ...]]
+    classes: int
+    batch: int
+    machine: Machine
+    costs: Costs
+    itemsize: int
+    reads_inputs: bool
+
+    def _sites(self, passes: float) -> float:
+        """Seconds of elementwise work at all sites."""
+        units = sum(torch.Size(shape).numel() for shape in self.net.shapes)
+        return passes * units * self.batch * self.itemsize / self.machine.memory
+
+    @property
+    def forward(self) -> float:
+        """Seconds of a forward pass."""
+        return sum(self.costs.compute) + self._sites(PASSES["forward"])
+
+    @property
+    def pullback(self) -> float:
+        """Seconds of a pullback through all layers but the first."""
+        return sum(self.costs.transpose[1:]) + self._sites(PASSES["pullback"])
+
+    @property
+    def backprop(self) -> float:
+        """Seconds of a step of backprop."""
+        return self.forward + self.pullback + sum(self.costs.gradient) + self.costs.update
+
+    def step(self, form: Form | None, tier: str) -> float:
+        """Seconds of a step with a cache in this form and tier; None: live."""
+        own = self.forward + sum(self.costs.gradient) + self.costs.update
+        if form is None:
+            return own + self.forward + self.pullback
+        seconds = own if form.inputs or not self.reads_inputs else own + self.forward
+        seconds += sum(self._site(form, site, tier) for site in range(len(self.net.shapes)))
+        if form.inputs:
+            rows = form.layout(self.net, self.classes, list(self.inputs))
+            size = bytes_of({name: row for name, row in rows.items() if name.startswith("inputs")})
+            seconds += self._moved(size, tier)
+        return seconds
+
+    def _moved(self, size: int, tier: str) -> float:
+        """Seconds to fetch so many bytes an example, and to read what was fetched."""
+        return self.batch * size * (1 / self.machine.bandwidth(tier) + 2 / self.machine.memory)
+
+    def _site(self, form: Form, site: int, tier: str) -> float:
+        units = torch.Size(self.net.shapes[site]).numel()
+        if form.sites[site] == "explicit":
+            size = self.classes * units * DTYPES[form.dtype].itemsize
+            wide = 0 if DTYPES[form.dtype].itemsize == self.itemsize else 2 * self.classes * units * self.itemsize
+            return self._moved(size, tier) + self.batch * wide / self.machine.memory
+        size = -(-units // 8) if self.net.activation.binary else units * DTYPES[form.dtype].itemsize
+        above = [layer for layer, where in enumerate(self.net.sites) if where == site][-1] + 1
+        lifted = sum(self.costs.transpose[1:3]) if self.net.recurrent else self.costs.transpose[above]
+        elementwise = self.batch * units * self.itemsize * (PASSES["pullback"] + 2) / self.machine.memory
+        return lifted + elementwise + self._moved(size, tier)
+
+    def best(self, options: Form, tier: str, capacity: float, examples: int) -> Form:
+        """Site by site the faster of gates and explicit, with as many explicit as fit ``capacity`` bytes."""
+        gates = Form(("gates",) * len(options.sites), options.dtype, options.inputs)
+        explicit = Form(("explicit",) * len(options.sites), options.dtype, options.inputs)
+        gains = [self._site(gates, site, tier) - self._site(explicit, site, tier) for site in range(len(gates.sites))]
+        chosen = gates
+        for site in sorted(range(len(gains)), key=lambda site: -gains[site]):
+            sites = (*chosen.sites[:site], "explicit", *chosen.sites[site + 1 :])
+            more = Form(sites, options.dtype, options.inputs)
+            if gains[site] > 0 and examples * self.size(more) <= capacity:
+                chosen = more
+        return chosen
+
+    def break_even(self, tier: str) -> float:
+        """The width / classes from which on an explicit Jacobian in bf16 is read faster than it is computed."""
+        return self.costs.flop_rate / self.machine.bandwidth(tier)
+
+    def size(self, form: Form) -> int:
+        """Bytes that an example takes."""
+        return bytes_of(form.layout(self.net, self.classes, list(self.inputs)))
+
+    def build(self, form: Form, examples: int) -> float:
+        """Seconds to make a cache: the passes it needs, and the writing, which goes on beside them."""
+        passes = self.forward + (self.classes * self.pullback if "explicit" in form.sites else 0.0)
+        return max(passes * examples / self.batch, examples * self.size(form) / self.machine.disk_write)

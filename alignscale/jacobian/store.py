@@ -1,0 +1,170 @@
+"""A cache as training reads it: opened and checked once, then the rows of each batch, fetched while another is trained.
+
+It stands alone because what is wrong with a cache must be an error here: never wrong training.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignscale.jacobian.files import CacheError, Mapped
+from alignscale.jacobian.form import Form, Rows
+from alignscale.jacobian.identity import file_of, made
+from alignscale.nets.network import Network
+from alignscale.types import Batch
+
+INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Wanted = Mapping[str, tuple[Tensor, Tensor]]
+"""Shard -> rows and checksums of its examples, (N,) int64 each, in the order of rows."""
+
+
+def missing(folder: Path, wanted: Wanted, views: int) -> list[tuple[str, int, int]]:
+    """Shard, view and number of examples of each file that is not there."""
+    every = [(shard, view, len(wanted[shard][0])) for shard in wanted for view in range(views)]
+    return [one for one in every if not (folder / file_of(*one[:2])).exists()]
+
+
+class Store:
+    """The rows of a cache by example and view.
+
+    What is in memory is one table of all examples and views; what is on disk stays a table for each file.
+    """
+
+    def __init__(
+        self, folder: Path, net: Network, form: Form, wanted: Wanted, views: int, tiers: Mapping[str, str],
+        device: torch.device, verify: bool,
+    ) -> None:  # fmt: skip
+        """tiers: of each tensor of a row, ``device``, ``host`` or ``disk``. verify: the checksums of all files.
+
+        Raises CacheError where a file or a row is missing, damaged or of other examples.
+        """
+        self.net, self.form, self.device = net, form, device
+        lacking = missing(folder, wanted, views)
+        if lacking:
+            shard, view, _ = lacking[0]
+            raise CacheError(
+                f"{folder}: lacks {len(lacking)} of {views * len(wanted)} files, the first for {shard} in view {view}; "
+                f"{made()}"
+            )
+        self.rows: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+        self.starts: dict[tuple[str, int], int] = {}
+        self.inside: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+        self.tables: Rows = {}
+        self.files: dict[tuple[str, int], Rows] = {}
+        total = views * sum(len(rows) for rows, _ in wanted.values())
+        for place in ((shard, view) for shard in wanted for view in range(views)):
+            path = folder / file_of(*place)
+            tensors = Mapped(path, f"delete it, and {made()}", verify).tensors
+            at = _matching(path, tensors.pop("rows"), tensors.pop("sums"), wanted[place[0]])
+            start = self.starts[place] = sum(len(rows) for rows in self.rows.values())
+            self.rows[place] = wanted[place[0]][0].numpy()
+            self.files[place] = {name: one for name, one in tensors.items() if tiers[name] == "disk"}
+            self.inside[place] = at
+            for name in tensors.keys() - self.files[place].keys():
+                one = tensors[name]
+                if name not in self.tables:
+                    self.tables[name] = self._table(total, one, tiers[name])
+                self.tables[name][start : start + len(at)] = _take(one, at)
+
+    def _table(self, rows: int, like: Tensor, tier: str) -> Tensor:
+        where = self.device if tier == "device" else torch.device("cpu")
+        pinned = tier == "host" and self.device.type == "cuda"
+        return torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=where, pin_memory=pinned)
+
+    def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Iterator[tuple[int, list[Batch]]]:
+        """The same batches with what the cache holds of them, which a thread fetches while another step is made."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: tuple[int, list[Batch], Future[list[Rows]]] | None = None
+            for step, parts in steps:
+                now, waiting = waiting, (step, parts, pool.submit(self._fetched, parts))
+                if now:
+                    yield now[0], self._joined(now[1], now[2].result())
+            if waiting:
+                yield waiting[0], self._joined(waiting[1], waiting[2].result())
+
+    def _fetched(self, parts: list[Batch]) -> list[Rows]:
+        return [self.fetch(one) for one in parts]
+
+    def of(self, batch: Batch) -> Batch:
+        """A batch with what the cache holds of it. Raises CacheError if that is nothing."""
+        return self._joined([batch], [self.fetch(batch)])[0]
+
+    def fetch(self, batch: Batch) -> Rows:
+        """A batch's rows; of explicit Jacobians that are where they are used, the whole table and the places in it."""
+        keys = [key.rpartition("/") for key in batch.keys]
+        shards = np.array([key[0] for key in keys], dtype=object)
+        rows = np.array([int(key[2]) for key in keys], dtype=np.int64)
+        at = np.zeros(len(keys), dtype=np.int64)
+        for shard in dict.fromkeys(shards.tolist()):
+            place = (shard, batch.view)
+            if place not in self.rows:
+                raise CacheError(f"the cache has no examples of {shard} in view {batch.view}; {made()}")
+            known, own = self.rows[place], shards == shard
+            found = np.searchsorted(known, rows[own]).clip(max=len(known) - 1)
+            if not np.array_equal(known[found], rows[own]):
+                raise CacheError(f"the cache lacks examples of {shard} in view {batch.view}; {made()}")
+            at[own] = self.starts[place] + found
+        result: Rows = {}
+        for name, table in self.tables.items():
+            stays = name.startswith(("jacobian", "scale")) and table.device == self.device and not self._on_disk
+            result[name] = table if stays else _take(table, at)
+        if self._on_disk:
+            result |= self._from_disk(at)
+        elif any(name.startswith("jacobian") and result[name] is table for name, table in self.tables.items()):
+            result["at"] = torch.from_numpy(at)
+        return result
+
+    @property
+    def _on_disk(self) -> bool:
+        return any(self.files.values())
+
+    def _from_disk(self, at: np.ndarray[Any, Any]) -> Rows:
+        """The rows ``at`` of what is on disk, file by file."""
+        result: Rows = {}
+        for place, tensors in self.files.items():
+            own = (at >= self.starts[place]) & (at < self.starts[place] + len(self.rows[place]))
+            where = self.inside[place][at[own] - self.starts[place]]
+            found = {name: _take(tensor, where) for name, tensor in tensors.items()} if own.any() or not result else {}
+            if own.all():
+                return found
+            for name, part in found.items():
+                whole = result.setdefault(name, torch.empty(len(at), *part.shape[1:], dtype=part.dtype))
+                whole.view(INTS[part.dtype.itemsize]).numpy()[own] = part.view(INTS[part.dtype.itemsize]).numpy()
+        return result
+
+    def _joined(self, batches: list[Batch], rows: list[Rows]) -> list[Batch]:
+        placed = [{name: one.to(self.device, non_blocking=True) for name, one in each.items()} for each in rows]
+        pairs = zip(batches, placed, strict=True)
+        return [replace(batch, cached=self.form.cached(self.net, each, batch.images)) for batch, each in pairs]
+
+
+def _matching(path: Path, rows: Tensor, sums: Tensor, wanted: tuple[Tensor, Tensor]) -> np.ndarray[Any, Any]:
+    """Where in a file the wanted rows are: it must have them all, of the same examples."""
+    at = torch.searchsorted(rows, wanted[0]).clamp(max=len(rows) - 1)
+    lacking = wanted[0][rows[at] != wanted[0]]
+    if len(lacking):
+        raise CacheError(
+            f"{path}: lacks {len(lacking)} of the {len(wanted[0])} training examples, the first in row "
+            f"{int(lacking[0])}; delete it, and {made()}"
+        )
+    others = wanted[0][sums[at] != wanted[1]]
+    if len(others):
+        raise CacheError(
+            f"{path}: was made of other data: {len(others)} examples differ, the first in row {int(others[0])}; use "
+            f"another jacobian.dir, and {made()}"
+        )
+    return at.numpy()
+
+
+def _take(tensor: Tensor, at: np.ndarray[Any, Any]) -> Tensor:
+    """The rows ``at`` of a tensor. On the CPU numpy's, which takes one thread from the step beside it, not all."""
+    plain = tensor.view(INTS[tensor.dtype.itemsize])
+    if tensor.device.type != "cpu":
+        return plain[torch.from_numpy(at).to(tensor.device)].view(tensor.dtype)
+    return torch.from_numpy(plain.numpy().take(at, axis=0)).view(tensor.dtype)

@@ -1,0 +1,65 @@
+"""The moments of calibrated norms: computed once, kept in a file, and the same on all ranks.
+
+It stands alone because a run and the cache of its Jacobian must have the same ones.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from alignscale.checkpoint import CheckpointError
+from alignscale.config import TrainConfig
+from alignscale.data import Examples
+from alignscale.files import write_atomic
+from alignscale.learner import Learner
+
+
+def calibrated(config: TrainConfig, learner: Learner, train: Examples, path: Path | None) -> None:
+    """Moments of the norms: computed once in a run's life, then read from ``path``, in its folder; None: computed."""
+    mesh = learner.mesh
+    if not mesh.everyone.of_first(lambda: path is not None and path.exists()):
+        images = train.images[: config.calibration.examples]
+        mesh.everyone.together(lambda: learner.calibrate(images) if mesh.data.first else None)
+        share = learner.net.width.share(learner.net.units_axis)
+        whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
+        if path is None:
+            _set(learner, whole if mesh.everyone.first else {})
+            return
+        mesh.everyone.of_first(lambda: write_atomic(path, save(whole)))
+    assert path is not None
+    load_moments(path, learner)
+
+
+def _set(learner: Learner, whole: dict[str, torch.Tensor]) -> None:
+    """Each rank's part of the moments, which the first one has."""
+    share = learner.net.width.share(learner.net.units_axis)
+    for name, one in _moments(learner).items():
+        one.copy_(learner.mesh.part(whole.get(name), share, one))
+
+
+def _moments(learner: Learner) -> dict[str, torch.Tensor]:
+    return torch.nn.ModuleList(learner.net.norms).state_dict()
+
+
+def load_moments(path: Path, learner: Learner) -> None:
+    """Set the norms of all ranks from the file, which the first one reads."""
+    mesh, share = learner.mesh, learner.net.width.share(learner.net.units_axis)
+    moments = _moments(learner)
+    shapes = {name: one.shape if share is None else share.whole(one.shape) for name, one in moments.items()}
+
+    def read() -> dict[str, torch.Tensor]:
+        found = load_file(path)
+        if {name: tuple(one.shape) for name, one in found.items()} != {name: (*one,) for name, one in shapes.items()}:
+            raise RuntimeError("moments of another network's")
+        return found
+
+    try:
+        found = mesh.everyone.together(lambda: read() if mesh.everyone.first else {})
+    except (OSError, SafetensorError, RuntimeError) as problem:
+        raise CheckpointError(
+            f"{path}: expected the moments of this network's norms, found: {problem}; put the file "
+            "back, or train again with resume=never"
+        ) from problem
+    _set(learner, found)

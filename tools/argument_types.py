@@ -1,0 +1,43 @@
+"""Types of command-line arguments, for argparse: a wrong value is refused with the valid ones."""
+
+import argparse
+from collections.abc import Callable
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    lengths = tuple(positive(part) for part in text.split(","))
+    if len(lengths) != 3:
+        raise argparse.ArgumentTypeError(f"expected C,H,W, found {text!r}")
+    return lengths
+
+
+def numbers(valid: range) -> Callable[[str], list[int]]:
+    named = names(tuple(str(number) for number in valid))
+    return lambda text: [int(name) for name in named(text)]
+
+
+def speeds(text: str) -> list[float]:
+    try:
+        speeds = [float(part) for part in text.split(",")]
+    except ValueError:
+        speeds = []
+    if not speeds or min(speeds) <= 0:
+        raise argparse.ArgumentTypeError(f"expected numbers above 0, as 1,10,100, found {text!r}")
+    return speeds
+
+
+def names(valid: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def chosen(text: str) -> list[str]:
+        found = [name for name in text.split(",") if name]
+        wrong = [name for name in found if name not in valid]
+        if wrong or not found:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(valid)}, found {text!r}")
+        return list(dict.fromkeys(found))
+
+    return chosen

@@ -1,0 +1,64 @@
+"""A step with the frozen Jacobian from a temporary cache, as the training loop makes it, for bench_step.py."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from alignscale.choices import DataConfig, MSEConfig, NetConfig, SGDConfig
+from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
+from alignscale.data.examples import Examples
+from alignscale.jacobian.cache import Cache
+from alignscale.learner import Learner
+from alignscale.prepare import cache_of
+from alignscale.rules import RULES
+from alignscale.types import Batch
+
+SETS = 2
+"""Batches that the cache holds, which are trained on in turn and in another order each time."""
+
+
+def cached_step(
+    config: NetConfig, rule: str, form: str, dtype: str, tier: str, batch: Batch, classes: int, held: ExitStack,
+    fused: bool,
+) -> tuple[Callable[[], None], Cache]:  # fmt: skip
+    """One step, and the cache. held: is given the cache's folder, which ends with it."""
+    folder = held.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    options = TrainConfig(
+        RULES[rule].options(name=rule), config, DataConfig("bench"), SGDConfig(lr=1e-3), MSEConfig(),
+        jacobian=replace(JACOBIANS[form], dtype=dtype, tier=tier, dir=str(Path(folder) / "cache")),
+        calibration=CalibrationConfig(2), batch_size=len(batch.images),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    count = SETS * len(batch.images)
+    images = torch.rand(count, *batch.images.shape[1:], generator=generator)
+    train = Examples.whole(images, torch.arange(count) % classes, classes, "bench")
+    learner = Learner(config, train.shape, classes, options.rule, options.optim)
+    for group in learner.engine.optimizer.param_groups:  # type: ignore[attr-defined]
+        group["fused"] = fused
+    cache = cache_of(options, learner, train)
+    cache.make(lambda line: None)
+    store = cache.open()
+    batches = _batches(learner, train, len(batch.images), generator)
+    steps: Iterator[tuple[int, list[Batch]]] = store.attached(batches) if store else batches
+
+    def step() -> None:
+        _, parts = next(steps)
+        output = learner.engine(parts[0])
+        learner.engine.backward(output.surrogate)
+        learner.engine.step()
+
+    return step, cache
+
+
+def _batches(
+    learner: Learner, train: Examples, size: int, generator: torch.Generator
+) -> Iterator[tuple[int, list[Batch]]]:
+    step = 0
+    while True:
+        for places in torch.randperm(len(train), generator=generator).split(size):
+            yield step, [learner.encoding.batch(train, places, step)]
+            step += 1

@@ -1,0 +1,83 @@
+"""A step on a mesh of width x data ranks: memory and traffic, measured beside what alignscale/traffic.py calculates.
+
+For ``bench_step.py --distributed --parallel-width K``. Peaks are of the process while a rule alone is there.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import collective_bytes
+from distributed_step import MEMORY_STEPS, NOTHING_KEPT, resident
+
+from alignscale.choices import DeepSpeedConfig, NetConfig, SGDConfig
+from alignscale.distributed import Ranks
+from alignscale.learner import Learner
+from alignscale.parallel import Mesh
+from alignscale.traffic import Plan, exchanges, memory, table
+from alignscale.types import Batch
+
+
+def plan_of(arguments: argparse.Namespace, config: NetConfig, mesh: Mesh, rule: str, stage: int) -> Plan:
+    """The step that the command line asks for."""
+    shape, (width, data) = tuple(arguments.shape), (mesh.width.ranks.size, mesh.data.size)
+    return Plan(config, shape, arguments.classes, arguments.batch, rule, width, data, stage)
+
+
+def width_rows(arguments: argparse.Namespace, config: NetConfig, whole: Batch, ranks: Ranks) -> list[dict[str, Any]]:
+    """A row for each rule and stage."""
+    mesh = Mesh.of(ranks, arguments.parallel_width, config.width)
+    share = mesh.data.part(len(whole.images))
+    batch = Batch(whole.images[share], whole.targets[share], [], whole.size)
+    arguments.shape = tuple(batch.images.shape[1:])
+    found = []
+    for stage in arguments.stages:
+        for rule in dict.fromkeys(["backprop", *arguments.rules]):
+            plan = plan_of(arguments, config, mesh, rule, stage)
+            found.append(measured(plan, batch, mesh))
+    return found
+
+
+def measured(plan: Plan, batch: Batch, mesh: Mesh) -> dict[str, Any]:
+    """Measure one rule at one stage."""
+    engine = DeepSpeedConfig(
+        zero_stage=plan.stage, extra={"zero_optimization": NOTHING_KEPT} if plan.stage == 3 else {}
+    )
+    before = resident(reset=True)
+    learner = Learner(plan.net, plan.shape, plan.classes, plan.rule, SGDConfig(lr=1e-3), engine=engine, mesh=mesh)
+    seconds = []
+    for _ in range(MEMORY_STEPS):
+        collective_bytes.reset()
+        begin = time.perf_counter()
+        learner.update([batch], 1e-3)
+        seconds.append(time.perf_counter() - begin)
+    peak = max(mesh.everyone.objects(resident() - before))
+    group = mesh.width.ranks.group
+    counts = collective_bytes.within(group) if group is not None else {}
+    expected = [one for one in exchanges(plan) if one.over == "width"]
+    return {
+        "net": plan.net.name, "units": plan.net.width, "batch": plan.batch, "rule": plan.rule,
+        "width": plan.width, "data": plan.data, "zero_stage": plan.stage,
+        "peak_bytes": peak, "calculated_bytes": sum(memory(plan).values()), "memory": memory(plan),
+        "width_bytes": sum(moved for _, moved in counts.values()), "seconds": statistics.median(seconds[1:]),
+        "width_messages": sum(messages for messages, _ in counts.values()),
+        "calculated_width_bytes": sum(one.bytes for one in expected),
+        "calculated_width_messages": sum(one.messages for one in expected), "traffic": table(plan),
+    }  # fmt: skip
+
+
+def width_table(found: list[dict[str, Any]]) -> str:
+    """The rows as aligned text, and each rule's traffic layer by layer."""
+    head = f"{'ZeRO':>4s} {'rule':24s} {'peak MiB':>9s} {'calc MiB':>9s} {'width bytes':>14s} {'calculated':>14s} "
+    lines = [head + f"{'messages':>8s} {'calc':>5s} {'ms':>9s}"]
+    lines += [
+        f"{one['zero_stage']:4d} {one['rule']:24s} {one['peak_bytes'] / 2**20:9.1f} "
+        f"{one['calculated_bytes'] / 2**20:9.1f} {one['width_bytes']:14,d} {one['calculated_width_bytes']:14,d} "
+        f"{one['width_messages']:8d} {one['calculated_width_messages']:5d} {1000 * one['seconds']:9.1f}"
+        for one in found
+    ]
+    for one in found:
+        lines.append(f"\n{one['rule']}, ZeRO {one['zero_stage']}, {one['width']} x {one['data']} ranks, calculated:")
+        lines.append(one["traffic"])
+    return "\n".join(lines)
