@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -177,6 +177,9 @@ ALONE = Ranks()
 class Heart(threading.Thread):
     """Tells the other ranks every few seconds where this one is, also while it waits for them."""
 
+    end: ClassVar[Callable[[int], object]] = staticmethod(os._exit)
+    """Ends the process of a rank that waits too long; a scheduler's job first asks to be started again."""
+
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         super().__init__(daemon=True)
         self.ranks, self.timeout, self.ended = Ranks(rank, size, store=store), timeout, threading.Event()
@@ -199,7 +202,7 @@ class Heart(threading.Thread):
                 if speaker == self.ranks.rank:
                     message = f"error: no progress in {self.timeout:g} s at {self.place} ({where})"
                     print(f"{message}; engine.timeout says how long to wait", file=sys.stderr, flush=True)
-                os._exit(LOST)
+                Heart.end(LOST)
 
 
 def launched() -> Ranks | None:

@@ -1,7 +1,7 @@
 """Where jobs go: the options of a cluster, its presets in configs/cluster, and submitit's executor for them."""
 
 import dataclasses
-import os
+import re
 import shutil
 import subprocess
 import warnings
@@ -29,6 +29,7 @@ HOPELESS = {
     "QOSMaxWallDurationPerJobLimit",
 }  # fmt: skip
 """Reasons of SLURM for a job that waits and will never start, where the site does not refuse it at once."""
+SECRET = re.compile(r"""\w*(token|secret|password|_key)["']?\s*=\s*["']?[^\s"'$]""", re.IGNORECASE)
 SECONDS = 60
 """A dead controller keeps SLURM's clients waiting for minutes."""
 
@@ -113,6 +114,7 @@ def _validate(cluster: ClusterConfig) -> None:
         raise ConfigError(f"cluster.nodes={cluster.nodes}: expected 1 with the executor {cluster.executor}")
     if cluster.executor == "debug" and cluster.tasks > 1:
         raise ConfigError(f"cluster.tasks_per_node={cluster.tasks}: expected 1 with the executor debug; cluster=local")
+    _refuse_secrets(cluster)
     if cluster.executor == "slurm" and shutil.which("srun") is None:
         raise ConfigError("cluster: expected SLURM's sbatch and srun on PATH, found none; cluster=local runs here")
     if cluster.executor == "slurm" and cluster.warning >= 60 * cluster.minutes:
@@ -122,9 +124,20 @@ def _validate(cluster: ClusterConfig) -> None:
         )
 
 
+def _refuse_secrets(cluster: ClusterConfig) -> None:
+    given = {"setup": cluster.setup, "srun": cluster.srun, "sbatch": [f"{k}={v}" for k, v in cluster.sbatch.items()]}
+    for option, lines in given.items():
+        found = next(filter(None, map(SECRET.search, lines)), None)
+        if found:
+            name = found[0].partition("=")[0].strip()
+            raise ConfigError(
+                f"cluster.{option}: expected no secret, which would be written to the job's script; found {name}=...; "
+                f"export {name} before the command: the job has its environment"
+            )
+
+
 def make_executor(cluster: ClusterConfig, folder: Path, name: str) -> submitit.Executor:
     """Submitit's executor, which writes its files into ``folder``. name: of the jobs."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LAUNCH), os.environ.get("PYTHONPATH")]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it notes what it takes from the environment
         executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.requeues)

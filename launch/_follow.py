@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from operator import itemgetter
 from typing import Any
 
 import submitit
@@ -24,22 +24,17 @@ class Follower:
         self.job, self.read, self.unknown, self.state, self.code = job, 0, 0, "", "0:0"
 
     def look(self) -> bool:
-        """Whether the job has ended."""
+        """Whether the job has ended: for good, since one that is started again may seem to have ended at one look."""
         if not isinstance(self.job, submitit.SlurmJob):
             if self.job.done():
                 self.state = "COMPLETED" if self._finished() else "FAILED"
             return bool(self.state)
-        shown = show_job(self.job.job_id)
+        shown, before = show_job(self.job.job_id), self.state
         self.unknown = 0 if shown else self.unknown + 1
-        state = shown.get("JobState", "")
-        if state in ENDED or self.unknown >= FORGOTTEN:
-            self.state, self.code = (
-                state or ("COMPLETED" if self._finished() else "FORGOTTEN"),
-                shown.get("ExitCode", "1:0"),
-            )
-        elif state and state != self.state:
-            self.state = state
-        return state in ENDED or self.unknown >= FORGOTTEN
+        self.state, self.code = shown.get("JobState", before), shown.get("ExitCode", self.code)
+        if self.unknown >= FORGOTTEN:
+            self.state = "COMPLETED" if self._finished() else "FORGOTTEN"
+        return self.unknown >= FORGOTTEN or (self.state in ENDED and self.state == before)
 
     def lines(self) -> str:
         """What the first rank has printed since the last look."""
@@ -56,29 +51,25 @@ class Follower:
         return self.job.paths.result_pickle.exists()
 
     def end(self) -> tuple[int, str]:
-        """The exit status of a job that has ended, and why it failed, in one line and the last ones of its rank."""
+        """The exit status of a job that has ended, and why it failed: the rank, its node and its last lines."""
         if self.state == "COMPLETED":
             return 0, ""
-        found = [json.loads(path.read_text()) for path in self._failures()]
-        told = [one for one in found if not one["told"]] or found
-        code, _, signum = self.code.partition(":")
-        status = told[0]["status"] if told else int(code) or (128 + int(signum or 0) if int(signum or 0) else 1)
-        if told:
-            first = min(told, key=lambda one: one["status"])
-            status, where = first["status"], f"rank {first['rank']} on {first['node']}: {first['error']}"
-            last = ""
-        else:
-            where, last = f"{self.state}, exit status {self.code}", self._last()
-        return status, f"job {self.job.job_id}: {where}{last}"
+        files = self.job.paths.folder.glob(f"{self.job.job_id}_*_failed.json")
+        failures = sorted((json.loads(path.read_text()) for path in files), key=itemgetter("told", "rank"))
+        if failures:
+            first = failures[0]
+            words = f"rank {first['rank']} on {first['node']}: {first['error']}{self._last(first['rank'])}"
+            return first["status"], f"job {self.job.job_id}: {words}"
+        code, signum = (int(number or 0) for number in self.code.split(":"))
+        words = f"{self.state}, exit status {code}" + (f", signal {signum}" if signum else "") + self._last("*")
+        return code or 128 * bool(signum) + signum or 1, f"job {self.job.job_id}: {words}"
 
-    def _failures(self) -> list[Path]:
-        return sorted(self.job.paths.folder.glob(f"{self.job.job_id}_*_failed.json"))
-
-    def _last(self, count: int = 10) -> str:
-        """The last lines of each rank's errors that has any, newest last."""
+    def _last(self, rank: int | str, count: int = 10) -> str:
+        """The last lines of a rank's errors, or of each rank's; its error itself is told already."""
         words = ""
-        for path in sorted(self.job.paths.folder.glob(f"{self.job.job_id}_*_log.err")):
+        for path in sorted(self.job.paths.folder.glob(f"{self.job.job_id}_{rank}_log.err")):
             lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+            lines = [line for line in lines if not line.startswith(("error: ", "submitit "))]
             if lines:
                 words += f"\n{path}:\n  " + "\n  ".join(lines[-count:])
         return words

@@ -59,6 +59,7 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             status: object = 0
             try:
                 register()
+                for_jobs()
                 guarded(lambda: check(name, sys.argv[1:]))
                 guarded(command)
             except SystemExit as ended:
@@ -73,6 +74,12 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def for_jobs() -> None:
+    """Let the jobs that this process submits, which inherit its environment, import the modules of this folder."""
+    paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What runs on the cluster: a small callable that submitit pickles, and ``train`` inside of it."""
 
+import atexit
 import fcntl
 import json
 import os
@@ -17,11 +18,12 @@ import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from alignscale.config import TrainConfig
-from alignscale.distributed import LOST, RankError
+from alignscale.distributed import LOST, Heart, RankError
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted
 from alignscale.run import Diverged
 
+WAITED = "another rank did not answer within engine.timeout"
 PATIENCE = 60.0
 """Seconds that a rank leaves to SLURM, and to a rank that speaks, to end it."""
 
@@ -51,6 +53,7 @@ class Job:
         failure.unlink(missing_ok=True)
         if job.num_tasks > 1:  # the variables that torchrun would have set
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            Heart.end = lambda status: self._end(failure, job, status, self._again(job, RankError(WAITED)))
         status = 1
         try:
             from _report.series import summary  # torch and the rest, after the ranks are known
@@ -61,6 +64,8 @@ class Job:
             show = print if job.global_rank == 0 else silent
             line = summary(train_and_report(self.config, show, self.command))
             show(line)
+            if job.num_tasks > 1:  # native threads do not always survive Python's own end
+                atexit.register(os._exit, 0)
             return line
         except (Interrupted, RankError) as problem:
             status = LOST if isinstance(problem, RankError) else 128 + problem.signum
@@ -100,7 +105,8 @@ class Job:
         error = {"rank": job.global_rank, "node": node, "status": status, "error": str(problem)}
         error["told"] = bool(getattr(problem, "told", False))
         write_atomic(failure, json.dumps(error).encode())
-        print(f"error: rank {job.global_rank} on {node}: {problem}", file=sys.stderr, flush=True)
+        where = f"rank {job.global_rank} on {node}: " if job.num_tasks > 1 else ""
+        print(f"error: {where}{problem}", file=sys.stderr, flush=True)
         if job.num_tasks > 1 and error["told"]:
             time.sleep(5)  # the rank that failed ends the job, with its own status
         sys.stdout.flush()

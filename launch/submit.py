@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _hydra import command_line, guarded
+from _hydra import command_line, for_jobs, guarded
 from _options import CONFIGS, CompareConfig, register, typed
 
 from alignscale.choices import ConfigError
@@ -110,11 +110,21 @@ def send(cluster: Any, todo: list[TrainConfig], command: str) -> list[Any]:
         write_atomic(folder / MARK, json.dumps({cluster.executor: job.job_id}).encode())
         print(f"job {job.job_id}: {folder}")
     first = jobs[0]
-    print(f"follow: tail -F {shlex.quote(str(first.paths.stdout))}")
+    if cluster.executor != "debug":
+        print(f"follow: tail -F {shlex.quote(str(first.paths.stdout))}", flush=True)
     if cluster.executor == "slurm":
         whole = first.job_id.partition("_")[0]
         print(f"state: squeue --job {whole}; cancel: scancel {whole}", flush=True)
     return jobs
+
+
+def in_process(job: Any) -> tuple[int, str]:
+    """Do a job of the executor debug here; its error is on the screen already."""
+    try:
+        job.result()
+    except SystemExit as ended:
+        return int(ended.code or 0), ""
+    return 0, ""
 
 
 def main() -> None:
@@ -125,6 +135,7 @@ def main() -> None:
         print(f"{__doc__}\n{ClusterConfig.__doc__}")
         return
     register()
+    for_jobs()
     guarded(run)
 
 
@@ -146,17 +157,19 @@ def run() -> None:
             todo.remove(config)
             print(f"job {job}: {run_folder(config)}, already under way")
     print(f"{len(configs)} runs: {len(todo)} to submit, {sum(map(finished, configs))} finished")
+    cluster.wait = cluster.wait or "--wait" in sys.argv or cluster.executor != "slurm"
+    size = len(todo) if cluster.executor == "slurm" else cluster.concurrent
     ends: list[tuple[int, str]] = []
-    if todo and cluster.executor == "debug":
-        for job in send(cluster, todo, command):
-            job.result()
-    elif todo:
-        jobs = send(cluster, todo, command)
-        if not (cluster.wait or "--wait" in sys.argv or cluster.executor == "local"):
-            return
-        ends = wait(jobs, lambda text: print(text, flush=True))
-    for status, error in ends:
-        if status:
+    for first in range(0, len(todo), max(size, 1)):
+        jobs = send(cluster, todo[first : first + size], command)
+        if cluster.executor == "debug":
+            ends += map(in_process, jobs)
+        elif cluster.wait:
+            ends += wait(jobs, lambda text: print(text, flush=True))
+    if todo and not cluster.wait:
+        return
+    for _, error in ends:
+        if error:
             print(f"error: {error}", file=sys.stderr)
     if folder is not None:
         report(configs, folder, command)

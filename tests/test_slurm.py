@@ -2,39 +2,58 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from run_cases import weights
+from run_cases import same, weights
 from slurm_cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[1]
 NET = [
-    "net=mlp",
-    "net.width=16",
-    "net.depth=2",
-    "batch_size=100",
-    "optim.momentum=0.9",
-    "log.progress=false",
-    "threads=1",
-]
+    "net=mlp", "net.width=16", "net.depth=2", "batch_size=100", "optim.lr=0.1", "optim.momentum=0.9",
+    "log.progress=false", "threads=1",
+]  # fmt: skip
 ZERO = ["engine=deepspeed", "engine.zero_stage=3", "engine.timeout=150"]
-LONG = ["epochs=60", "checkpoint.every_steps=20"]
+TWO_NODES = ["cluster.nodes=2", "epochs=120", "checkpoint.every_steps=20", *ZERO]
+ENDLESS = ["epochs=100000", "checkpoint.every_steps=20"]
+SABOTAGE = """
+import os
+if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "1":
+    from alignscale.data.examples import DataError, Encoding
+    batch = Encoding.batch
+    def bad(self, examples, places, step, *rest):
+        if step == 9:
+            raise DataError("shard-7.tar: key 0042: expected a JPEG, found text")
+        return batch(self, examples, places, step, *rest)
+    Encoding.batch = bad
+"""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """DeepSpeed's own extension is built before, or the jobs would build it, one after the other."""
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache/torch_extensions"))
     os.environ["OMP_NUM_THREADS"] = "1"
+    build = "from deepspeed.ops.op_builder import ShareMemCommBuilder as B; B().load()"
+    subprocess.run([sys.executable, "-c", build], check=True, timeout=300, stdout=subprocess.DEVNULL)
     made = Cluster(tmp_path_factory.mktemp("slurm"))
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = submit(cluster, folder, *TWO_NODES, "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return weights(run_of(folder))
 
 
 def command(folder: Path, *options: str) -> list[str]:
@@ -46,8 +65,42 @@ def submit(cluster: Cluster, folder: Path, *options: str) -> subprocess.Complete
     return cluster.run(*command(folder, *options), timeout=280)
 
 
-def job_of(done: subprocess.CompletedProcess[str]) -> str:
-    return next(line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job "))
+def begin(cluster: Cluster, folder: Path, *options: str) -> str:
+    """The job, which has written a few checkpoints."""
+    sent = submit(cluster, folder, *options)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    job = re.search(r"^job (\d+):", sent.stdout, re.MULTILINE)
+    assert job is not None
+    until(cluster, folder, lambda: step(folder) >= 40, job[1])
+    return job[1]
+
+
+def until(cluster: Cluster, folder: Path, true: Callable[[], bool], job: str, seconds: float = 200) -> None:
+    """Wait, but not for what a job that has failed will not do."""
+
+    def hopeless() -> bool:
+        return cluster.state(job) == "FAILED"
+
+    cluster.until(lambda: true() or hopeless(), seconds)
+    if not true():
+        raise AssertionError("\n".join(path.read_text()[-2000:] for path in sorted((folder / "jobs").glob("*.err"))))
+
+
+def sbatch(cluster: Cluster, folder: Path, *options: str, path: Path = ROOT) -> str:
+    """The job of launch/slurm.sbatch, two ranks on each of its nodes. path: of PYTHONPATH."""
+    ours = [option for option in options if option.startswith("--")]
+    given = [f"run.root={folder / 'runs'}", *NET, *(option for option in options if option not in ours)]
+    environment = ["env", "RANKS=2", f"PYTHON={sys.executable}", f"PYTHONPATH={path}"]
+    sent = cluster.run(
+        *environment, "sbatch", "--parsable", *ours, f"--output={folder}/out", "launch/slurm.sbatch", *given
+    )
+    assert sent.returncode == 0, sent.stderr
+    return sent.stdout.strip()
+
+
+def run_of(folder: Path) -> Path:
+    (run,) = (path.parent for path in (folder / "runs").glob("*/config.yaml"))
+    return run
 
 
 def alone(folder: Path, *options: str) -> dict[str, torch.Tensor]:
@@ -58,13 +111,17 @@ def alone(folder: Path, *options: str) -> dict[str, torch.Tensor]:
 
 
 def check_close(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    (run,) = [path.parent for path in (folder / "runs").glob("*/result.json")]
-    for name, found in weights(run).items():
+    for name, found in weights(run_of(folder)).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def step(folder: Path) -> int:
-    return max((int(path.name.partition("-")[2]) for path in (folder / "runs").glob("*/checkpoints/step-*")), default=0)
+    found = (folder / "runs").glob("*/checkpoints/step-*")
+    return max((int(path.name.partition("-")[2]) for path in found), default=0)
+
+
+def restarts(cluster: Cluster, job: str) -> int:
+    return int(cluster.state(job, "Restarts") or 0)
 
 
 def test_two_nodes_with_two_tasks_train_to_the_result_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
@@ -75,12 +132,9 @@ def test_two_nodes_with_two_tasks_train_to_the_result_of_one_process(cluster: Cl
 
 
 def test_sbatch_with_torchrun_trains_to_the_result_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
-    cluster.environment |= {"RANKS": "2", "PYTHON": sys.executable}
-    done = cluster.run(
-        "sbatch", "--wait", "--nodes=2", f"--output={tmp_path}/out", "launch/slurm.sbatch",
-        f"run.root={tmp_path / 'runs'}", *NET, "epochs=1", *ZERO, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, (tmp_path / "out").read_text()
+    job = sbatch(cluster, tmp_path, "--nodes=2", "epochs=1", *ZERO)
+    cluster.until(lambda: cluster.state(job) in {"COMPLETED", "FAILED"}, 200)
+    assert cluster.state(job) == "COMPLETED", (tmp_path / "out").read_text()
     check_close(tmp_path, alone(tmp_path / "alone", "epochs=1"))
 
 
@@ -97,13 +151,22 @@ def test_a_sweep_is_one_array_with_one_report_and_only_lost_members_go_again(clu
     assert results[0].exists()
 
 
-def test_a_run_that_fails_by_itself_is_not_requeued_and_says_why(cluster: Cluster, tmp_path: Path) -> None:
-    done = submit(
-        cluster, tmp_path, "data=imagefolder", f"data.root={tmp_path}", "cluster.tasks_per_node=2", "--wait", *ZERO
-    )
+def test_a_rank_that_fails_by_itself_is_named_and_the_job_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    setup = f"cluster.setup=['export PYTHONPATH={tmp_path}:$PYTHONPATH']"
+    done = submit(cluster, tmp_path, setup, "cluster.nodes=2", "--wait", *ZERO)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "rank 0 on node" in done.stderr
-    assert cluster.state(job_of(done), "Restarts") == "0"
+    assert "rank 1 on node2: rank 1: shard-7.tar: key 0042: expected a JPEG, found text" in done.stderr
+    assert restarts(cluster, done.stdout.split("job ")[1].split(":")[0]) == 0
+
+
+def test_a_rank_of_torchrun_that_fails_by_itself_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    job = sbatch(cluster, tmp_path, "--nodes=2", "epochs=1", *ZERO, path=tmp_path)
+    cluster.until(lambda: cluster.state(job) in {"COMPLETED", "FAILED"}, 200)
+    assert cluster.state(job) == "FAILED"
+    assert "error: rank 1: shard-7.tar: key 0042: expected a JPEG, found text" in (tmp_path / "out").read_text()
+    assert restarts(cluster, job) == 0
 
 
 @pytest.mark.parametrize(
@@ -124,36 +187,57 @@ def test_an_impossible_request_is_refused_with_slurms_reason(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_job_whose_node_is_killed_goes_on_elsewhere_to_the_same_weights(cluster: Cluster, tmp_path: Path) -> None:
-    sent = submit(cluster, tmp_path, "cluster.nodes=2", *LONG, *ZERO)
-    job = job_of(sent)
-    cluster.until(lambda: step(tmp_path) >= 40, 90)
+def test_a_job_whose_node_is_killed_goes_on_elsewhere_to_the_same_weights(
+    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    job = begin(cluster, tmp_path, *TWO_NODES)
     node = cluster.run("scontrol", "show", "hostnames", cluster.state(job, "NodeList")).stdout.split()[1]
     cluster.kill_node(node)
-    cluster.until(lambda: cluster.state(job) == "COMPLETED", 150)
+    until(cluster, tmp_path, lambda: cluster.state(job) == "COMPLETED", job)
+    assert restarts(cluster, job) >= 1
+    assert node not in cluster.run("scontrol", "show", "hostnames", cluster.state(job, "NodeList")).stdout
     cluster.start_node(node)
-    assert int(cluster.state(job, "Restarts")) >= 1
-    check_close(tmp_path, alone(tmp_path / "alone", *LONG))
+    assert same(weights(run_of(tmp_path)), uninterrupted)
 
 
-def test_a_preempted_job_saves_and_goes_on_to_the_same_weights(cluster: Cluster, tmp_path: Path) -> None:
-    job = job_of(submit(cluster, tmp_path, "cluster.sbatch={exclusive:true}", *LONG))
-    cluster.until(lambda: step(tmp_path) >= 20, 60)
-    node = cluster.state(job, "NodeList")
-    cluster.run(
-        "sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"
-    )
-    cluster.until(lambda: cluster.state(job) == "COMPLETED", 120)
-    assert int(cluster.state(job, "Restarts")) >= 1
-    check_close(tmp_path, alone(tmp_path / "alone", *LONG))
+def test_a_preempted_job_saves_and_goes_on_to_the_same_weights(
+    cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    job = begin(cluster, tmp_path, "cluster.sbatch={exclusive:true}", *TWO_NODES)
+    urgent = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"]
+    assert cluster.run("sbatch", *urgent).returncode == 0
+    until(cluster, tmp_path, lambda: cluster.state(job) == "COMPLETED", job)
+    assert restarts(cluster, job) >= 1
+    assert "stopped by signal 12" in (tmp_path / f"jobs/{job}_0_log.err").read_text()
+    assert same(weights(run_of(tmp_path)), uninterrupted)
 
 
-def test_a_cancelled_job_ends_and_leaves_a_checkpoint_to_go_on_from(cluster: Cluster, tmp_path: Path) -> None:
-    job = job_of(submit(cluster, tmp_path, *LONG, "epochs=4000"))
-    cluster.until(lambda: step(tmp_path) >= 20, 60)
+def test_a_job_at_its_time_limit_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    job = begin(cluster, tmp_path, "cluster.minutes=1", "cluster.warning=15", *ENDLESS)
+    log = tmp_path / f"jobs/{job}_0_log.out"
+    until(cluster, tmp_path, lambda: "resumed after step" in log.read_text(), job)
+    assert restarts(cluster, job) == 1
+    assert "requeued (1 of 10)" in log.with_suffix(".err").read_text()
+    cluster.run("scancel", job)
+
+
+def test_a_torchrun_job_at_its_time_limit_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    job = sbatch(cluster, tmp_path, "--time=1", "--signal=USR2@15", *ENDLESS)
+    out = tmp_path / "out"
+    until(cluster, tmp_path, lambda: out.exists() and "resumed after step" in out.read_text(), job)
+    assert restarts(cluster, job) == 1
+    cluster.run("scancel", job)
+
+
+def test_a_cancelled_job_ends_and_is_not_started_again(cluster: Cluster, tmp_path: Path) -> None:
+    job = begin(cluster, tmp_path, *ENDLESS)
+    again = submit(cluster, tmp_path, *ENDLESS)
+    assert f"job {job}: " in again.stdout
+    assert "already under way" in again.stdout
     cluster.run("scancel", job)
     cluster.until(lambda: cluster.state(job) == "CANCELLED", 60)
-    assert step(tmp_path) >= 20
+    cluster.until(lambda: "stopped by signal 15" in (tmp_path / f"jobs/{job}_0_log.err").read_text(), 60)
+    assert restarts(cluster, job) == 0
 
 
 def test_clean_up_leaves_no_process_even_when_the_owner_is_killed(tmp_path: Path) -> None:

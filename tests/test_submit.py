@@ -1,0 +1,112 @@
+"""Claims about jobs that need no scheduler: processes here, this process, staging, Hydra's launcher, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data_cases import write_image_folder
+from run_cases import same, weights
+
+ROOT = Path(__file__).parents[1]
+NET = ["net=mlp", "net.width=16", "net.depth=2", "epochs=1", "log.progress=false", "threads=1"]
+ENVIRONMENT = {
+    **os.environ, "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache/torch_extensions"), "OMP_NUM_THREADS": "1",
+    "WANDB_API_KEY": "not-for-any-file",
+}  # fmt: skip
+
+
+def submit(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    given = [f"cluster.folder={folder / 'jobs'}", f"run.root={folder / 'runs'}", *NET, *options]
+    return run("launch/submit.py", *given)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def run_of(folder: Path) -> Path:
+    (found,) = (path.parent for path in (folder / "runs").glob("*/result.json"))
+    return found
+
+
+def check_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_two_processes_here_and_this_process_train_alike(tmp_path: Path) -> None:
+    done = submit(tmp_path / "debug", "cluster=debug")
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = ["cluster=local", "cluster.tasks_per_node=2", "engine=deepspeed", "engine.zero_stage=3", "engine.timeout=150"]
+    done = submit(tmp_path / "local", *two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks, ZeRO 3" in done.stdout
+    check_close(weights(run_of(tmp_path / "local")), weights(run_of(tmp_path / "debug")))
+
+
+def test_a_failed_job_ends_with_its_status_and_a_sweep_reports_the_others(tmp_path: Path) -> None:
+    done = submit(
+        tmp_path, "cluster=local", "cluster.concurrent=2", "optim.lr=0.1,1e30", "cluster.sweep=" + str(tmp_path)
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "the loss is not finite at step" in done.stderr
+    runs = json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert [one["diverged_at"] is None for one in runs] == [True, False]
+
+
+def test_data_are_copied_to_a_nodes_own_disk_and_read_from_there(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "shared")
+    data = ["data=imagefolder", f"data.root={tmp_path / 'shared'}", "data.size=8", "batch_size=4"]
+    options = ["cluster=local", *data, f"cluster.stage={tmp_path / 'own'}"]
+    assert submit(tmp_path / "first", *options).returncode == 0
+    (tmp_path / "shared").rename(tmp_path / "away")
+    done = submit(tmp_path / "second", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert same(weights(run_of(tmp_path / "first")), weights(run_of(tmp_path / "second")))
+
+
+def test_hydras_own_sweep_runs_as_jobs_of_submitit(tmp_path: Path) -> None:
+    sweep = ["--multirun", "hydra/launcher=submitit_local", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = run("launch/train.py", *sweep, f"run.root={tmp_path / 'runs'}", *NET)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
+    assert len(list((tmp_path / "sweep/.submitit").glob("*/*_result.pkl"))) == 2
+
+
+def test_a_secret_of_the_environment_is_in_no_file(tmp_path: Path) -> None:
+    assert submit(tmp_path, "cluster=local").returncode == 0
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not any(b"not-for-any-file" in content for content in written)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["cluster=nowhere"], "cluster=nowhere: expected one of debug, local, slurm, or the path of a preset's .yaml"),
+        (["cluster=local", "cluster.node=2"], "options of cluster: executor, nodes, tasks_per_node"),
+        (["cluster=local", "cluster.nodes=2"], "cluster.nodes=2: expected 1 with the executor local"),
+        (["cluster=local", "cluster.concurrent=0"], "cluster.concurrent=0: expected 1 or more"),
+        (["cluster=debug", "cluster.tasks_per_node=2"], "expected 1 with the executor debug; cluster=local"),
+        (["cluster=local", "net.widht=3"], "net.width"),
+        (["cluster=local", "resume=never"], "resume=never: expected auto"),
+        (["cluster=local", "seed=1,1"], "the sweep has the same run twice"),
+        (["cluster=local", "cluster.setup=['export WANDB_API_KEY=abc']"], "export WANDB_API_KEY before the command"),
+        (["cluster=local", "cluster.srun=['--export=ALL,HF_TOKEN=abc']"], "cluster.srun: expected no secret"),
+        (["cluster=local", "cluster.sbatch={export:'DB_PASSWORD=abc'}"], "cluster.sbatch: expected no secret"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_nothing_is_written(tmp_path: Path, options: list[str], message: str) -> None:
+    done = submit(tmp_path, *options)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())
