@@ -95,8 +95,9 @@ class Job:
         try:
             subprocess.run(["scontrol", "requeue", str(job.job_id)], timeout=PATIENCE, check=True, capture_output=True)
         except (OSError, subprocess.SubprocessError) as refused:
-            words = getattr(refused, "stderr", b"") or b""
-            return Lost(f"{problem}; SLURM did not requeue the job: {words.decode().strip() or refused}")
+            words = (getattr(refused, "stderr", b"") or b"").decode().strip() or str(refused)
+            if "pending" not in words:  # another rank has asked
+                return Lost(f"{problem}; SLURM did not requeue the job: {words}")
         time.sleep(PATIENCE)  # SLURM ends the job; a rank that ended first would make it one that failed
         return problem
 

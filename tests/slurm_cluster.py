@@ -6,11 +6,13 @@ does, the kernel ends everything in it, and the network and mount namespaces go 
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -108,21 +110,16 @@ class Cluster:
             env=self.environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent,
         )  # fmt: skip
 
+    @property
+    def first(self) -> Path:
+        """The first process of the namespaces, in /proc."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return Path("/proc", children[0])
+
     def inside(self, *command: str) -> list[str]:
         """The command as on the controller's machine."""
-        (first,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [
-            "nsenter",
-            "--target",
-            first,
-            "--pid",
-            "--mount",
-            "--uts",
-            "--net",
-            "--ipc",
-            f"--wdns={Path.cwd()}",
-            *command,
-        ]
+        spaces = ["--pid", "--mount", "--uts", "--net", "--ipc"]
+        return ["nsenter", "--target", self.first.name, *spaces, f"--wdns={Path.cwd()}", *command]
 
     def run(self, *command: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -144,39 +141,28 @@ class Cluster:
                 raise TimeoutError(f"waited {seconds} s in vain\n{logs}")
             time.sleep(0.3)
 
+    def processes(self) -> Iterator[Path]:
+        """All of its processes, in /proc."""
+        space = (self.first / "ns/pid").readlink()
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if (path / "ns/pid").readlink() == space:
+                    yield path
+
     def kill_node(self, name: str) -> None:
         """As a machine that loses its power: slurmd, its steps and their processes, all at once with -9."""
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                same = str((path / "ns/uts").readlink()) == self.host(name)
-            except OSError:
-                continue
-            if same:
-                os.kill(int(path.name), signal.SIGKILL)
-
-    def host(self, name: str) -> str:
-        """The namespace of a node's host name, which all of its processes share."""
         inner = (self.base / f"slurmd.{name}.pid").read_text().strip()
-        for path in Path("/proc").glob("[0-9]*/status"):
-            try:
-                ids = next(line.split()[1:] for line in path.read_text().splitlines() if line.startswith("NSpid:"))
-            except (OSError, StopIteration):
-                continue
-            if len(ids) > 1 and ids[-1] == inner and "slurmd" in (path.parent / "comm").read_text():
-                return str((path.parent / "ns/uts").readlink())
-        raise LookupError(name)
+        pids = {path: re.search(r"^NSpid:.*\s(\d+)$", (path / "status").read_text(), re.M) for path in self.processes()}
+        (host,) = {(path / "ns/uts").readlink() for path, found in pids.items() if found and found[1] == inner}
+        for path in self.processes():
+            with suppress(OSError):
+                if (path / "ns/uts").readlink() == host:
+                    os.kill(int(path.name), signal.SIGKILL)
 
     def start_node(self, name: str) -> None:
         """Bring a node that was killed back."""
-        self.run(
-            "unshare",
-            "--uts",
-            "nsenter",
-            f"--net=/run/netns/n{name[4:]}",
-            "sh",
-            "-c",
-            f"hostname {name}; slurmd -N {name}",
-        )
+        start = f"hostname {name}; slurmd -N {name}"
+        self.run("unshare", "--uts", "nsenter", f"--net=/run/netns/n{name[4:]}", "sh", "-c", start)
         self.until(lambda: self.idle() == self.nodes, 60)
 
     def stop(self) -> None:
