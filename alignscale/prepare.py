@@ -20,13 +20,14 @@ from alignscale import checkpoint
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig
 from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
-from alignscale.data import Examples, load
-from alignscale.data.plan import Plan
+from alignscale.data import Split, load
+from alignscale.data.examples import Wanted
+from alignscale.data.plan import Plan, even_batches
 from alignscale.distributed import Ranks, joined, launched
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
 from alignscale.files import write_atomic
 from alignscale.folder import describe_folder, opened, read_config
-from alignscale.frozen import fingerprint
+from alignscale.frozen import CALIBRATION_CHUNK, fingerprint
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets import build
 from alignscale.results import read_result
@@ -56,7 +57,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     folder = run_folder(config)
     train = splits["train"]
     ranks.together(lambda: _check_memory(config, train, device))
-    plan = Plan(len(train), config.batch_size, config.seed)
+    plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     learner = make_learner(config, train, device, engine, ranks)
     made_with = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size, **versions()}
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
@@ -95,7 +96,7 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
 
 
 def make_learner(
-    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, ranks: Ranks
+    config: TrainConfig, train: Split, device: torch.device, engine: EngineConfig, ranks: Ranks
 ) -> Learner:
     """The learner of a run at its start, which reads examples as the run does."""
     learner = Learner(
@@ -112,7 +113,7 @@ class Restored:
     """A run's network as it was after update ``step``, with the data that it reads."""
 
     config: TrainConfig
-    splits: dict[str, Examples]
+    splits: dict[str, Split]
     learner: Learner
     step: int
 
@@ -134,7 +135,7 @@ def restored(folder: Path, which: str = "last") -> Restored:
     return Restored(config, splits, learner, manifest["step"])
 
 
-def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner) -> dict[str, Any]:
+def _identity(config: TrainConfig, splits: dict[str, Split], learner: Learner) -> dict[str, Any]:
     """What a checkpoint must have been made with to be this run's."""
     return {
         "config": defining(config),
@@ -143,7 +144,7 @@ def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner
     }
 
 
-def _check_memory(config: TrainConfig, train: Examples, device: torch.device) -> None:
+def _check_memory(config: TrainConfig, train: Split, device: torch.device) -> None:
     with torch.device("meta"):
         outline = build(config.net, train.shape, train.classes, config.batch_size)
     dtype, master = PRECISIONS[config.precision]
@@ -198,7 +199,10 @@ def _calibrated(run: Run) -> None:
         if path.exists():
             _load_norms(path, run.learner)
         else:
-            run.learner.calibrate(run.splits["train"].images[: run.config.calibration.examples])
+            parts = even_batches(run.config.calibration.examples, CALIBRATION_CHUNK)
+            wanted = (Wanted(torch.arange(part.start, part.stop), 0, part.stop - part.start) for part in parts)
+            batches = run.splits["train"].batches(wanted, run.learner.encoding)
+            run.learner.calibrate_on(torch.cat([batch.images for batch in batches]))
             write_atomic(path, save({name: buffer.cpu() for name, buffer in norms.state_dict().items()}))
         return {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
 
