@@ -124,6 +124,10 @@ DISPLAY = ("run", "log", "checkpoint", "resume", "name", "threads", "device", "e
 """Options that change none of a run's numbers, or, as threads, device and engine, only their rounding."""
 
 
+READING = ("workers", "worker_restarts", "checksums", "retries", "timeout", "cache", "cache_gib")
+"""Options of data that is streamed that say how it is read, not what is read."""
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """A dataclass as nested dictionaries, lists and plain values, ready for JSON or YAML."""
     return dataclasses.asdict(config)
@@ -136,7 +140,8 @@ def defining(config: TrainConfig) -> dict[str, Any]:
 
 def without_display(options: dict[str, Any]) -> dict[str, Any]:
     """``defining`` of a configuration that is already a dictionary, as config.yaml holds it."""
-    return {name: value for name, value in options.items() if name not in DISPLAY}
+    kept = {name: value for name, value in options.items() if name not in DISPLAY}
+    return {**kept, "data": {name: value for name, value in kept["data"].items() if name not in READING}}
 
 
 def digest(config: TrainConfig) -> str:

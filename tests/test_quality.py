@@ -44,14 +44,17 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Who may import a heavy dependency.
 OWNERS = {
+    "cv2": ("alignscale/data/decode.py", "alignscale/data/webdataset.py", "alignscale/data/ffcv.py", "tools/"),
     "deepspeed": ("alignscale/engine", "alignscale/parallel"),
     "ffcv": ("alignscale/data/ffcv.py", "tools/"),
     "hydra": ("launch/",),
     "jinja2": ("launch/_report/page.py",),
     "matplotlib": ("launch/_report/figures.py", "tools/"),
     "omegaconf": ("launch/",),
+    "simplejpeg": ("alignscale/data/decode.py", "tools/"),
     "submitit": ("launch/",),
     "torchvision": ("alignscale/data/torchvision.py", "tools/"),
+    "urllib3": ("alignscale/data/remote.py",),
     "webdataset": ("alignscale/data/webdataset.py", "tools/"),
 }
 

@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.choices import ArchiveConfig, ConfigError, DataConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
+from alignscale.choices import (
+    ArchiveConfig,
+    ConfigError,
+    DataConfig,
+    DigitsConfig,
+    ImageFolderConfig,
+    SyntheticConfig,
+    WebDatasetConfig,
+)
 from alignscale.data.archives import archive
 from alignscale.data.builtin import digits, synthetic
 from alignscale.data.examples import Examples, Split
@@ -33,9 +41,22 @@ def load(config: DataConfig) -> dict[str, Split]:
 
 
 def _read(config: DataConfig) -> tuple[Split, Split]:
+    if isinstance(config, WebDatasetConfig):
+        return _streamed(config)
     if type(config) not in READERS:
         raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
     return READERS[type(config)](config)
+
+
+def _streamed(config: WebDatasetConfig) -> tuple[Split, Split]:
+    try:
+        from alignscale.data.webdataset import webdataset  # an extra, and slow to import
+    except ModuleNotFoundError as problem:
+        raise ConfigError(
+            f"data=webdataset: expected the package {problem.name}, found none; pip install 'alignscale[stream]', or "
+            "make setup in a clone"
+        ) from problem
+    return webdataset(config)
 
 
 def split(config: DataConfig, train: Split, test: Split) -> dict[str, Split]:
