@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,8 @@ def server(folder: Path) -> Iterator[tuple[str, Faults]]:
             """Nothing."""
 
         def handle(self) -> None:
-            try:
+            with suppress(ConnectionError, TimeoutError):  # the client has had enough
                 super().handle()
-            except (ConnectionError, TimeoutError):  # the client has had enough
-                pass
 
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
