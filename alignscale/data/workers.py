@@ -78,9 +78,11 @@ class _Worker:
     def end(self) -> int:
         """Kill it; the signal that had killed it before, or SIGKILL."""
         self.pipe.close()
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        return os.WTERMSIG(os.waitpid(self.pid, 0)[1])
+        pid, self.pid = self.pid, 0
+        if pid == 0:  # ended before, and its number may be another's
+            return 0
+        os.kill(pid, signal.SIGKILL)
+        return os.WTERMSIG(os.waitpid(pid, 0)[1])
 
 
 def _serve(worker: _Worker, pipe: Connection) -> None:
