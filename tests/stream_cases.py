@@ -56,20 +56,23 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 def write(
     folder: Path, split: str, counts: Sequence[int], content: Callable[[int], bytes] = jpeg,
-    label: Callable[[int], int] = lambda number: number % 3,
+    label: Callable[[int], int] = lambda number: number % 3, key: str = "n{:04}",
+    others: Sequence[tarfile.TarInfo] = (),
 ) -> str:  # fmt: skip
-    """Shards of so many examples each, and their manifest; the pattern of their names."""
+    """Shards of so many examples each, and their manifest; the pattern of their names. others: members besides."""
     shards, parts, number = [], [], 0
     for index, count in enumerate(counts):
         path, rows = folder / f"{split}-{index:03}.tar", []
         with tarfile.open(path, "w") as tar:
+            for member in others:
+                tar.addfile(member)
             for _ in range(count):
                 for ending, value in (("cls", str(label(number)).encode()), ("jpg", content(number))):
-                    member = tarfile.TarInfo(f"n{number:04}.{ending}")
+                    member = tarfile.TarInfo(f"{key.format(number)}.{ending}")
                     member.size = len(value)
                     place = tar.offset + tarfile.BLOCKSIZE
                     tar.addfile(member, io.BytesIO(value))
-                rows.append((f"n{number:04}", label(number), place, len(value), zlib.crc32(value)))
+                rows.append((key.format(number), label(number), place, len(value), zlib.crc32(value)))
                 number += 1
         shards.append(Shard(path.name, path.stat().st_size, count))
         parts.append(Samples.of(rows))

@@ -112,11 +112,10 @@ class Remote:
                 if attempt < self.retries:
                     time.sleep(min(0.1 * 2**attempt, 5.0))
         found = " ".join(str(problem).split()) or type(problem).__name__
-        tries = f"; tried {attempt + 1} times, each up to data.timeout={self.timeout:g} s without a byte" * (
-            attempt > 0
-        )
+        tries = f" (tried {attempt + 1} times; data.timeout={self.timeout:g} s without a byte ends one)"
         raise DataError(
-            f"{what}: expected bytes from the server, found: {found}{tries}; see that it is there and whole"
+            f"{what}: expected bytes from the server, found: {found}{tries * (attempt > 0)}; see that it is there and "
+            "whole, and give the same command"
         )
 
     def _get(self, url: str, span: str | None = None) -> BaseHTTPResponse:
