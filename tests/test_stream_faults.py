@@ -268,8 +268,11 @@ def test_a_cache_keeps_to_its_limit_and_lets_the_longest_unused_go(tmp_path: Pat
             cache.opened(f"{url}/0.tar", 2501)
 
 
-def test_a_download_that_breaks_off_leaves_nothing_and_a_part_of_one_is_never_read(tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_leaves_nothing_and_a_part_of_one_is_never_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path)
+    monkeypatch.setattr("alignscale.data.remote.PIECE", 100)
     with server(tmp_path) as (url, faults):
         cache = Cache(str(tmp_path / "cache"), 2500, Remote(1, 5.0))
         faults.add("dropped", "0.tar")

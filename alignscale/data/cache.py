@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,7 +63,7 @@ class Cache:
             path.unlink(missing_ok=True)
             raise FileNotFoundError(path)
         with suppress(FileNotFoundError):
-            os.utime(path)
+            os.utime(path, ns=(time.time_ns(),) * 2)  # finer than the kernel's own clock
         return handle
 
     def _download(self, url: str, path: Path, size: int) -> None:
