@@ -131,11 +131,11 @@ class WebDatasetConfig(StreamedConfig):
 
 @dataclass
 class FFCVConfig(StreamedConfig):
-    """FFCV files ``path``, for training, and ``test``, which tools/make_shards.py makes; ``workers``: its threads."""
+    """FFCV files ``path``, for training, and ``test_path``, made by tools/make_shards.py; ``workers``: its threads."""
 
     name: str = "ffcv"
     path: str = ""
-    test: str = ""
+    test_path: str = ""
 
 
 DATA: dict[str, DataConfig] = {

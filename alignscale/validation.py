@@ -182,7 +182,7 @@ def _streamed_conflicts(data: StreamedConfig) -> Iterator[str]:
     for option in ("urls", "test_urls") if isinstance(data, WebDatasetConfig) else ():
         if not getattr(data, option):
             yield f"data.{option}: expected files or URLs, as 'a/train-{{000000..000146}}.tar', found nothing"
-    for option in ("path", "test") if isinstance(data, FFCVConfig) else ():
+    for option in ("path", "test_path") if isinstance(data, FFCVConfig) else ():
         if not getattr(data, option):
             yield f"data.{option}: expected an FFCV file, as train.beton, found nothing; tools/make_shards.py makes it"
 

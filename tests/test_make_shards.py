@@ -15,7 +15,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 from stream_cases import encoded, jpeg, photograph, server
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from alignscale.choices import DATA, WebDatasetConfig
 from alignscale.data import load
@@ -77,7 +77,7 @@ def test_every_image_is_in_one_shard_with_its_bytes_untouched_and_its_label(tree
     found: Counter[tuple[int, bytes]] = Counter()
     for path in tmp_path.glob("train-*.tar"):
         with path.open("rb") as file:  # by webdataset's own reading
-            for sample in group_by_keys(tar_file_iterator(file)):
+            for sample in group_by_keys(tar_file_expander([{"stream": file, "url": path.name}])):
                 found[int(sample["cls"]), sample.get("jpg") or sample["png"]] += 1
     assert found == Counter((number % 4, content(number)) for number in range(44))
 

@@ -255,11 +255,11 @@ def ffcv(config: FFCVConfig) -> tuple[FFCV, FFCV]:
         raise ConfigError(f"data.transform={config.transform}: expected none with data=ffcv; data=webdataset has them")
     if config.channels != 3:
         raise ConfigError(f"data.channels={config.channels}: expected 3 with data=ffcv, which decodes to colour")
-    train, test = (_split(config, option, getattr(config, option)) for option in ("path", "test"))
+    train, test = (_split(config, option, getattr(config, option)) for option in ("path", "test_path"))
     classes = int(train.labels.max()) + 1
     if int(test.labels.max()) >= classes:
         raise DataError(
-            f"{config.test}: expected labels from 0 to {classes - 1}, those of {config.path}, found "
+            f"{config.test_path}: expected labels from 0 to {classes - 1}, those of {config.path}, found "
             f"{int(test.labels.max())}; make both from the same classes"
         )
     return replace(train, classes=classes), replace(test, classes=classes)
