@@ -187,9 +187,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_bits_of_one_that_was_no
             signal.raise_signal(signal.SIGTERM)
         return update(self, parts, *arguments)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="after step [23] of 10"):
+    with monkeypatch.context() as patched:
         patched.setattr(Learner, "update", signalled)
-        train(stopped, lambda line: None)
+        with pytest.raises(Interrupted, match=r"after step [2-4] of 10"):
+            train(stopped, lambda line: None)
     assert train(stopped, lambda line: None)["runs"][0]["curve"] == whole["runs"][0]["curve"]
 
 
