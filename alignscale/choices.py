@@ -12,6 +12,7 @@ from alignscale.choices_data import DATA as DATA
 from alignscale.choices_data import ArchiveConfig as ArchiveConfig
 from alignscale.choices_data import DataConfig as DataConfig
 from alignscale.choices_data import DigitsConfig as DigitsConfig
+from alignscale.choices_data import FFCVConfig as FFCVConfig
 from alignscale.choices_data import ImageFolderConfig as ImageFolderConfig
 from alignscale.choices_data import StreamedConfig as StreamedConfig
 from alignscale.choices_data import SyntheticConfig as SyntheticConfig

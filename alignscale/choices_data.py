@@ -129,10 +129,20 @@ class WebDatasetConfig(StreamedConfig):
     cache_gib: float = 100.0
 
 
+@dataclass
+class FFCVConfig(StreamedConfig):
+    """FFCV files ``path``, for training, and ``test_path``, made by tools/make_shards.py; ``workers``: its threads."""
+
+    name: str = "ffcv"
+    path: str = ""
+    test_path: str = ""
+
+
 DATA: dict[str, DataConfig] = {
     "digits": DigitsConfig(),
     "synthetic": SyntheticConfig(),
     **{name: ArchiveConfig(name=name) for name in ("cifar10", "cifar100", "kmnist", "mnist")},
     "imagefolder": ImageFolderConfig(),
     "webdataset": WebDatasetConfig(),
+    "ffcv": FFCVConfig(),
 }

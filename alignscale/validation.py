@@ -12,7 +12,15 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
-from alignscale.choices import ConfigError, MLPConfig, RNNConfig, SGDConfig, StreamedConfig, WebDatasetConfig
+from alignscale.choices import (
+    ConfigError,
+    FFCVConfig,
+    MLPConfig,
+    RNNConfig,
+    SGDConfig,
+    StreamedConfig,
+    WebDatasetConfig,
+)
 from alignscale.config import TrainConfig, as_dict
 from alignscale.results import flatten
 
@@ -174,6 +182,9 @@ def _streamed_conflicts(data: StreamedConfig) -> Iterator[str]:
     for option in ("urls", "test_urls") if isinstance(data, WebDatasetConfig) else ():
         if not getattr(data, option):
             yield f"data.{option}: expected files or URLs, as 'a/train-{{000000..000146}}.tar', found nothing"
+    for option in ("path", "test_path") if isinstance(data, FFCVConfig) else ():
+        if not getattr(data, option):
+            yield f"data.{option}: expected an FFCV file, as train.beton, found nothing; tools/make_shards.py makes it"
 
 
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:

@@ -11,6 +11,7 @@ from alignscale.choices import (
     ConfigError,
     DataConfig,
     DigitsConfig,
+    FFCVConfig,
     ImageFolderConfig,
     SyntheticConfig,
     WebDatasetConfig,
@@ -41,20 +42,25 @@ def load(config: DataConfig) -> dict[str, Split]:
 
 
 def _read(config: DataConfig) -> tuple[Split, Split]:
-    if isinstance(config, WebDatasetConfig):
+    if isinstance(config, (FFCVConfig, WebDatasetConfig)):
         return _streamed(config)
     if type(config) not in READERS:
         raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
     return READERS[type(config)](config)
 
 
-def _streamed(config: WebDatasetConfig) -> tuple[Split, Split]:
+def _streamed(config: FFCVConfig | WebDatasetConfig) -> tuple[Split, Split]:
+    extra = "ffcv" if isinstance(config, FFCVConfig) else "stream"
     try:
+        if isinstance(config, FFCVConfig):
+            from alignscale.data.ffcv import ffcv  # an extra, and slow to import
+
+            return ffcv(config)
         from alignscale.data.webdataset import webdataset  # an extra, and slow to import
     except ModuleNotFoundError as problem:
         raise ConfigError(
-            f"data=webdataset: expected the package {problem.name}, found none; pip install 'alignscale[stream]', or "
-            "make setup in a clone"
+            f"data={config.name}: expected the package {problem.name}, found none; pip install 'alignscale[{extra}]', "
+            "or make setup in a clone"
         ) from problem
     return webdataset(config)
 
