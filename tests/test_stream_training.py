@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import make_shards
 import pytest
 from stream_cases import config, jpeg, write
 from test_distributed import ENVIRONMENT, ROOT, torchrun
+from test_make_shards import plant
 
 from alignscale.checkpoint import complete
 from tools import evaluate as tool
@@ -23,7 +25,8 @@ LOG = ["log.every_steps=1", "log.progress=false", "log.tensorboard=false", "eval
 
 def options(folder: Path, *more: str) -> list[str]:
     """On 3 shards of 13, 1 and 9 training examples and one of 7 for testing, made where there are none."""
-    config(folder)
+    if folder.exists():
+        config(folder)
     data = ["data=webdataset", f"data.urls={folder}/train-{{000..002}}.tar", f"data.test_urls={folder}/test-000.tar"]
     small = ["data.size=24", "data.resize=28", "data.streams=3", "data.block=4", "data.workers=1"]
     return [*NET, *LOG, *data, *small, *more]
@@ -94,8 +97,14 @@ def test_a_killed_run_leaves_no_worker_and_goes_on_with_the_rest_of_the_epoch(tm
 
 @pytest.mark.distributed
 def test_two_ranks_train_as_one_process_and_a_killed_run_goes_on_on_other_ranks(tmp_path: Path) -> None:
-    """The whole path: shards, two ranks, kill, resume on one and on three, evaluate."""
-    given = options(tmp_path, *OFTEN, "epochs=40", "checkpoint.every_steps=5", "evaluation.every_epochs=20")
+    """The whole path, from a tree in ImageNet's layout: make shards, two ranks, kill, resume on three, evaluate."""
+    plant(tmp_path / "tree", 23, 7)
+    made = ["--root", str(tmp_path / "tree"), "--out", str(tmp_path), "--shard-size", "10", "--quiet", "--workers", "1"]
+    assert make_shards.main(made) == 0
+    urls = [f"data.urls={tmp_path}/train-{{000000..000002}}.tar", f"data.test_urls={tmp_path}/val-000000.tar"]
+    given = options(
+        tmp_path / "none", *OFTEN, *urls, "epochs=40", "checkpoint.every_steps=5", "evaluation.every_epochs=20"
+    )
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     run(0, *given, f"run.dir={alone}")
     ranks = command(2, *given, "engine=deepspeed", "engine.timeout=30", f"run.dir={killed}")
