@@ -16,7 +16,7 @@ from alignscale.nets.layers import Conv
 IMAGES, CLASSES = 1_281_167, 1000
 """ImageNet's training set."""
 PASSES = {"align_ada": 4, "align_zero": 4, "readout_only": 1}
-"""Forward passes that a step costs: 3 (forward, pullback, weight gradients), and 1 more for the initial network's own."""
+"""Forward passes that a step costs: 3 (forward, pullback, weight gradients), or 4 with those of the initial network."""
 PEAK = {"fp32": 66.9e12, "fp16": 989e12, "bf16": 989e12, "fp64": 66.9e12}
 """Dense FLOP/s of an H100 SXM, from its data sheet."""
 UTILISATION = 0.4
