@@ -28,7 +28,7 @@ from alignscale.choices import ConfigError, WebDatasetConfig
 from alignscale.data import decode, workers
 from alignscale.data.examples import DataError, Encoding, Split, Wanted
 from alignscale.data.manifest import Manifest, place_of
-from alignscale.data.plan import Layout
+from alignscale.data.plan import Layout, even_batches
 from alignscale.data.remote import Remote, is_remote
 from alignscale.data.shards import Damaged, Shards
 from alignscale.data.views import Crops
@@ -108,11 +108,11 @@ class WebDataset(Split):
 
         def jobs() -> Iterable[tuple[list[int], int]]:
             for one in wanted:
-                chunks = self.places[one.places].split(CHUNK)
+                chunks = even_batches(max(len(one.places), 1), CHUNK)  # equal ones keep all workers busy
                 asked.append((one, len(chunks)))
-                yield from ((chunk.tolist(), one.view) for chunk in chunks)
+                yield from ((self.places[one.places[chunk]].tolist(), one.view) for chunk in chunks)
 
-        options, pieces = self.config, list[Tensor]()
+        options, chunk, start = self.config, 0, 0
         kept: list[int] = []
         found = workers.results(
             _Reader(self), jobs(), options.workers, CHUNK * math.prod(self.shape), options.worker_restarts
@@ -120,16 +120,20 @@ class WebDataset(Split):
         with closing(found):
             for (count, damaged), slot in found:
                 one, chunks = asked[0]
-                images = torch.from_numpy(slot[: count * math.prod(self.shape)]).view(count, *self.shape)
-                whole = [place for place in range(count) if str(place) not in damaged]
-                kept += [len(pieces) * CHUNK + place for place in whole]
-                pieces.append(images[whole] if damaged else images.clone())  # the slot is written to again
+                if chunk == 0:
+                    images = torch.empty(len(one.places), *self.shape, dtype=torch.uint8)
+                read = torch.from_numpy(slot[: count * math.prod(self.shape)]).view(count, *self.shape)
+                images[start : start + count] = read  # the slot is written to again
+                kept += [start + place for place in range(count) if str(place) not in damaged]
                 if damaged:
-                    self._note(one, (len(pieces) - 1) * CHUNK, damaged)
-                if len(pieces) == chunks:
+                    self._note(one, start, damaged)
+                chunk, start = chunk + 1, start + count
+                if chunk == chunks:
                     asked.popleft()
-                    yield encoding.encoded(self, torch.cat(pieces), one._replace(places=one.places[kept]))
-                    pieces, kept = [], []
+                    if len(kept) < start:
+                        images, one = images[kept], one._replace(places=one.places[kept])
+                    yield encoding.encoded(self, images, one)
+                    chunk, start, kept = 0, 0, []
 
     def _note(self, one: Wanted, start: int, damaged: dict[str, str]) -> None:
         """Count what is left out. Raises DataError where it is too much of a shard."""
