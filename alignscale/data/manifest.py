@@ -109,8 +109,8 @@ class Manifest:
         strange = [file for file in files if file not in known]
         if strange:
             raise DataError(
-                f"{where}: expected the shard {strange[0]} in it, found {', '.join(sorted(known)[:3])} and others, "
-                f"{len(known)} in all; name shards that are in the manifest, or {REMEDY}"
+                f"{where}: expected the shard {strange[0]} in it, found {len(known)} shards, "
+                f"{min(known)} to {max(known)}; name shards that are in the manifest, or {REMEDY}"
             )
         chosen, starts = [known[file] for file in files], self.starts
         parts = [self.samples.part(starts[index], starts[index + 1]) for index in chosen]

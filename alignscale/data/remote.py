@@ -108,7 +108,8 @@ class Remote:
                 problem: Exception = refused
                 break
             except (HTTPError, OSError) as failed:
-                problem = failed
+                reason = getattr(failed, "reason", None)
+                problem = reason if isinstance(reason, Exception) else failed  # without what wraps it
                 if attempt < self.retries:
                     time.sleep(min(0.1 * 2**attempt, 5.0))
         found = " ".join(str(problem).split()) or type(problem).__name__
