@@ -290,6 +290,12 @@ def test_a_shard_that_is_cut_short_is_refused(length: int, tmp_path: Path, capsy
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_shard_that_is_not_there_is_named(workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    indexed(tmp_path / "no-{0..1}.tar", "--workers", workers, status=2)
+    assert f"{tmp_path}/no-0.tar: expected a readable shard, found: No such file" in capsys.readouterr().err
+
+
 def test_a_wrong_value_is_refused_with_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
     for option, value, told in (("--splits", "tset", "train, val, test"), ("--quality", "101", "1 to 100")):
         with pytest.raises(SystemExit):

@@ -32,6 +32,12 @@ TARGETS = {
 }  # fmt: skip
 """The least ratio to the bare pipeline that is asked for."""
 
+RATIOS = (
+    ("ratio_to_bare", None, 0), ("cpu_ratio_to_bare", None, 1),
+    ("ratio_to_imagefolder", "imagefolder", 0), ("cpu_ratio_to_imagefolder", "imagefolder", 1),
+)  # fmt: skip
+"""Name, the other loader (None: the bare one), and whether of seconds (0) or CPU seconds, steady on a busy machine."""
+
 
 def rows(setting: Setting, names: list[str], epochs: int) -> list[dict[str, Any]]:
     """Speed and ratio of each loader, medians over epochs."""
@@ -43,24 +49,25 @@ def rows(setting: Setting, names: list[str], epochs: int) -> list[dict[str, Any]
             "images_per_second": statistics.median(setting.images / wall for wall, _ in measured[name]),
             "images_per_cpu_second": statistics.median(setting.images / cpu for _, cpu in measured[name]),
         }
-        for key, other in (("ratio_to_bare", BARE[name]), ("ratio_to_imagefolder", "imagefolder")):
+        for key, other, which in RATIOS:
             row[key] = None
-            if other in measured:
-                pairs = zip(measured[name], measured[other], strict=True)
-                row[key] = statistics.median(theirs[0] / ours[0] for ours, theirs in pairs)
+            if (other or BARE[name]) in measured:
+                pairs = zip(measured[name], measured[other or BARE[name]], strict=True)
+                row[key] = statistics.median(theirs[which] / ours[which] for ours, theirs in pairs)
         result.append({**row, "target": TARGETS.get(name)})
     return result
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    lines = [f"{'loader':24s} {'images/s':>9s} {'/ CPU s':>8s} {'/ bare':>7s} {'target':>7s} {'/ imagefolder':>13s}"]
+    heads = ("/ bare", "by CPU", "target", "/ folder", "by CPU")
+    lines = [f"{'loader':24s} {'images/s':>9s} {'/ CPU s':>8s} " + " ".join(f"{head:>8s}" for head in heads)]
     for row in found:
-        ratios = (row["ratio_to_bare"], row["target"], row["ratio_to_imagefolder"])
-        shown = ["-" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
+        keys = [key for key, _, _ in RATIOS]
+        ratios = [row[key] for key in (*keys[:2], "target", *keys[2:])]
         lines.append(
             f"{row['loader']:24s} {row['images_per_second']:9.0f} {row['images_per_cpu_second']:8.0f} "
-            f"{shown[0]:>7s} {shown[1]:>7s} {shown[2]:>13s}"
+            + " ".join(f"{'-' if ratio is None else f'{ratio:.3f}':>8s}" for ratio in ratios)
         )
     return "\n".join(lines)
 

@@ -40,7 +40,8 @@ class _Index:
     def __call__(self, number: int, slot: NDArray[np.uint8]) -> dict[str, Any]:
         url = self.urls[number]
         with _local(url) as path:
-            return {"bytes": path.stat().st_size, "rows": rows_of(path, url)}
+            rows = rows_of(path, url)
+            return {"bytes": path.stat().st_size, "rows": rows}
 
 
 @contextmanager
