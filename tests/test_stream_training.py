@@ -153,11 +153,14 @@ def test_ctrl_c_saves_and_ends_with_workers_under_way(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(0, *given), cwd=ROOT, stdout=NOTHING, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not complete(tmp_path / "run/checkpoints"):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all processes
-    _, errors = process.communicate(timeout=60)
+    try:
+        while not complete(tmp_path / "run/checkpoints"):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all processes
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "goes on from it" in errors
     assert "killed by signal" not in errors
