@@ -164,9 +164,13 @@ class TrainConfig:
     resume: str = "auto"
 
 
+READING = ("workers", "worker_restarts", "checksums", "retries", "timeout", "cache", "cache_gib")
+"""Options of data that is streamed that say how it is read, not what is read."""
+
 DISPLAY = (
     "run", "log", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel",
     *(f"jacobian.{name}" for name in ("tier", "root", "dir", "build", "verify")),
+    *(f"data.{name}" for name in READING),
 )  # fmt: skip
 """Options that change none of a run's numbers, or, as threads, device, engine and parallel, only their rounding."""
 

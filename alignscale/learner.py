@@ -143,10 +143,13 @@ class Learner:
             raise ConfigError(
                 f"calibrate: expected net.norm=calibrated, found {self.options.net.norm}, which has no use"
             )
-        images = self._images(images)
+        self.calibrate_on(self.encoding.images(self._images(images)))
+
+    def calibrate_on(self, images: Tensor) -> None:
+        """``calibrate`` with images as a batch has them."""
         if len(images) < 2 or not bool(torch.isfinite(images).all()):
             raise ConfigError(f"calibrate: expected at least 2 images of finite numbers, found {len(images)}")
-        calibrate(self.fixed.frozen, self.encoding.images(images))
+        calibrate(self.fixed.frozen, images)
 
     @torch.enable_grad()
     def update(

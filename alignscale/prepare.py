@@ -17,7 +17,7 @@ import yaml
 from alignscale import checkpoint
 from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig
 from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
-from alignscale.data import Examples, load
+from alignscale.data import Split, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, joined, launched
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     folder = run_folder(config)
     train = splits["train"]
     ranks.together(lambda: _check_memory(config, train, device, mesh.width))
-    plan = Plan(len(train), config.batch_size, config.seed)
+    plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     learner = make_learner(config, train, device, engine, mesh)
     if config.form == "dual":
         check_size(learner.net, len(train), train.shape, train.classes)
@@ -78,7 +78,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         show(f"jacobian: {config.jacobian.name}, from {cache.home}")
         run.store = ranks.together(cache.open)
         if isinstance(learner.rule, DualAlignZero) and run.store:
-            learner.rule.attach(run.store, learner.encoding.images(train.images))
+            learner.rule.attach(run.store, learner.encoding.batch(train, torch.arange(len(train)), 0).images)
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
@@ -108,9 +108,7 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
     return engine, Ranks()
 
 
-def make_learner(
-    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, mesh: Mesh
-) -> Learner:
+def make_learner(config: TrainConfig, train: Split, device: torch.device, engine: EngineConfig, mesh: Mesh) -> Learner:
     """The learner of a run at its start, which reads examples as the run does."""
     learner = Learner(
         config.net, train.shape, train.classes, config.rule, config.optim, config.loss, seed=config.seed,
@@ -127,7 +125,7 @@ class Restored:
     """A run's network as it was after update ``step``, with the data that it reads."""
 
     config: TrainConfig
-    splits: dict[str, Examples]
+    splits: dict[str, Split]
     learner: Learner
     step: int
 
@@ -152,7 +150,7 @@ def restored(folder: Path, which: str = "last") -> Restored:
     return Restored(config, splits, learner, manifest["step"])
 
 
-def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner) -> dict[str, Any]:
+def _identity(config: TrainConfig, splits: dict[str, Split], learner: Learner) -> dict[str, Any]:
     """What a checkpoint must have been made with to be this run's."""
     return {
         "config": defining(config),
@@ -161,7 +159,7 @@ def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner
     }
 
 
-def _check_memory(config: TrainConfig, train: Examples, device: torch.device, width: Width) -> None:
+def _check_memory(config: TrainConfig, train: Split, device: torch.device, width: Width) -> None:
     with torch.device("meta"):
         outline = build(config.net, train.shape, train.classes, config.batch_size, width)
     dtype, master = PRECISIONS[config.precision]
@@ -209,7 +207,7 @@ def _derived(run: Run) -> str:
     return "\n".join(lines)
 
 
-def cache_of(config: TrainConfig, learner: Learner, train: Examples) -> Cache:
+def cache_of(config: TrainConfig, learner: Learner, train: Split) -> Cache:
     """The cache of the initial network's Jacobian for a run."""
     frozen, encoding = learner.fixed.frozen, learner.encoding
     return Cache(config, frozen, encoding, train, learner.rule.reads_inputs, learner.mesh)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -52,8 +52,9 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views,
         run.learner.mesh.data.part,
     )  # fmt: skip
+    metrics.enter_context(closing(batches))  # which ends what reads ahead, however the loop ends
     if run.store:
-        batches = run.store.attached(batches)
+        batches = metrics.enter_context(closing(run.store.attached(batches)))
     asked = first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
     if run.start == 0 and not asked:
         measure(run, metrics, 0, None, None)

@@ -12,14 +12,23 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
-from alignscale.choices import ConfigError, MLPConfig, RNNConfig, SGDConfig
+from alignscale.choices import (
+    ConfigError,
+    FFCVConfig,
+    MLPConfig,
+    RNNConfig,
+    SGDConfig,
+    StreamedConfig,
+    WebDatasetConfig,
+)
 from alignscale.config import TrainConfig, as_dict
 from alignscale.results import flatten
 
 ONE_OF = {
     "checkpoint.best": ("train", "validation", "test"),
     "data.channels": (1, 3),
-    "data.normalisation": ("none", "channel"),
+    "data.normalisation": ("none", "channel", "imagenet"),
+    "data.checksums": ("remote", "always", "never"),
     "device": ("auto", "cpu", "cuda"),
     "evaluation.splits": ("train", "validation", "test"),
     "engine.zero_stage": (0, 1, 2, 3),
@@ -44,14 +53,25 @@ ONE_OF = {
 }
 AT_LEAST = {
     **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
-    **dict.fromkeys(("data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1),
+    **dict.fromkeys(("data.test", "data.train", "evaluation.batch_size", "evaluation.every_epochs"), 1),
+    **dict.fromkeys(("data.block", "data.resize", "data.streams"), 1),
+    **dict.fromkeys(("data.retries", "data.skip", "data.views", "data.workers", "data.worker_restarts"), 0),
     **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width", "parallel.width"), 1),
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),
     **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
     **dict.fromkeys(("data.noise", "data.shift", "data.train_limit", "data.validation", "optim.clip_norm"), 0),
     **dict.fromkeys(("optim.weight_decay", "schedule.final", "schedule.milestones", "schedule.warmup"), 0),
 }
-ABOVE_0 = ("engine.timeout", "net.gain", "optim.lr", "optim.eps", "schedule.factor")
+ABOVE_0 = (
+    "data.cache_gib",
+    "data.scale",
+    "data.timeout",
+    "engine.timeout",
+    "net.gain",
+    "optim.lr",
+    "optim.eps",
+    "schedule.factor",
+)
 FRACTIONS = ("optim.momentum", "optim.beta1", "optim.beta2", "loss.label_smoothing")
 SEEDS = ("seed", "data.seed")
 KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
@@ -114,7 +134,11 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
     shape = getattr(data, "shape", [0, 0, 0])
     if len(shape) != 3:
         yield f"data.shape={shape}: expected [channels, height, width]"
-    if (data.shift > 0 or data.flip) != (data.views > 1):
+    if isinstance(data, StreamedConfig):
+        yield from _streamed_conflicts(data)
+    elif data.views == 0:
+        yield "data.views=0: expected at least 1; another view in each epoch is for data that is streamed"
+    elif (data.shift > 0 or data.flip) != (data.views > 1):
         yield (
             f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift "
             "or flip, and view 0 has neither; expected both, or neither"
@@ -199,6 +223,23 @@ def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
         yield f"jacobian.dtype={options.dtype}: expected fp32 or bf16 for the gates of {net.activation}"
     if getattr(net, "initial_state", "zero") == "trained":
         yield f"jacobian={options.name}: net.initial_state=trained changes what the initial network reads; use live"
+    if config.data.views == 0:
+        yield f"jacobian={options.name}: expected data.views above 0, found 0, another view in each epoch; use live"
+
+
+def _streamed_conflicts(data: StreamedConfig) -> Iterator[str]:
+    if data.shift:
+        yield f"data.shift={data.shift}: expected 0; views of data that is streamed differ by data.scale and data.flip"
+    if len(data.scale) != 2 or not data.scale[0] <= data.scale[-1] <= 1:
+        yield f"data.scale={data.scale}: expected [least, largest] parts of the image's area, from above 0 to 1"
+    if data.resize < data.size:
+        yield f"data.resize={data.resize}: expected at least data.size={data.size}, which is cropped from it"
+    for option in ("urls", "test_urls") if isinstance(data, WebDatasetConfig) else ():
+        if not getattr(data, option):
+            yield f"data.{option}: expected files or URLs, as 'a/train-{{000000..000146}}.tar', found nothing"
+    for option in ("path", "test_path") if isinstance(data, FFCVConfig) else ():
+        if not getattr(data, option):
+            yield f"data.{option}: expected an FFCV file, as train.beton, found nothing; tools/make_shards.py makes it"
 
 
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shlex
 import signal
 import sys
@@ -59,6 +60,7 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             status: object = 0
             try:
                 register()
+                sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
                 guarded(lambda: check(name, sys.argv[1:]))
                 guarded(command)
             except SystemExit as ended:
@@ -73,6 +75,12 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def quoted(argument: str) -> str:
+    """An option that takes a pattern of URLs, with the quotes that Hydra wants around braces and all else in it."""
+    pattern = re.fullmatch(r"(data\.(?:test_)?urls=)([^'\"]+)", argument)
+    return f"{pattern[1]}'{pattern[2]}'" if pattern else argument
 
 
 @contextmanager
