@@ -4,6 +4,9 @@ Runs every training case of DIR/index.json in float64 from its stored initial we
 line a case with the largest absolute error over the losses, logits and weights that the file holds, and exits 1 if one
 exceeds 1e-9 (SGD) or 1e-6 (Adam; rnn_align_ada, whose public code has a read-after-update race) or could not be run.
 Hidden biases before a norm have an exactly zero gradient and are left out.
+
+Of an alignment case, the stored noise must give the stored score to 1e-5, and the exact score must lie within 5 standard
+errors of the mean of the Monte-Carlo runs; so must the controls'.
 """
 
 import argparse
@@ -26,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tensorflow_adam import TensorFlowAdam
 
+from alignscale.analysis.alignment import Map, exact, moments
 from alignscale.choices import ConvConfig, RNNConfig
 from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, Frozen
@@ -250,24 +254,58 @@ def load(path: Path) -> Arrays:
         return {key: file[key] for key in file.files}
 
 
+def check_alignment(entry: dict[str, Any], arrays: Arrays) -> float:
+    """The largest error of an alignment case in units of what is allowed: 1e-5, or 5 standard errors of the mean."""
+    name = re.split(r"[:\s,]", entry["net"])[0]
+    if name not in STRIDES:
+        raise CaseError(f"net {entry['net']!r}: expected one of {', '.join(STRIDES)}")
+    if "score_mean" not in arrays and "fixed_score" not in arrays:
+        raise CaseError("expected score_mean or fixed_score, found neither")
+    errors = []
+    size: tuple[int, int] = arrays["fixed_noise0"].shape[1:3] if "fixed_noise0" in arrays else (16, 16)
+    for layer, stride in enumerate(STRIDES[name]):
+        at = Map.same(size, stride)
+        size = at.outputs
+        start = read(f"W{layer}", arrays[f"init_W{layer}"])
+        target = read(f"W{layer}", arrays[f"align_W{layer}"]) - start
+        for what, trained in (("score", f"normal_W{layer}"), ("control", f"control_shuffled_W{layer}")):
+            if trained not in arrays:
+                continue
+            change = read(f"W{layer}", arrays[trained]) - start
+            if f"{what}_mean" in arrays:
+                allowed = 5 * arrays[f"{what}_std_between_runs"][layer] / len(arrays[f"{what}_runs"]) ** 0.5
+                errors.append(abs(exact(change, target, at).value - arrays[f"{what}_mean"][layer]) / allowed)
+            if f"fixed_{what}" in arrays:
+                noise = tensor(arrays[f"fixed_noise{layer}"]).permute(0, 3, 1, 2)
+                both, first, second = moments(change, target, noise, at)
+                errors.append(abs(both / (first * second) ** 0.5 - arrays[f"fixed_{what}"][layer]) / 1e-5)
+    if not np.isfinite(errors).all():
+        raise CaseError("a score, of ours or of the file, is not a finite number")
+    return float(max(errors))
+
+
 def run(folder: Path, show: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Check every training case of a folder; one row a case."""
+    """Check every case of a folder; one row a case."""
     index = json.loads((folder / "index.json").read_text())
     if not isinstance(index, dict):
         raise ValueError(f"index.json: expected an object of cases by name, found {type(index).__name__}")
     rows = []
     for name, entry in index.items():
-        if "rule" not in entry:
+        alignment = "rule" not in entry
+        if alignment and "align" not in f"{name} {entry.get('what', '')}".lower():
             continue
-        entry = {"net": name.partition("_")[0], **entry}
-        row: dict[str, Any] = {"case": name, "tolerance": tolerance(entry), "error": None, "problem": None}
+        entry = {"net": "conv7" if alignment else name.partition("_")[0], **entry}
+        allowed = 1.0 if alignment else tolerance(entry)
+        row: dict[str, Any] = {"case": name, "tolerance": allowed, "error": None, "problem": None}
         try:
-            row["error"] = check(entry, load(folder / f"{name}.npz"), folder)
+            arrays = load(folder / f"{name}.npz")
+            row["error"] = check_alignment(entry, arrays) if alignment else check(entry, arrays, folder)
         except UNRUNNABLE as problem:
             row["problem"] = f"{type(problem).__name__}: {problem}"
         row["passed"] = row["error"] is not None and row["error"] <= row["tolerance"]
         rows.append(row)
-        found = f"error {row['error']:.1e}" if row["problem"] is None else f"could not be run: {row['problem']}"
+        unit = " of what is allowed" if alignment else ""
+        found = f"error {row['error']:.1e}{unit}" if row["problem"] is None else f"could not be run: {row['problem']}"
         show(f"{'ok  ' if row['passed'] else 'FAIL'} {name:45s} {found} (tolerance {row['tolerance']:.0e})")
     return rows
 
