@@ -92,6 +92,8 @@ class CheckpointConfig:
 class LogConfig:
     """``every_steps``: training rows in metrics.jsonl; ``update_cosine``: cosine with backprop's update, each epoch.
 
+    ``alignment_every``: updates between rows of kind ``alignment`` (0: none): the paper's score, how far the weights
+    have moved and the update's cosine, for Sigma over ``alignment_examples`` training examples (0: all).
     ``wandb``: send the rows to Weights & Biases as well, to its project ``wandb_project`` (needs the extra wandb).
     """
 
@@ -99,8 +101,17 @@ class LogConfig:
     progress: bool = True
     tensorboard: bool = True
     update_cosine: bool = True
+    alignment_every: int = 0
+    alignment_examples: int = 100
     wandb: bool = False
     wandb_project: str = "alignscale"
+
+
+@dataclass
+class AnalysisConfig:
+    """``track_errors``: sum each training example's errors, (examples, classes), which the alignment score needs."""
+
+    track_errors: bool = False
 
 
 @dataclass
@@ -136,6 +147,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     run: RunConfig = field(default_factory=RunConfig)
     name: str = "run"
     seed: int = 0
@@ -152,7 +164,7 @@ class TrainConfig:
 
 
 DISPLAY = (
-    "run", "log", "checkpoint", "resume", "name", "threads", "device", "engine",
+    "run", "log", "analysis", "checkpoint", "resume", "name", "threads", "device", "engine",
     *(f"jacobian.{name}" for name in ("tier", "root", "dir", "build", "verify")),
 )  # fmt: skip
 """Options that change none of a run's numbers, or, as threads, device and engine, only their rounding."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignscale.analysis.errors import ErrorSums
 from alignscale.analysis.updates import cosines, weight_updates
 from alignscale.choices import (
     ENGINES,
@@ -125,6 +126,7 @@ class Learner:
         made = (self.net, self.fixed, self.options.rule, self.loss)
         self.rule = DualAlignZero(*made, coefficients) if coefficients else make_rule(*made)
         self.encoding = Encoding(self.loss, dtype, master, device)
+        self.errors: ErrorSums | None = None
         self.lr = optim.lr
         self.engine = self._engine(engine, optim)
 
@@ -157,16 +159,21 @@ class Learner:
         Both are of all ranks, and so are the sums of ``flags``, which need no message of their own then. Where the loss
         is not finite, the weights stay as they are.
         """
-        losses, right, self.trained = [], [], True
+        losses, right, errors, self.trained = [], [], [], True
         for place, batch in enumerate(batches, 1):
             output = self.engine(batch)
             self.engine.backward(output.surrogate, place == len(batches))
             losses.append(output.loss)
+            if self.errors is not None:
+                errors.append(self.loss.error(output.logits.detach(), batch.targets, batch.size))
             right.append((output.logits.argmax(-1) == batch.targets.argmax(-1)).sum())
         own = [torch.stack(losses).sum().item(), torch.stack(right).sum().item(), *flags]
         value, count, *sums = self.ranks.totals(own, self.encoding.device)
         if math.isfinite(value):
             self.engine.step(lr)
+            for batch, error in zip(batches, errors, strict=False):  # there are none where they are not tracked
+                assert self.errors is not None
+                self.errors.add(batch.keys, error, lr)
         else:
             self.engine.forget()
         return value, int(count), sums

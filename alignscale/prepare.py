@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from alignscale import checkpoint
+from alignscale.analysis.errors import ErrorSums
 from alignscale.checkpoint import CheckpointError
-from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig
+from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
 from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Examples, load
 from alignscale.data.plan import Plan
@@ -79,6 +80,10 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         run.store = ranks.together(cache.open)
         if isinstance(learner.rule, DualAlignZero) and run.store:
             learner.rule.attach(run.store, learner.encoding.images(train.images))
+    if config.analysis.track_errors:
+        readout_every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
+        logits = (train.shape[-2], train.classes) if readout_every else (train.classes,)
+        learner.errors = ErrorSums([f"{train.shard}/{row}" for row in train.rows.tolist()], logits)
     run.about |= _identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
@@ -260,7 +265,10 @@ def _load_norms(path: Path, learner: Learner) -> None:
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:
     """Go on from the newest checkpoint, or return the result of a run that has ended."""
+    errors = run.learner.errors
     tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+    if errors is not None:
+        tensors["errors"] = {}
 
     def read() -> tuple[Any, Any, Any]:
         nonlocal tensors
@@ -275,6 +283,11 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
         found = checkpoint.complete(run.folder / "checkpoints")
         if found:
             manifest = checkpoint.verified(found[-1], run.about)
+            if errors is not None and "errors.safetensors" not in manifest["files"]:
+                raise ConfigError(
+                    f"analysis.track_errors=true: expected the errors from the start on, and {found[-1]} has none; use "
+                    "resume=never, or analysis.track_errors=false log.alignment_every=0"
+                )
             tensors = {part: checkpoint.read(found[-1], manifest, part) for part in tensors}
         return ended, manifest, str(found[-1]) if found else None
 
@@ -287,6 +300,8 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
             "run has kept its best so far; use it, or resume=never to start again"
         )
     run.learner.engine.load(tensors)
+    if errors is not None and tensors["errors"]:  # on the first rank, whose sums they go on in
+        errors.sums = tensors["errors"]["sums"]
     run.start, progress = manifest["step"], manifest["progress"]
     for name in ("curve", "seconds", "seconds_per_step", "epoch_loss", "counts"):
         setattr(run, name, progress[name])

@@ -47,6 +47,7 @@ AT_LEAST = {
     **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width"), 1),
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),
     **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
+    **dict.fromkeys(("log.alignment_every", "log.alignment_examples"), 0),
     **dict.fromkeys(("data.noise", "data.shift", "data.train_limit", "data.validation", "optim.clip_norm"), 0),
     **dict.fromkeys(("optim.weight_decay", "schedule.final", "schedule.milestones", "schedule.warmup"), 0),
 }
@@ -143,6 +144,16 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
         yield (
             f"checkpoint.best={best}: expected a split that is evaluated, one of {', '.join(evaluated)}; add it to "
             "evaluation.splits"
+        )
+    if config.log.alignment_every and not config.analysis.track_errors:
+        yield (
+            f"log.alignment_every={config.log.alignment_every}: it needs the errors summed in training; expected "
+            "analysis.track_errors=true, or log.alignment_every=0"
+        )
+    if config.analysis.track_errors and (data.views > 1 or config.form == "dual"):
+        yield (
+            f"analysis.track_errors=true, data.views={data.views}, form={config.form}: an example's errors are summed "
+            "over one view of it, and the weights compared; expected data.views=1 and form=primal"
         )
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         yield "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"

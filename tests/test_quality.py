@@ -35,6 +35,7 @@ LAYERS = [
     {"rules"},
     {"checkpoint", "engine", "engine_deepspeed", "engine_zero", "evaluate"},
     {"folder", "learner"},
+    {"observe"},
     {"run"},
     {"prepare"},
     {"train"},

@@ -5,8 +5,8 @@ line a case with the largest absolute error over the losses, logits and weights 
 exceeds 1e-9 (SGD) or 1e-6 (Adam; rnn_align_ada, whose public code has a read-after-update race) or could not be run.
 Hidden biases before a norm have an exactly zero gradient and are left out.
 
-Of an alignment case, the stored noise must give the stored score to 1e-5, and the exact score must lie within 5 standard
-errors of the mean of the Monte-Carlo runs; so must the controls'.
+Of an alignment case, the stored noise must give the stored score to 1e-5, and the exact score must lie within 5
+standard errors of the mean of the Monte-Carlo runs; so must the controls'.
 """
 
 import argparse

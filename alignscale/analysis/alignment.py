@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
-BLOCK = 1 << 22
-"""Numbers in the products that are held at once, but never more than a layer has."""
+BLOCK, LEAST = 1 << 22, 1 << 15
+"""Numbers in the products that are held at once: at most, and where half of a layer's would be fewer."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _patterns(at: Map, kernel: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def product_norm(first: Tensor, second: Tensor, at: Map = POINT) -> float:
     """|D1 D2^T|_F^2, float64. first, second: (out, in) or (out, in, k, k), of the same shape.
 
-    In blocks of the rows of D1, whose products are at most half as many numbers as D1 has, or those of one row.
+    In blocks of the rows of D1, whose products are few beside the numbers of D1.
     """
     if first.dim() == 2:
         first, second = first[..., None, None], second[..., None, None]
@@ -90,9 +91,9 @@ def product_norm(first: Tensor, second: Tensor, at: Map = POINT) -> float:
     out, kernel = first.shape[0], (first.shape[2], first.shape[3])
     chosen, counts = (one.to(first.device) for one in _patterns(at, kernel))
     places = list(itertools.product(range(kernel[0]), range(kernel[1])))
-    columns = max(1, out // 4)
-    per_row = (2 * chosen.shape[1] + len(chosen)) * columns
-    rows = max(1, min(BLOCK, first.numel() // 2) // per_row)
+    columns = max(64, out // 4)
+    per_row = (2 * chosen.shape[1] + len(chosen)) * min(columns, out)
+    rows = max(1, min(BLOCK, max(LEAST, first.numel() // 2)) // per_row)
     total = first.new_zeros((), dtype=torch.float64)
     for block in first.split(rows):
         left = block.permute(2, 3, 0, 1).flatten(0, 1).double()  # (taps, rows, in)
@@ -159,7 +160,7 @@ def _gram(weight: Tensor, z: Tensor, at: Map) -> Tensor:
         needed = (at.outputs[axis] - 1) * at.stride + weight.shape[2 + axis] - at.inputs[axis] - at.before[axis]
         pad += [at.before[axis], needed]
     padded = F.pad(z, pad)
-    back = torch.nn.grad.conv2d_input(padded.shape, weight, F.conv2d(padded, weight, stride=at.stride), at.stride)
+    back = conv2d_input(padded.shape, weight, F.conv2d(padded, weight, stride=at.stride), at.stride)
     return F.pad(back, [-n for n in pad])
 
 
