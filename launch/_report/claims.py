@@ -46,9 +46,8 @@ def _of_width(data: Result, width: int) -> list[Run]:
 
 def _last(runs: Sequence[Run], key: str, rule: str = "backprop") -> float | None:
     """A quantity at the end of training, mean over seeds."""
-    return spread(
-        finite(run["curve"][-1].get(key)) if run["curve"] else None for run in runs if run["rule"] == rule
-    ).mean
+    curves = [run["curve"] for run in runs if run["rule"] == rule]
+    return spread(finite(curve[-1].get(key)) for curve in curves if curve).mean
 
 
 def _narrow_and_wide(data: Result, points: float) -> Judged:
