@@ -7,7 +7,6 @@ import importlib.util
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,19 @@ from alignscale import checkpoint
 from alignscale.analysis.errors import ErrorSums
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
-from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
+from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Examples, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, joined, launched
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
 from alignscale.files import write_atomic
-from alignscale.folder import describe_folder, opened, read_config
+from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
 from alignscale.jacobian.cache import Cache
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets import build
 from alignscale.results import read_result
-from alignscale.rules.dual import COEFFICIENTS, DualAlignZero, check_size
+from alignscale.rules.dual import DualAlignZero, check_size
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
 
@@ -84,7 +83,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         readout_every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
         logits = (train.shape[-2], train.classes) if readout_every else (train.classes,)
         learner.errors = ErrorSums([f"{train.shard}/{row}" for row in train.rows.tolist()], logits)
-    run.about |= _identity(config, splits, learner)
+    run.about |= identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
     if run.finished is None:  # what trained a finished run stays on record
@@ -127,37 +126,7 @@ def make_learner(
     return learner
 
 
-@dataclass(frozen=True)
-class Restored:
-    """A run's network as it was after update ``step``, with the data that it reads."""
-
-    config: TrainConfig
-    splits: dict[str, Examples]
-    learner: Learner
-    step: int
-
-
-def restored(folder: Path, which: str = "last") -> Restored:
-    """What the run in ``folder`` was at its checkpoint ``which``: last, best or a step.
-
-    Raises ConfigError, DataError or CheckpointError where a part of the run is missing or damaged.
-    """
-    config = replace(read_config(folder), log=LogConfig(), threads=0)  # what another machine had is nothing to refuse
-    validate(config)
-    path = checkpoint.find(folder / "checkpoints", which)
-    splits = load(config.data)
-    primal = replace(config, form="primal")  # whose weights a checkpoint of the dual form has too
-    learner = make_learner(primal, splits["train"], device_called("auto"), ENGINES["local"], Ranks())
-    if config.net.norm == "calibrated":
-        _load_norms(folder / "norms.safetensors", learner)
-    manifest = checkpoint.verified(path, _identity(config, splits, learner))
-    model = checkpoint.read(path, manifest, "model")
-    model.pop(COEFFICIENTS, None)
-    learner.net.load_state_dict(model)
-    return Restored(config, splits, learner, manifest["step"])
-
-
-def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner) -> dict[str, Any]:
+def identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner) -> dict[str, Any]:
     """What a checkpoint must have been made with to be this run's."""
     return {
         "config": defining(config),
@@ -219,7 +188,7 @@ def _calibrated(config: TrainConfig, learner: Learner, train: Examples, path: Pa
 
     def made() -> dict[str, torch.Tensor]:
         if path and path.exists():
-            _load_norms(path, learner)
+            load_norms(path, learner)
         else:
             learner.calibrate(train.images[: config.calibration.examples])
         moments = {name: buffer.cpu() for name, buffer in norms.state_dict().items()}
@@ -253,7 +222,8 @@ def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
     return cache
 
 
-def _load_norms(path: Path, learner: Learner) -> None:
+def load_norms(path: Path, learner: Learner) -> None:
+    """Set the calibrated norms to what their file holds. Raises CheckpointError if it is missing or another net's."""
     try:
         torch.nn.ModuleList(learner.net.norms).load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as problem:

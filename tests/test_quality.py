@@ -37,7 +37,7 @@ LAYERS = [
     {"folder", "learner"},
     {"observe"},
     {"run"},
-    {"prepare"},
+    {"prepare", "restore"},
     {"train"},
     {"alignscale"},  # the public names
 ]
@@ -49,7 +49,7 @@ OWNERS = {
     "ffcv": ("alignscale/data/ffcv.py", "tools/"),
     "hydra": ("launch/",),
     "jinja2": ("launch/_report/page.py",),
-    "matplotlib": ("launch/_report/figures.py", "tools/"),
+    "matplotlib": ("launch/_report/", "tools/"),
     "omegaconf": ("launch/",),
     "submitit": ("launch/",),
     "torchvision": ("alignscale/data/torchvision.py", "tools/"),

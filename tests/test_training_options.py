@@ -28,7 +28,7 @@ from alignscale.choices import (
 from alignscale.config import CheckpointConfig, EvaluationConfig, LogConfig
 from alignscale.environment import torch_settings
 from alignscale.folder import read_config
-from alignscale.prepare import restored
+from alignscale.restore import restored
 from alignscale.train import train
 from tools import evaluate as tool
 

@@ -22,10 +22,14 @@ class Verdict:
     holds: bool | None
     evidence: str
 
+    @property
+    def word(self) -> str:
+        """The verdict in words."""
+        return {True: "holds here", False: "does not hold here", None: "cannot be judged"}[self.holds]
+
     def __str__(self) -> str:
         """In one line."""
-        word = {True: "holds here", False: "does not hold here", None: "cannot be judged"}[self.holds]
-        return f"{self.claim}: {word}. {self.evidence}"
+        return f"{self.claim}: {self.word}. {self.evidence}"
 
 
 Judged = tuple[bool | None, str]
