@@ -7,6 +7,7 @@ from alignscale.data.examples import Encoding, Examples
 from alignscale.data.plan import even_batches
 from alignscale.distributed import Ranks
 from alignscale.engine import Engine
+from alignscale.loss import right
 
 ALONE = Ranks()
 
@@ -29,8 +30,12 @@ def evaluate(
         places = torch.arange(part.start, part.stop)
         batch = encoding.batch(examples, places, 0, len(examples))
         output = engine.evaluate(batch)
-        at = rank_of(output.logits, examples.labels[places].to(output.logits.device))
-        if index < len(batches):
+        if index >= len(batches):
+            continue
+        if output.logits.dim() == 3:
+            found[index] = [right(output.logits, batch.targets).item()] * 2 + [output.loss.item()]
+        else:
+            at = rank_of(output.logits, examples.labels[places].to(output.logits.device))
             found[index] = [(at < 1).sum().item(), (at < 5).sum().item(), output.loss.item()]
     flat = ranks.totals([value for values in found for value in values], encoding.device)
     first, fifth, loss = (sum(flat[place::3]) for place in range(3))

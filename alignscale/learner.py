@@ -38,7 +38,7 @@ from alignscale.engine import Engine, LocalEngine, make_optimizer
 from alignscale.environment import device_called
 from alignscale.evaluate import evaluate
 from alignscale.frozen import ALONE, Fixed, calibrate, initialise
-from alignscale.loss import make_loss
+from alignscale.loss import make_loss, right
 from alignscale.nets import build
 from alignscale.nets.norms import BatchNorm
 from alignscale.rules import RULES, make_rule
@@ -106,9 +106,10 @@ class Learner:
             classes, shape = operator.index(classes), tuple(operator.index(size) for size in shape)
         except TypeError as problem:
             raise ConfigError(f"classes={classes}, shape={shape}: expected whole numbers, found: {problem}") from None
-        if classes < 2 or not shape or min(shape) < 1:
+        least = 1 if getattr(self.options.net, "readout", "last") == "every" else 2
+        if classes < least or not shape or min(shape) < 1:
             raise ConfigError(
-                f"classes={classes}, shape={tuple(shape)}: expected at least 2 classes, and sizes above 0"
+                f"classes={classes}, shape={tuple(shape)}: expected at least {least} classes, and sizes above 0"
             )
         if getattr(self.options.net, "initial_state", "zero") == "trained" and state_rows < 1:
             raise ConfigError(f"state_rows={state_rows}: net.initial_state=trained wants the size of the largest batch")
@@ -159,15 +160,15 @@ class Learner:
         Both are of all ranks, and so are the sums of ``flags``, which need no message of their own then. Where the loss
         is not finite, the weights stay as they are.
         """
-        losses, right, errors, self.trained = [], [], [], True
+        losses, counts, errors, self.trained = [], [], [], True
         for place, batch in enumerate(batches, 1):
             output = self.engine(batch)
             self.engine.backward(output.surrogate, place == len(batches))
             losses.append(output.loss)
             if self.errors is not None:
                 errors.append(self.loss.error(output.logits.detach(), batch.targets, batch.size))
-            right.append((output.logits.argmax(-1) == batch.targets.argmax(-1)).sum())
-        own = [torch.stack(losses).sum().item(), torch.stack(right).sum().item(), *flags]
+            counts.append(right(output.logits, batch.targets))
+        own = [torch.stack(losses).sum().item(), torch.stack(counts).sum().item(), *flags]
         value, count, *sums = self.ranks.totals(own, self.encoding.device)
         if math.isfinite(value):
             self.engine.step(lr)

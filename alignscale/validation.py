@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
-from alignscale.choices import ConfigError, MLPConfig, RNNConfig, SGDConfig
+from alignscale.choices import AddConfig, ConfigError, CrossEntropyConfig, MLPConfig, RNNConfig, SGDConfig
 from alignscale.config import TrainConfig, as_dict
 from alignscale.results import flatten
 
@@ -43,8 +43,10 @@ ONE_OF = {
 }
 AT_LEAST = {
     **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
-    **dict.fromkeys(("data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1),
-    **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width"), 1),
+    **dict.fromkeys(
+        ("data.steps", "data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1
+    ),
+    **dict.fromkeys(("data.steps", "log.every_steps", "net.depth", "net.strides", "net.width"), 1),
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),
     **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
     **dict.fromkeys(("log.alignment_every", "log.alignment_examples"), 0),
@@ -126,6 +128,11 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
     yield from _jacobian_conflicts(config)
     if config.form == "dual":
         yield from _dual_conflicts(config)
+    if isinstance(data, AddConfig):
+        if len(data.delays) != 2 or not all(0 <= delay < data.steps for delay in data.delays):
+            yield f"data.delays={data.delays}: expected two of at least 0 and below data.steps={data.steps}"
+        if isinstance(config.loss, CrossEntropyConfig):
+            yield "loss=cross_entropy: data=add has numbers for targets and no classes; expected loss=mse"
     trained = isinstance(net, RNNConfig) and net.initial_state == "trained"
     if trained and config.accumulation > 1:
         yield (
@@ -222,10 +229,12 @@ def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:
                 f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of 1 of {sizes[split]} "
                 "examples, which has no batch moments; choose another, or net.norm=none or calibrated"
             )
-    if isinstance(config.net, RNNConfig) and config.net.readout == "every":
+    every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
+    if every != isinstance(config.data, AddConfig):
         raise ConfigError(
-            f"net.readout=every: wants a target at each step, and data={config.data.name} has one label an example; "
-            "expected net.readout=last"
+            f"net={config.net.name}, net.readout={getattr(config.net, 'readout', '(absent)')}, "
+            f"data={config.data.name}: data=add has a target at each step and other data one label an example; "
+            "expected net=rnn net.readout=every with data=add alone, or net.readout=last"
         )
 
 

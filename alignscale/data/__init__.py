@@ -7,9 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.choices import ArchiveConfig, ConfigError, DataConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
+from alignscale.choices import (
+    AddConfig,
+    ArchiveConfig,
+    ConfigError,
+    DataConfig,
+    DigitsConfig,
+    ImageFolderConfig,
+    SyntheticConfig,
+)
 from alignscale.data.archives import archive
-from alignscale.data.builtin import digits, synthetic
+from alignscale.data.builtin import add, digits, synthetic
 from alignscale.data.examples import Examples
 from alignscale.data.image_folder import image_folder
 from alignscale.initial import Stream, permutation
@@ -19,6 +27,7 @@ __all__ = ["Examples", "load", "split"]
 READERS: dict[type[DataConfig], Callable[[Any], tuple[Examples, Examples]]] = {
     DigitsConfig: digits,
     SyntheticConfig: synthetic,
+    AddConfig: add,
     ArchiveConfig: archive,
     ImageFolderConfig: image_folder,
 }
@@ -61,6 +70,8 @@ def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Exam
 def balanced_order(labels: Tensor) -> Tensor:
     """An order of all examples, always the same, whose every beginning has the classes as equal as they can be."""
     order = permutation(0, Stream.SUBSET, 0, len(labels))
+    if labels.is_floating_point():  # targets, which have no classes
+        return order
     by_class = order[torch.argsort(labels[order], stable=True)]
     counts = torch.bincount(labels)
     turn = torch.cat([torch.arange(int(count)) for count in counts])  # of an example within its class

@@ -18,7 +18,7 @@ from alignscale.types import Batch
 class Examples:
     """A split of a data set, in key order.
 
-    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64. shard, rows: the file or
+    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64, or targets (N, T, outputs). shard, rows: the file or
     part of the data set that an example is in, and its place (N,) there; with them its key is ``shard/row``.
     skipped: files that were left out.
     """
@@ -102,7 +102,9 @@ class Encoding:
         images, rows = examples.images[places], examples.rows[places].tolist()
         if view and self.moves:
             images = moved(images, *self.moves.of(examples.rows, view, places))
-        targets = self.loss.targets(examples.labels[places].to(self.device), examples.classes, self.master)
+        labels = examples.labels[places].to(self.device)
+        known = labels.is_floating_point()
+        targets = labels.to(self.master) if known else self.loss.targets(labels, examples.classes, self.master)
         keys = [f"{examples.shard}/{row}" for row in rows]
         return Batch(self.images(images), targets, keys, size or len(places), step, view)
 
