@@ -18,7 +18,8 @@ from alignscale.types import Batch
 class Examples:
     """A split of a data set, in key order.
 
-    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64, or targets (N, T, outputs). shard, rows: the file or
+    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64, or targets
+    (N, T, outputs). shard, rows: the file or
     part of the data set that an example is in, and its place (N,) there; with them its key is ``shard/row``.
     skipped: files that were left out.
     """
