@@ -102,7 +102,7 @@ class LogConfig:
     tensorboard: bool = True
     update_cosine: bool = True
     alignment_every: int = 0
-    alignment_examples: int = 100
+    alignment_examples: int = 50
     wandb: bool = False
     wandb_project: str = "alignscale"
 

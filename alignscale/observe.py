@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alignscale.analysis.alignment import POINT, Map, Score, score, shuffled
+from alignscale.analysis.alignment import BUDGET, POINT, PROBES, Map, Score, score, shuffled
 from alignscale.analysis.movement import gates_moved, relative
 from alignscale.analysis.updates import weight_updates
 from alignscale.data.examples import Examples
@@ -60,11 +60,15 @@ def frozen_changes(learner: Learner, examples: Examples, errors: Tensor, places:
     return sums
 
 
-def scores(learner: Learner, first: Changes, second: Changes) -> list[Score | None]:
+def scores(learner: Learner, first: Changes, second: Changes, budget: float = BUDGET) -> list[Score | None]:
     """The score of each layer; None for a layer that has no weights to compare, or that has not moved."""
     found: list[Score | None] = []
     for layer, a, b in zip(learner.net.layers, first, second, strict=True):
-        one = None if a is None or b is None or isinstance(layer, State) else score(a, b, place_of(layer))
+        one = (
+            None
+            if a is None or b is None or isinstance(layer, State)
+            else score(a, b, place_of(layer), budget, PROBES if budget < BUDGET else 100)
+        )
         found.append(one if one is not None and math.isfinite(one.value) else None)
     return found
 
@@ -85,7 +89,7 @@ def live(
 ) -> dict[str, float | None]:
     """Means over the hidden layers of ``alignment`` and ``weight_change``, and each layer's score.
 
-    whole: with the controls, all numbers of W_t shuffled (as the public code) or those of the update, and with what the
+    whole: exact (else from few random inputs, with their mean standard error), with the controls, all numbers of W_t shuffled (as the public code) or those of the update, and with what the
     sample sees: ``input_change`` and ``gate_change``.
     """
     count = min(sample or len(examples), len(examples))
@@ -93,9 +97,12 @@ def live(
     net, start, own = learner.net, learner.fixed.frozen.weight, changes(learner)
     learner.rule.eval()
     target = frozen_changes(learner, examples, errors, places, most)
-    found = hidden(learner, scores(learner, own, target))
+    measured = scores(learner, own, target, BUDGET if whole else 0.0)
+    found = hidden(learner, measured)
     moved = [None if a is None else relative(a + start(index), start(index)) for index, a in enumerate(own)]
     values: dict[str, float | None] = {"alignment": mean(found), "weight_change": mean(moved[: net.readout])}
+    if not whole:
+        values["alignment_error"] = mean([None if one is None else one.error for one in measured[: net.readout]])
     values |= {f"alignment_layer{index}": value for index, value in enumerate(found, 1)}
     if whole:
         for name, control in controls(learner, own, learner.options.seed).items():
