@@ -61,7 +61,7 @@ def frozen_changes(learner: Learner, examples: Examples, errors: Tensor, places:
 
 
 def scores(learner: Learner, first: Changes, second: Changes, budget: float = BUDGET) -> list[Score | None]:
-    """The score of each layer; None for a layer that has no weights to compare, or that has not moved."""
+    """The score of each layer, estimated beyond ``budget``; None for one without weights, or that has not moved."""
     found: list[Score | None] = []
     for layer, a, b in zip(learner.net.layers, first, second, strict=True):
         one = (
@@ -89,8 +89,9 @@ def live(
 ) -> dict[str, float | None]:
     """Means over the hidden layers of ``alignment`` and ``weight_change``, and each layer's score.
 
-    whole: exact (else from few random inputs, with their mean standard error), with the controls, all numbers of W_t shuffled (as the public code) or those of the update, and with what the
-    sample sees: ``input_change`` and ``gate_change``.
+    whole: the exact score, which is else estimated from few random inputs, with ``alignment_error``; the controls, in
+    which all numbers of W_t are shuffled (as in the public code) or those of the update; and what the sample sees,
+    ``input_change`` and ``gate_change``.
     """
     count = min(sample or len(examples), len(examples))
     places = torch.arange(count) * len(examples) // count

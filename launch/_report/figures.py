@@ -179,6 +179,12 @@ def _curve_plot(title: str, caption: str, key: str, label: str, values: int = 1)
     return Plot(title, caption, partial(_has, key=key, values=values), partial(_curves, key=key, label=label))
 
 
+def _has_cosines(data: Result) -> bool:
+    """Whether a rule has cosines of its own: backprop's are 1, and make no figure of a comparison."""
+    others = [run for run in data["runs"] if run["rule"] != "backprop" or len(data["runs"]) == 1]
+    return _has({**data, "runs": others}, "update_cosine", 1)
+
+
 PLOTS = {
     "accuracy_width": Plot(
         "Test accuracy over width", "Test accuracy at the end of training, for each rule and width.",
@@ -219,10 +225,10 @@ PLOTS = {
         "Training loss", "Mean loss over the training examples of each epoch.", "train_loss", "training loss"
     ),
     "test_loss": _curve_plot("Test loss", "Loss on the test set after each epoch.", "test_loss", "test loss"),
-    "update_cosine": _curve_plot(
+    "update_cosine": Plot(
         "Cosine of the update with backprop's",
         "Cosine between a rule's update and backprop's at the same weights, mean over layers; 1 is backprop.",
-        "update_cosine", "cosine",
+        _has_cosines, partial(_curves, key="update_cosine", label="cosine"),
     ),
     "learning_rate": _curve_plot(
         "Learning rate", "Learning rate at the end of each epoch; rules that share it lie on one another.",
