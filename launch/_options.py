@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, SCHEDULES
+from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS
+from alignscale.choices_schedule import SCHEDULES
 from alignscale.config import JACOBIANS, TrainConfig
 from alignscale.rules import RULES
 

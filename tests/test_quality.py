@@ -18,7 +18,7 @@ SOURCES = [*PACKAGE, *(REPOSITORY / "launch").rglob("*.py"), *(REPOSITORY / "too
 
 # Who may import whom: a module imports from its own row or from rows above. A package stands for all its modules.
 LAYERS = [
-    {"choices", "config", "validation", "types", "environment", "files", "results"},
+    {"choices", "choices_schedule", "config", "validation", "types", "environment", "files", "results"},
     {
         "analysis",
         "data",
