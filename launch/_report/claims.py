@@ -75,7 +75,10 @@ def _small_rates(data: Result) -> Judged:
     """At the widest network, mean |gap| over the smaller half of the rates is at most that over the larger half."""
     width, option = widths(data["runs"])[-1], data["experiment"]["option"]
     runs = _of_width(data, width)
-    rates = sorted({_option(run, option) for run in runs})
+    trained = [run for run in runs if run["rule"] == "backprop" and accuracy(run) is not None]
+    rates = sorted({_option(run, option) for run in trained})
+    if len(rates) < 2:
+        return None, "backprop finished at fewer than two rates"
     middle = len(rates) // 2
     halves = []
     for chosen in (rates[:middle], rates[-middle:]):
@@ -83,8 +86,8 @@ def _small_rates(data: Result) -> Judged:
         gaps = [_gap([run for run in runs if _option(run, option) == rate], rule) for rule, rate in pairs]
         halves.append(spread(None if gap is None else abs(gap) for gap in gaps).mean or 0.0)
     return halves[0] <= halves[1], (
-        f"Mean |gap| at width {width}: {halves[0]:.1f} points over rates {rates[0]:g} to {rates[middle - 1]:g}, "
-        f"{halves[1]:.1f} over {rates[-middle]:g} to {rates[-1]:g} (a run that diverged counts as 0 %)."
+        f"Mean absolute gap at width {width}: {halves[0]:.1f} points over rates {rates[0]:g} to {rates[middle - 1]:g}, "
+        f"{halves[1]:.1f} over {rates[-middle]:g} to {rates[-1]:g} (rates at which backprop diverged are left out)."
     )
 
 

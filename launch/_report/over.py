@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from _report.drawing import drawing, legend, numbers, panels
 from _report.series import Spread, accuracy, series_of, spread, widths
 from _report.theme import LOOKS, Palette
-from alignscale.results import Result, Run, finite, flatten
+from alignscale.results import Result, Run, diverged, finite, flatten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,6 +79,13 @@ def over_option(figure: Figure, data: Result, palette: Palette) -> None:
             mean, std = numbers([spread(accuracy(run) for run in own if values[id(run)] == value) for value in found])
             look = LOOKS.get(rule, list(LOOKS.values())[-1])
             handles[rule] = axis.errorbar(range(len(found)), mean, **_bars(std), **drawing(look, palette))[0]
+            lost = [at for at, value in enumerate(found) for run in own if values[id(run)] == value and diverged(run)]
+            foot = axis.get_xaxis_transform()
+            for at in lost:  # as over the width: what has no height must not be overlooked
+                mark = axis.plot(
+                    at, 0.04 + 0.06 * list(LOOKS).index(rule), "x", color=palette[look.color], transform=foot
+                )
+                handles["a seed diverged"] = mark[0]
         axis.set_xticks(range(len(found)), [f"{value:g}" if value else "all" for value in found])
         axis.set_xlabel(option)
     legend(figure, handles)
