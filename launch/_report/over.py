@@ -74,7 +74,7 @@ def over_option(figure: Figure, data: Result, palette: Palette) -> None:
     found = sorted(set(values.values()), key=lambda value: value or math.inf)
     axes = panels(figure, runs, row=2.6, left=0.5, label="test accuracy (%)")
     for axis, width in zip(axes, widths(runs), strict=True):
-        for rule in dict.fromkeys(line.rule for line in series_of(runs)):
+        for place, rule in enumerate(dict.fromkeys(line.rule for line in series_of(runs))):
             own = [run for run in runs if (run["rule"], run["width"]) == (rule, width)]
             mean, std = numbers([spread(accuracy(run) for run in own if values[id(run)] == value) for value in found])
             look = LOOKS.get(rule, list(LOOKS.values())[-1])
@@ -82,9 +82,7 @@ def over_option(figure: Figure, data: Result, palette: Palette) -> None:
             lost = [at for at, value in enumerate(found) for run in own if values[id(run)] == value and diverged(run)]
             foot = axis.get_xaxis_transform()
             for at in lost:  # as over the width: what has no height must not be overlooked
-                mark = axis.plot(
-                    at, 0.04 + 0.06 * list(LOOKS).index(rule), "x", color=palette[look.color], transform=foot
-                )
+                mark = axis.plot(at, 0.04 + 0.06 * place, "x", color=palette[look.color], transform=foot)
                 handles["a seed diverged"] = mark[0]
         axis.set_xticks(range(len(found)), [f"{value:g}" if value else "all" for value in found])
         axis.set_xlabel(option)
