@@ -49,6 +49,24 @@ class SyntheticConfig(DataConfig):
 
 
 @dataclass
+class AddConfig(DataConfig):
+    """Random bits x_t, and at each step the target 1/2 + x_{t-a} / 2 - x_{t-b} / 4 with ``delays`` [a, b].
+
+    It wants net=rnn net.readout=every loss=mse loss.centred=false. Before the first step x is 0. ``public``: as the
+    paper's public code has it, where x wraps around in time and is 0 in the first a (b) EXAMPLES. An output is right
+    if it is within 1/8 of its target, which is half of the least difference between two targets.
+    """
+
+    name: str = "add"
+    steps: int = 20
+    delays: list[int] = field(default_factory=lambda: [2, 5])
+    train: int = 1000
+    test: int = 500
+    public: bool = False
+    seed: int = 0
+
+
+@dataclass
 class ArchiveConfig(DataConfig):
     """CIFAR-10, CIFAR-100, MNIST or KMNIST in the files of their authors, below ``root`` as torchvision lays them out.
 
@@ -141,6 +159,7 @@ class FFCVConfig(StreamedConfig):
 DATA: dict[str, DataConfig] = {
     "digits": DigitsConfig(),
     "synthetic": SyntheticConfig(),
+    "add": AddConfig(),
     **{name: ArchiveConfig(name=name) for name in ("cifar10", "cifar100", "kmnist", "mnist")},
     "imagefolder": ImageFolderConfig(),
     "webdataset": WebDatasetConfig(),

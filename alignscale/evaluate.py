@@ -7,6 +7,7 @@ from alignscale.data.examples import Encoding, Split, Wanted
 from alignscale.data.plan import even_batches
 from alignscale.distributed import ALONE, Ranks
 from alignscale.engine import Engine
+from alignscale.loss import right
 
 
 @torch.no_grad()
@@ -25,9 +26,14 @@ def evaluate(engine: Engine, split: Split, encoding: Encoding, most: int, ranks:
     for index, batch in zip(own, split.batches(wanted, encoding), strict=True):
         ranks.still()
         output = engine.evaluate(batch)
-        at = rank_of(output.logits, batch.targets.argmax(-1))
-        if index < len(bounds):
-            found[index] = [(at < 1).sum().item(), (at < 5).sum().item(), output.loss.item(), len(batch.keys)]
+        if index >= len(bounds):
+            continue
+        if output.logits.dim() == 3:
+            first = fifth = right(output.logits, batch.targets).item()
+        else:
+            at = rank_of(output.logits, batch.targets.argmax(-1))
+            first, fifth = (at < 1).sum().item(), (at < 5).sum().item()
+        found[index] = [first, fifth, output.loss.item(), len(batch.keys)]
     flat = ranks.totals([value for values in found for value in values], encoding.device)
     first, fifth, loss, count = (sum(flat[place::4]) for place in range(4))
     return {"accuracy": first / count, "top5": fifth / count, "loss": loss * (len(split) / count)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from alignscale import checkpoint
 from alignscale.analysis.finite import LOSS_ALONE, all_finite, first_not_finite
@@ -85,6 +86,8 @@ class Run:
         tensors = self.learner.engine.state()
         if not self.ranks.of_first(lambda: all_finite(tensors["model"].values())):
             self.diverge(step, "weight", None)
+        if self.learner.errors is not None:
+            tensors = {**tensors, "errors": {"sums": self.errors()}}
         progress = {
             "best": (self.best() or {}).get("step"),
             "best_of": self.config.checkpoint.best,
@@ -97,6 +100,11 @@ class Run:
         about, folder = {**self.about, "progress": progress}, self.folder / "checkpoints"
         self.ranks.of_first(lambda: checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep))
         self.saved = time.monotonic()
+
+    def errors(self) -> Tensor:
+        """The summed errors of all ranks' examples, float64 (examples, classes), in host memory."""
+        assert self.learner.errors is not None
+        return self.ranks.sum(self.learner.errors.sums.to(self.learner.encoding.device, copy=True)).cpu()
 
     def diverge(self, step: int, what: str, batch: Batch | None) -> NoReturn:
         """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged."""

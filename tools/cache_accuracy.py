@@ -24,7 +24,7 @@ from argument_types import positive
 from alignscale.choices import DigitsConfig, MLPConfig, SGDConfig
 from alignscale.config import JACOBIANS, LogConfig, RunConfig, TrainConfig, run_folder
 from alignscale.files import write_atomic
-from alignscale.prepare import restored
+from alignscale.restore import restored
 from alignscale.rules import RULES
 from alignscale.train import train
 

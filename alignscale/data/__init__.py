@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from alignscale.choices import (
+    AddConfig,
     ArchiveConfig,
     ConfigError,
     DataConfig,
@@ -17,7 +18,7 @@ from alignscale.choices import (
     WebDatasetConfig,
 )
 from alignscale.data.archives import archive
-from alignscale.data.builtin import digits, synthetic
+from alignscale.data.builtin import add, digits, synthetic
 from alignscale.data.examples import Examples, Split
 from alignscale.data.image_folder import image_folder
 from alignscale.initial import Stream, permutation
@@ -27,6 +28,7 @@ __all__ = ["Examples", "Split", "load", "split"]
 READERS: dict[type[DataConfig], Callable[[Any], tuple[Examples, Split]]] = {
     DigitsConfig: digits,
     SyntheticConfig: synthetic,
+    AddConfig: add,
     ArchiveConfig: archive,
     ImageFolderConfig: image_folder,
 }
@@ -87,6 +89,8 @@ def split(config: DataConfig, train: Split, test: Split) -> dict[str, Split]:
 def balanced_order(labels: Tensor) -> Tensor:
     """An order of all examples, always the same, whose every beginning has the classes as equal as they can be."""
     order = permutation(0, Stream.SUBSET, 0, len(labels))
+    if labels.is_floating_point():  # targets, which have no classes
+        return order
     by_class = order[torch.argsort(labels[order], stable=True)]
     counts = torch.bincount(labels)
     turn = torch.cat([torch.arange(int(count)) for count in counts])  # of an example within its class

@@ -116,7 +116,8 @@ class Split(ABC):
 class Examples(Split):
     """A split of a data set, in key order.
 
-    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64. shard, rows: the file or
+    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64, or targets
+    (N, T, outputs). shard, rows: the file or
     part of the data set that an example is in, and its place (N,) there; with them its key is ``shard/row``.
     skipped: files that were left out.
     """
@@ -241,7 +242,9 @@ class Encoding:
 
     def encoded(self, split: Split, images: Tensor, wanted: Wanted) -> Batch:
         """Stored images (B, C, H, W) of the examples that are wanted, as the network reads them."""
-        targets = self.loss.targets(split.labels[wanted.places].to(self.device), split.classes, self.master)
+        labels = split.labels[wanted.places].to(self.device)
+        known = labels.is_floating_point()
+        targets = labels.to(self.master) if known else self.loss.targets(labels, split.classes, self.master)
         keys = split.keys(wanted.places)
         return Batch(self.images(images), targets, keys, wanted.size, wanted.step, wanted.view)
 
