@@ -1,12 +1,23 @@
 """The parts of a configuration that are chosen by name, as dataclasses: rule, net, data, loss, optimizer, engine.
 
-Stands alone (no torch) beside config.py, whose TrainConfig has one of each. Hydra composes these classes in
-``launch/``; library users construct them directly.
+The data sets are in choices_data.py. Stands alone (no torch) beside config.py, whose TrainConfig has one of each. Hydra
+composes these classes in ``launch/``; library users construct them directly.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from alignscale.choices_data import DATA as DATA
+from alignscale.choices_data import AddConfig as AddConfig
+from alignscale.choices_data import ArchiveConfig as ArchiveConfig
+from alignscale.choices_data import DataConfig as DataConfig
+from alignscale.choices_data import DigitsConfig as DigitsConfig
+from alignscale.choices_data import FFCVConfig as FFCVConfig
+from alignscale.choices_data import ImageFolderConfig as ImageFolderConfig
+from alignscale.choices_data import StreamedConfig as StreamedConfig
+from alignscale.choices_data import SyntheticConfig as SyntheticConfig
+from alignscale.choices_data import WebDatasetConfig as WebDatasetConfig
 
 
 class ConfigError(ValueError):
@@ -82,85 +93,6 @@ NETS: dict[str, NetConfig] = {
 
 
 @dataclass
-class DataConfig:
-    """A data set by name; its classes and shape come from the data.
-
-    ``train_limit``: keep that many training examples (0: all), as many of each class as of any other as far as they
-    go; a smaller limit keeps some of a larger one's, and the test set stays whole. ``validation``: so many of the
-    training examples become a split of their own, before the limit; at any limit and seed the same ones.
-    ``normalisation``: ``none`` (pixels in [0, 1]) or ``channel`` (the training set's mean 0 and deviation 1).
-    ``views``: epoch t trains on view t mod ``views`` of each example. View 0 is the example itself; in each other view
-    it is moved by at most ``shift`` pixels and, with ``flip``, mirrored half of the time, always in the same way.
-    """
-
-    name: str
-    train_limit: int = 0
-    validation: int = 0
-    normalisation: str = "none"
-    views: int = 1
-    shift: int = 0
-    flip: bool = False
-
-
-@dataclass
-class DigitsConfig(DataConfig):
-    """scikit-learn's handwritten digits, 1437 for training and 360 for testing."""
-
-    name: str = "digits"
-
-
-@dataclass
-class SyntheticConfig(DataConfig):
-    """Noisy class prototypes of any shape (channels, height, width), drawn from ``seed``."""
-
-    name: str = "synthetic"
-    shape: list[int] = field(default_factory=lambda: [3, 16, 16])
-    classes: int = 10
-    train: int = 2000
-    test: int = 500
-    noise: float = 1.0
-    seed: int = 0
-
-
-@dataclass
-class ArchiveConfig(DataConfig):
-    """CIFAR-10, CIFAR-100, MNIST or KMNIST in the files of their authors, below ``root`` as torchvision lays them out.
-
-    ``verify``: each file must have the checksum of the published one; without it any files of the format will do.
-    docs/data.md says where to get them.
-    """
-
-    name: str = "cifar10"
-    root: str = "data"
-    verify: bool = True
-    normalisation: str = "channel"
-
-
-@dataclass
-class ImageFolderConfig(DataConfig):
-    """Image files ``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``val``), held in memory.
-
-    Each is scaled until its shorter side has ``size`` pixels, then cropped to the central square. ``channels``: 3
-    (colour) or 1 (grey). ``skip_undecodable``: leave out, and count, files that hold no readable image.
-    """
-
-    name: str = "imagefolder"
-    root: str = "data/imagefolder"
-    size: int = 64
-    channels: int = 3
-    skip_undecodable: bool = False
-    normalisation: str = "channel"
-
-
-DATA: dict[str, DataConfig] = {
-    "digits": DigitsConfig(),
-    "synthetic": SyntheticConfig(),
-    **{name: ArchiveConfig(name=name) for name in ("cifar10", "cifar100", "kmnist", "mnist")},
-    "imagefolder": ImageFolderConfig(),
-}
-
-
-@dataclass
 class LossConfig:
     """A loss by name, a mean over examples."""
 
@@ -231,41 +163,6 @@ OPTIMS: dict[str, OptimConfig] = {
     "adam": AdamConfig(),
     "adamw": AdamConfig(name="adamw", weight_decay=0.01),
 }
-
-
-@dataclass
-class ScheduleConfig:
-    """What ``optim.lr`` is multiplied by, step by step; it first rises from 0 to 1 in ``warmup`` epochs."""
-
-    name: str
-    warmup: float = 0.0
-
-
-@dataclass
-class ConstantConfig(ScheduleConfig):
-    """1 after the warm-up."""
-
-    name: str = "constant"
-
-
-@dataclass
-class StepConfig(ScheduleConfig):
-    """``factor`` once more from each of the epochs ``milestones`` on."""
-
-    name: str = "step"
-    milestones: list[float] = field(default_factory=lambda: [5.0, 8.0])
-    factor: float = 0.1
-
-
-@dataclass
-class CosineConfig(ScheduleConfig):
-    """From 1 after the warm-up down to ``final`` at the end of training, along half a cosine."""
-
-    name: str = "cosine"
-    final: float = 0.0
-
-
-SCHEDULES: dict[str, ScheduleConfig] = {"constant": ConstantConfig(), "step": StepConfig(), "cosine": CosineConfig()}
 
 
 @dataclass

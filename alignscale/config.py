@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignscale import choices
+from alignscale import choices, choices_schedule
 from alignscale.results import ABSENT, flatten
 
 
@@ -104,6 +104,8 @@ class CheckpointConfig:
 class LogConfig:
     """``every_steps``: training rows in metrics.jsonl; ``update_cosine``: cosine with backprop's update, each epoch.
 
+    ``alignment_every``: updates between rows of kind ``alignment`` (0: none): the paper's score, how far the weights
+    have moved and the update's cosine, for Sigma over ``alignment_examples`` training examples (0: all).
     ``wandb``: send the rows to Weights & Biases as well, to its project ``wandb_project`` (needs the extra wandb).
     """
 
@@ -111,8 +113,17 @@ class LogConfig:
     progress: bool = True
     tensorboard: bool = True
     update_cosine: bool = True
+    alignment_every: int = 0
+    alignment_examples: int = 50
     wandb: bool = False
     wandb_project: str = "alignscale"
+
+
+@dataclass
+class AnalysisConfig:
+    """``track_errors``: sum each training example's errors, (examples, classes), which the alignment score needs."""
+
+    track_errors: bool = False
 
 
 @dataclass
@@ -140,7 +151,7 @@ class TrainConfig:
     data: choices.DataConfig
     optim: choices.OptimConfig
     loss: choices.LossConfig = field(default_factory=choices.MSEConfig)
-    schedule: choices.ScheduleConfig = field(default_factory=choices.ConstantConfig)
+    schedule: choices_schedule.ScheduleConfig = field(default_factory=choices_schedule.ConstantConfig)
     engine: choices.EngineConfig = field(default_factory=choices.EngineConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -149,6 +160,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     run: RunConfig = field(default_factory=RunConfig)
     name: str = "run"
     seed: int = 0
@@ -164,9 +176,13 @@ class TrainConfig:
     resume: str = "auto"
 
 
+READING = ("workers", "worker_restarts", "checksums", "retries", "timeout", "cache", "cache_gib")
+"""Options of data that is streamed that say how it is read, not what is read."""
+
 DISPLAY = (
-    "run", "log", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel",
+    "run", "log", "analysis", "checkpoint", "resume", "name", "threads", "device", "engine", "parallel",
     *(f"jacobian.{name}" for name in ("tier", "root", "dir", "build", "verify")),
+    *(f"data.{name}" for name in READING),
 )  # fmt: skip
 """Options that change none of a run's numbers, or, as threads, device, engine and parallel, only their rounding."""
 

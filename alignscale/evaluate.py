@@ -3,36 +3,40 @@
 import torch
 from torch import Tensor
 
-from alignscale.data.examples import Encoding, Examples
+from alignscale.data.examples import Encoding, Split, Wanted
 from alignscale.data.plan import even_batches
 from alignscale.distributed import ALONE, Ranks
 from alignscale.engine import Engine
+from alignscale.loss import right
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, examples: Examples, encoding: Encoding, most: int, ranks: Ranks = ALONE
-) -> dict[str, float]:
+def evaluate(engine: Engine, split: Split, encoding: Encoding, most: int, ranks: Ranks = ALONE) -> dict[str, float]:
     """``accuracy`` (top 1), ``top5`` (both fractions) and ``loss`` (mean) on all examples, ``most`` in a batch.
 
     The batches are fixed, in key order, and taken in turn by the ranks, which all run as often; what each batch gives
-    is added up in their order, so that the sums have the same bits on any number of ranks.
+    is added up in their order, so that the sums have the same bits on any number of ranks. An example that had to be
+    left out counts neither as right nor as wrong.
     """
-    batches = even_batches(len(examples), most)
-    found = [[0.0, 0.0, 0.0] for _ in batches]
-    for turn in range(-(-len(batches) // ranks.size)):
+    bounds = even_batches(len(split), most)
+    found = [[0.0, 0.0, 0.0, 0.0] for _ in bounds]
+    own = range(ranks.rank, -(-len(bounds) // ranks.size) * ranks.size, ranks.size)
+    parts = [bounds[index] if index < len(bounds) else bounds[0] for index in own]  # the last for the engine's sake
+    wanted = (Wanted(torch.arange(part.start, part.stop), 0, len(split)) for part in parts)
+    for index, batch in zip(own, split.batches(wanted, encoding), strict=True):
         ranks.still()
-        index = turn * ranks.size + ranks.rank
-        part = batches[index] if index < len(batches) else batches[0]  # a pass for the engine's sake
-        places = torch.arange(part.start, part.stop)
-        batch = encoding.batch(examples, places, 0, len(examples))
         output = engine.evaluate(batch)
-        at = rank_of(output.logits, examples.labels[places].to(output.logits.device))
-        if index < len(batches):
-            found[index] = [(at < 1).sum().item(), (at < 5).sum().item(), output.loss.item()]
+        if index >= len(bounds):
+            continue
+        if output.logits.dim() == 3:
+            first = fifth = right(output.logits, batch.targets).item()
+        else:
+            at = rank_of(output.logits, batch.targets.argmax(-1))
+            first, fifth = (at < 1).sum().item(), (at < 5).sum().item()
+        found[index] = [first, fifth, output.loss.item(), len(batch.keys)]
     flat = ranks.totals([value for values in found for value in values], encoding.device)
-    first, fifth, loss = (sum(flat[place::3]) for place in range(3))
-    return {"accuracy": first / len(examples), "top5": fifth / len(examples), "loss": loss}
+    first, fifth, loss, count = (sum(flat[place::4]) for place in range(4))
+    return {"accuracy": first / count, "top5": fifth / count, "loss": loss * (len(split) / count)}
 
 
 def rank_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 import yaml
 
-from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, SCHEDULES, ConfigError
+from alignscale.choices import (
+    DATA,
+    ENGINES,
+    LOSSES,
+    NETS,
+    OPTIMS,
+    ConfigError,
+)
+from alignscale.choices_schedule import SCHEDULES
 from alignscale.config import TrainConfig, as_dict, defining, refuse_difference, without_display
 from alignscale.environment import hardware, source, source_diff, versions
 from alignscale.files import write_atomic

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignscale.analysis.errors import ErrorSums
 from alignscale.analysis.updates import cosines, weight_updates
 from alignscale.choices import (
     ENGINES,
@@ -36,7 +37,7 @@ from alignscale.engine import Engine, LocalEngine, make_optimizer
 from alignscale.environment import device_called
 from alignscale.evaluate import evaluate
 from alignscale.frozen import WHOLE, Fixed, calibrate, initialise
-from alignscale.loss import make_loss
+from alignscale.loss import make_loss, right
 from alignscale.nets import build
 from alignscale.nets.norms import BatchNorm
 from alignscale.parallel import Mesh
@@ -105,9 +106,10 @@ class Learner:
             classes, shape = operator.index(classes), tuple(operator.index(size) for size in shape)
         except TypeError as problem:
             raise ConfigError(f"classes={classes}, shape={shape}: expected whole numbers, found: {problem}") from None
-        if classes < 2 or not shape or min(shape) < 1:
+        least = 1 if getattr(self.options.net, "readout", "last") == "every" else 2
+        if classes < least or not shape or min(shape) < 1:
             raise ConfigError(
-                f"classes={classes}, shape={tuple(shape)}: expected at least 2 classes, and sizes above 0"
+                f"classes={classes}, shape={tuple(shape)}: expected at least {least} classes, and sizes above 0"
             )
         if getattr(self.options.net, "initial_state", "zero") == "trained" and state_rows < 1:
             raise ConfigError(f"state_rows={state_rows}: net.initial_state=trained wants the size of the largest batch")
@@ -125,6 +127,7 @@ class Learner:
         made = (self.net, self.fixed, self.options.rule, self.loss)
         self.rule = DualAlignZero(*made, coefficients) if coefficients else make_rule(*made)
         self.encoding = Encoding(self.loss, dtype, master, device)
+        self.errors: ErrorSums | None = None
         self.lr = optim.lr
         self.engine = self._engine(engine, optim)
 
@@ -143,10 +146,13 @@ class Learner:
             raise ConfigError(
                 f"calibrate: expected net.norm=calibrated, found {self.options.net.norm}, which has no use"
             )
-        images = self._images(images)
+        self.calibrate_on(self.encoding.images(self._images(images)))
+
+    def calibrate_on(self, images: Tensor) -> None:
+        """``calibrate`` with images as a batch has them."""
         if len(images) < 2 or not bool(torch.isfinite(images).all()):
             raise ConfigError(f"calibrate: expected at least 2 images of finite numbers, found {len(images)}")
-        calibrate(self.fixed.frozen, self.encoding.images(images))
+        calibrate(self.fixed.frozen, images)
 
     @torch.enable_grad()
     def update(
@@ -157,17 +163,22 @@ class Learner:
         Both are of all ranks, and so are the sums of ``flags``, which need no message of their own then. Where the loss
         is not finite, the weights stay as they are.
         """
-        losses, right, self.trained = [], [], True
+        losses, counts, errors, self.trained = [], [], [], True
         for place, batch in enumerate(batches, 1):
             output = self.engine(batch)
             self.engine.backward(output.surrogate, place == len(batches))
             losses.append(output.loss)
-            right.append((output.logits.argmax(-1) == batch.targets.argmax(-1)).sum())
-        own = [torch.stack(losses).sum().item(), torch.stack(right).sum().item()]
+            if self.errors is not None:
+                errors.append(self.loss.error(output.logits.detach(), batch.targets, batch.size))
+            counts.append(right(output.logits, batch.targets))
+        own = [torch.stack(losses).sum().item(), torch.stack(counts).sum().item()]
         own = own if self.mesh.width.ranks.first else [0.0, 0.0]  # the same examples on all ranks of a network
         value, count, *sums = self.mesh.everyone.totals([*own, *flags], self.encoding.device)
         if math.isfinite(value):
             self.engine.step(lr)
+            for batch, error in zip(batches, errors, strict=False):  # there are none where they are not tracked
+                assert self.errors is not None
+                self.errors.add(batch.keys, error, lr)
         else:
             self.engine.forget()
         return value, int(count), sums

@@ -76,6 +76,17 @@ class CrossEntropy(Loss):
         return (logits.to(targets.dtype).softmax(-1) - targets) / size
 
 
+RIGHT = 1 / 8
+"""How far an output may be from its target to count as right where there are no classes."""
+
+
+def right(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many of the examples are right, a scalar; of sequences (B, T, outputs) the sum of the right steps' shares."""
+    if logits.dim() == 3:
+        return ((logits - targets).abs() < RIGHT).all(-1).double().mean(1).sum()
+    return (logits.argmax(-1) == targets.argmax(-1)).sum()
+
+
 def make_loss(config: LossConfig) -> Loss:
     """The loss that ``config`` names."""
     if isinstance(config, MSEConfig):

@@ -35,7 +35,7 @@ class Metrics(ExitStack):
         options: shown by W&B. quiet: count, but show and write nothing, as all ranks but the first do.
         """
         super().__init__()
-        self.every, self.quiet = config.every_steps, quiet
+        self.every, self.quiet, self.note = config.every_steps, quiet, ""
         self.examples, self.right, self.seconds = *counts, 0.0
         if quiet:
             return
@@ -74,10 +74,16 @@ class Metrics(ExitStack):
         if step % self.every == 0:
             accuracy, rate = self.right / self.examples, self.examples / self.seconds
             if not self.quiet:
-                words = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.0f} examples/s"
+                words = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.0f} examples/s{self.note}"
                 self.bar.set_postfix_str(words, refresh=False)
             self.row("train", step, {"loss": loss, "accuracy": accuracy, "lr": lr, "examples_per_second": rate})
             self.examples, self.right, self.seconds = 0, 0, 0.0
+
+    def align(self, step: int, values: dict[str, float | None]) -> None:
+        """Write a row of the alignment score and what belongs to it; the bar shows the score from now on."""
+        score = values.get("alignment")
+        self.note = "" if score is None else f", alignment {score:.3f}"
+        self.row("alignment", step, values)
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one row; a number that is not finite is null in JSON, and absent elsewhere."""

@@ -11,17 +11,19 @@ from safetensors.torch import load_file, save
 
 from alignscale.checkpoint import CheckpointError
 from alignscale.config import TrainConfig
-from alignscale.data import Examples
+from alignscale.data import Split
+from alignscale.data.examples import Wanted
+from alignscale.data.plan import even_batches
 from alignscale.files import write_atomic
+from alignscale.frozen import CALIBRATION_CHUNK
 from alignscale.learner import Learner
 
 
-def calibrated(config: TrainConfig, learner: Learner, train: Examples, path: Path | None) -> None:
+def calibrated(config: TrainConfig, learner: Learner, train: Split, path: Path | None) -> None:
     """Moments of the norms: computed once in a run's life, then read from ``path``, in its folder; None: computed."""
     mesh = learner.mesh
     if not mesh.everyone.of_first(lambda: path is not None and path.exists()):
-        images = train.images[: config.calibration.examples]
-        mesh.everyone.together(lambda: learner.calibrate(images) if mesh.data.first else None)
+        mesh.everyone.together(lambda: _computed(config, learner, train) if mesh.data.first else None)
         share = learner.net.width.share(learner.net.units_axis)
         whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
         if path is None:
@@ -30,6 +32,13 @@ def calibrated(config: TrainConfig, learner: Learner, train: Examples, path: Pat
         mesh.everyone.of_first(lambda: write_atomic(path, save(whole)))
     assert path is not None
     load_moments(path, learner)
+
+
+def _computed(config: TrainConfig, learner: Learner, train: Split) -> None:
+    parts = even_batches(config.calibration.examples, CALIBRATION_CHUNK)
+    wanted = (Wanted(torch.arange(part.start, part.stop), 0, part.stop - part.start) for part in parts)
+    batches = train.batches(wanted, learner.encoding)
+    learner.calibrate_on(torch.cat([batch.images for batch in batches]))
 
 
 def _set(learner: Learner, whole: dict[str, torch.Tensor]) -> None:

@@ -7,29 +7,28 @@ import importlib.util
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
 from alignscale import checkpoint
-from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig
-from alignscale.config import LogConfig, TrainConfig, as_dict, defining, difference, run_folder, run_name
-from alignscale.data import Examples, load
+from alignscale.analysis.errors import ErrorSums
+from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
+from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
+from alignscale.data import Split, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, joined, launched
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
-from alignscale.folder import describe_folder, opened, read_config
+from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
 from alignscale.jacobian.cache import Cache
 from alignscale.learner import PRECISIONS, Learner
-from alignscale.moments import calibrated, load_moments
+from alignscale.moments import calibrated
 from alignscale.nets import build
 from alignscale.parallel import Mesh, Width
 from alignscale.results import read_result
-from alignscale.rules.dual import COEFFICIENTS, DualAlignZero, check_size
+from alignscale.rules.dual import DualAlignZero, check_size
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
 
@@ -57,7 +56,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     folder = run_folder(config)
     train = splits["train"]
     ranks.together(lambda: _check_memory(config, train, device, mesh.width))
-    plan = Plan(len(train), config.batch_size, config.seed)
+    plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     learner = make_learner(config, train, device, engine, mesh)
     if config.form == "dual":
         check_size(learner.net, len(train), train.shape, train.classes)
@@ -78,8 +77,12 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         show(f"jacobian: {config.jacobian.name}, from {cache.home}")
         run.store = ranks.together(cache.open)
         if isinstance(learner.rule, DualAlignZero) and run.store:
-            learner.rule.attach(run.store, learner.encoding.images(train.images))
-    run.about |= _identity(config, splits, learner)
+            learner.rule.attach(run.store, learner.encoding.batch(train, torch.arange(len(train)), 0).images)
+    if config.analysis.track_errors:
+        readout_every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
+        logits = (train.shape[-2], train.classes) if readout_every else (train.classes,)
+        learner.errors = ErrorSums(train.keys(torch.arange(len(train))), logits)
+    run.about |= identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
     if run.finished is None:  # what trained a finished run stays on record
@@ -108,9 +111,7 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
     return engine, Ranks()
 
 
-def make_learner(
-    config: TrainConfig, train: Examples, device: torch.device, engine: EngineConfig, mesh: Mesh
-) -> Learner:
+def make_learner(config: TrainConfig, train: Split, device: torch.device, engine: EngineConfig, mesh: Mesh) -> Learner:
     """The learner of a run at its start, which reads examples as the run does."""
     learner = Learner(
         config.net, train.shape, train.classes, config.rule, config.optim, config.loss, seed=config.seed,
@@ -122,37 +123,7 @@ def make_learner(
     return learner
 
 
-@dataclass(frozen=True)
-class Restored:
-    """A run's network as it was after update ``step``, with the data that it reads."""
-
-    config: TrainConfig
-    splits: dict[str, Examples]
-    learner: Learner
-    step: int
-
-
-def restored(folder: Path, which: str = "last") -> Restored:
-    """What the run in ``folder`` was at its checkpoint ``which``: last, best or a step.
-
-    Raises ConfigError, DataError or CheckpointError where a part of the run is missing or damaged.
-    """
-    config = replace(read_config(folder), log=LogConfig(), threads=0)  # what another machine had is nothing to refuse
-    validate(config)
-    path = checkpoint.find(folder / "checkpoints", which)
-    splits = load(config.data)
-    primal = replace(config, form="primal")  # whose weights a checkpoint of the dual form has too
-    learner = make_learner(primal, splits["train"], device_called("auto"), ENGINES["local"], Mesh())
-    if config.net.norm == "calibrated":
-        load_moments(folder / "norms.safetensors", learner)
-    manifest = checkpoint.verified(path, _identity(config, splits, learner))
-    model = checkpoint.read(path, manifest, "model")
-    model.pop(COEFFICIENTS, None)
-    learner.net.load_state_dict(model)
-    return Restored(config, splits, learner, manifest["step"])
-
-
-def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner) -> dict[str, Any]:
+def identity(config: TrainConfig, splits: dict[str, Split], learner: Learner) -> dict[str, Any]:
     """What a checkpoint must have been made with to be this run's."""
     return {
         "config": defining(config),
@@ -161,7 +132,7 @@ def _identity(config: TrainConfig, splits: dict[str, Examples], learner: Learner
     }
 
 
-def _check_memory(config: TrainConfig, train: Examples, device: torch.device, width: Width) -> None:
+def _check_memory(config: TrainConfig, train: Split, device: torch.device, width: Width) -> None:
     with torch.device("meta"):
         outline = build(config.net, train.shape, train.classes, config.batch_size, width)
     dtype, master = PRECISIONS[config.precision]
@@ -209,7 +180,7 @@ def _derived(run: Run) -> str:
     return "\n".join(lines)
 
 
-def cache_of(config: TrainConfig, learner: Learner, train: Examples) -> Cache:
+def cache_of(config: TrainConfig, learner: Learner, train: Split) -> Cache:
     """The cache of the initial network's Jacobian for a run."""
     frozen, encoding = learner.fixed.frozen, learner.encoding
     return Cache(config, frozen, encoding, train, learner.rule.reads_inputs, learner.mesh)
@@ -235,7 +206,10 @@ def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:
     """Go on from the newest checkpoint, or return the result of a run that has ended."""
+    errors = run.learner.errors
     tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+    if errors is not None:
+        tensors["errors"] = {}
 
     def read() -> tuple[Any, Any, Any]:
         nonlocal tensors
@@ -250,6 +224,11 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
         found = checkpoint.complete(run.folder / "checkpoints")
         if found:
             manifest = checkpoint.verified(found[-1], run.about)
+            if errors is not None and "errors.safetensors" not in manifest["files"]:
+                raise ConfigError(
+                    f"analysis.track_errors=true: expected the errors from the start on, and {found[-1]} has none; use "
+                    "resume=never, or analysis.track_errors=false log.alignment_every=0"
+                )
             tensors = {part: checkpoint.read(found[-1], manifest, part) for part in tensors}
         return ended, manifest, str(found[-1]) if found else None
 
@@ -262,6 +241,8 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
             "run has kept its best so far; use it, or resume=never to start again"
         )
     run.learner.engine.load(tensors)
+    if errors is not None and tensors["errors"]:  # on the first rank, whose sums they go on in
+        errors.sums = tensors["errors"]["sums"]
     run.start, progress = manifest["step"], manifest["progress"]
     for name in ("curve", "seconds", "seconds_per_step", "epoch_loss", "counts"):
         setattr(run, name, progress[name])

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from alignscale import checkpoint
 from alignscale.analysis.finite import LOSS_ALONE, all_finite, first_not_finite
 from alignscale.config import TrainConfig, as_dict
-from alignscale.data import Examples
+from alignscale.data import Split
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks
 from alignscale.environment import hardware, versions
@@ -37,7 +38,7 @@ class Run:
     folder: Path
     name: str
     command: str
-    splits: dict[str, Examples]
+    splits: dict[str, Split]
     plan: Plan
     learner: Learner
     about: dict[str, Any]
@@ -85,6 +86,8 @@ class Run:
         tensors = self.learner.engine.state()
         if not self.ranks.of_first(lambda: all_finite(tensors["model"].values())):
             self.diverge(step, "weight", None)
+        if self.learner.errors is not None:
+            tensors = {**tensors, "errors": {"sums": self.errors()}}
         progress = {
             "best": (self.best() or {}).get("step"),
             "best_of": self.config.checkpoint.best,
@@ -97,6 +100,11 @@ class Run:
         about, folder = {**self.about, "progress": progress}, self.folder / "checkpoints"
         self.ranks.of_first(lambda: checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep))
         self.saved = time.monotonic()
+
+    def errors(self) -> Tensor:
+        """The summed errors of all ranks' examples, float64 (examples, classes), in host memory."""
+        assert self.learner.errors is not None
+        return self.ranks.sum(self.learner.errors.sums.to(self.learner.encoding.device, copy=True)).cpu()
 
     def diverge(self, step: int, what: str, batch: Batch | None) -> NoReturn:
         """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged."""
@@ -119,6 +127,11 @@ class Run:
         )
         raise Diverged(f"{self.name}: {message}; {good}")
 
+    def lost(self) -> set[str]:
+        """The keys of the examples that some rank had to leave out, in this session of the run."""
+        own = {f"{name}: {key}" for name, split in self.splits.items() for key in split.lost}
+        return set().union(*self.ranks.objects(own))
+
     def _typical(self) -> float | None:
         return statistics.median(self.timings) if self.timings else self.seconds_per_step
 
@@ -132,7 +145,7 @@ class Run:
             "parameters": self.learner.net.size, "ranks": self.ranks.size,
             "epochs": config.epochs, "batch": config.batch_size,
             "seconds": self.seconds + sum(self.timings), "seconds_per_step": self._typical(),
-            "skipped": sum(examples.skipped for examples in self.splits.values()),
+            "skipped": sum(split.skipped for split in self.splits.values()) + len(self.lost()),
             "curve": [{key: finite(value) for key, value in point.items()} for point in self.curve],
             "diverged_at": None if failed is None else step, "failed": failed,
         }  # fmt: skip

@@ -3,11 +3,12 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
 
+from alignscale import observe
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import stream
 from alignscale.distributed import Ranks, launched
@@ -52,8 +53,9 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         examples, run.plan, run.learner.encoding, run.start, run.stop, config.accumulation, config.data.views,
         run.learner.mesh.data.part,
     )  # fmt: skip
+    metrics.enter_context(closing(batches))  # which ends what reads ahead, however the loop ends
     if run.store:
-        batches = run.store.attached(batches)
+        batches = metrics.enter_context(closing(run.store.attached(batches)))
     asked = first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
     if run.start == 0 and not asked:
         measure(run, metrics, 0, None, None)
@@ -71,6 +73,8 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         if not math.isfinite(loss):
             run.diverge(done, "loss", parts[0])
         due = run.due(done) or by_clock > 0
+        if config.log.alignment_every and done % config.log.alignment_every == 0:
+            metrics.align(done, alignment(run, done))
         if done % per_epoch == 0:
             if done // per_epoch % config.evaluation.every_epochs == 0 or done == run.stop:
                 if not measure(run, metrics, done, run.epoch_loss, lr):
@@ -105,10 +109,20 @@ def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr:
         loss_key = "train_end_loss" if split == "train" else f"{split}_loss"  # train_loss is the mean over the epoch
         point |= {f"{split}_accuracy": found["accuracy"], f"{split}_top5": found["top5"], loss_key: found["loss"]}
     point["update_cosine"] = update_cosine(run, step) if run.config.log.update_cosine else None
+    if run.config.log.alignment_every:
+        point |= alignment(run, step, whole=True)
     epoch = step // run.plan.steps_per_epoch
     run.curve.append({"epoch": epoch, "step": step, **point})
     metrics.row("epoch", step, {"epoch": epoch, **point})
     return all(math.isfinite(point[key]) for key in point if key.endswith("_loss") and point[key] is not None)
+
+
+def alignment(run: Run, step: int, whole: bool = False) -> dict[str, float | None]:
+    """The score and what belongs to it, for metrics and the curve; its pace is log.alignment_every."""
+    options, errors = run.config.log, run.errors()
+    sample, most = options.alignment_examples, run.config.batch_size
+    found = observe.live(run.learner, run.splits["train"], errors, sample, most, whole)
+    return {"update_cosine": update_cosine(run, step), **found}
 
 
 def update_cosine(run: Run, step: int) -> float | None:

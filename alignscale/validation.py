@@ -4,7 +4,6 @@ Stands alone (no torch) beside config.py, for launchers and cluster tools.
 """
 
 import dataclasses
-import importlib.util
 import math
 import numbers
 import os
@@ -12,14 +11,20 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
-from alignscale.choices import ConfigError, MLPConfig, RNNConfig, SGDConfig
+from alignscale.choices import (
+    AddConfig,
+    ConfigError,
+    RNNConfig,
+)  # fmt: skip
 from alignscale.config import TrainConfig, as_dict
+from alignscale.conflicts import conflicts
 from alignscale.results import flatten
 
 ONE_OF = {
     "checkpoint.best": ("train", "validation", "test"),
     "data.channels": (1, 3),
-    "data.normalisation": ("none", "channel"),
+    "data.normalisation": ("none", "channel", "imagenet"),
+    "data.checksums": ("remote", "always", "never"),
     "device": ("auto", "cpu", "cuda"),
     "evaluation.splits": ("train", "validation", "test"),
     "engine.zero_stage": (0, 1, 2, 3),
@@ -44,14 +49,30 @@ ONE_OF = {
 }
 AT_LEAST = {
     **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
-    **dict.fromkeys(("data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1),
+    **dict.fromkeys(("data.test", "data.train", "evaluation.batch_size", "evaluation.every_epochs"), 1),
+    **dict.fromkeys(("data.block", "data.resize", "data.streams"), 1),
+    **dict.fromkeys(("data.retries", "data.skip", "data.views", "data.workers", "data.worker_restarts"), 0),
     **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width", "parallel.width"), 1),
+    **dict.fromkeys(
+        ("data.steps", "data.test", "data.train", "data.views", "evaluation.batch_size", "evaluation.every_epochs"), 1
+    ),
+    **dict.fromkeys(("data.steps", "log.every_steps", "net.depth", "net.strides", "net.width"), 1),
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),
     **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
+    **dict.fromkeys(("log.alignment_every", "log.alignment_examples"), 0),
     **dict.fromkeys(("data.noise", "data.shift", "data.train_limit", "data.validation", "optim.clip_norm"), 0),
     **dict.fromkeys(("optim.weight_decay", "schedule.final", "schedule.milestones", "schedule.warmup"), 0),
 }
-ABOVE_0 = ("engine.timeout", "net.gain", "optim.lr", "optim.eps", "schedule.factor")
+ABOVE_0 = (
+    "data.cache_gib",
+    "data.scale",
+    "data.timeout",
+    "engine.timeout",
+    "net.gain",
+    "optim.lr",
+    "optim.eps",
+    "schedule.factor",
+)
 FRACTIONS = ("optim.momentum", "optim.beta1", "optim.beta2", "loss.label_smoothing")
 SEEDS = ("seed", "data.seed")
 KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
@@ -66,7 +87,7 @@ def validate(config: TrainConfig) -> None:
             wanted = _wanted(option, value)
             if wanted:
                 raise ConfigError(f"{option}={values}: expected {wanted}")
-    for conflict in _conflicts(config):
+    for conflict in conflicts(config):
         raise ConfigError(conflict)
 
 
@@ -108,99 +129,6 @@ def _wanted(option: str, value: Any) -> str | None:
     return None
 
 
-def _conflicts(config: TrainConfig) -> Iterator[str]:
-    """Options that exclude one another, in words."""
-    data, net, best = config.data, config.net, config.checkpoint.best
-    shape = getattr(data, "shape", [0, 0, 0])
-    if len(shape) != 3:
-        yield f"data.shape={shape}: expected [channels, height, width]"
-    if (data.shift > 0 or data.flip) != (data.views > 1):
-        yield (
-            f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift "
-            "or flip, and view 0 has neither; expected both, or neither"
-        )
-    if isinstance(net, MLPConfig) and net.blocks == "public":
-        yield "net.blocks=public: the paper's public code has no mlp; expected theory"
-    if getattr(net, "strides", None) == []:
-        yield "net.strides=[]: expected at least one stride, one for each convolution"
-    yield from _jacobian_conflicts(config)
-    if config.form == "dual":
-        yield from _dual_conflicts(config)
-    trained = isinstance(net, RNNConfig) and net.initial_state == "trained"
-    if trained and config.accumulation > 1:
-        yield (
-            f"accumulation={config.accumulation}: expected 1 with net.initial_state=trained, whose rows belong to the "
-            "places in a batch"
-        )
-    if trained and config.evaluation.batch_size > config.batch_size:
-        yield (
-            f"evaluation.batch_size={config.evaluation.batch_size}: expected at most batch_size={config.batch_size}, "
-            "the rows of net.initial_state=trained"
-        )
-    evaluated = dict.fromkeys(("test", *config.evaluation.splits))
-    if "validation" in (*evaluated, best) and data.validation == 0:
-        yield "evaluation.splits, checkpoint.best: validation needs data.validation above 0, or train or test instead"
-    if best not in evaluated:
-        yield (
-            f"checkpoint.best={best}: expected a split that is evaluated, one of {', '.join(evaluated)}; add it to "
-            "evaluation.splits"
-        )
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        yield "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"
-    if isinstance(config.optim, SGDConfig) and config.optim.nesterov and config.optim.momentum == 0:
-        yield "optim.nesterov=true: expected optim.momentum above 0, found 0"
-    if config.schedule.warmup > config.epochs:
-        yield f"schedule.warmup={config.schedule.warmup}: expected at most epochs={config.epochs}"
-    if config.accumulation > config.batch_size:
-        yield (
-            f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
-            "it divides"
-        )
-
-
-def _dual_conflicts(config: TrainConfig) -> Iterator[str]:
-    kept = config.jacobian.name == "explicit" and config.jacobian.inputs == config.jacobian.dtype == config.precision
-    wrong = {
-        f"rule={config.rule.name}: expected align_zero": config.rule.name != "align_zero",
-        f"net={config.net.name}: expected mlp": not isinstance(config.net, MLPConfig),
-        f"optim={config.optim.name}: expected sgd": not isinstance(config.optim, SGDConfig),
-        "optim.weight_decay, optim.clip_norm: expected 0, as they are of weights": bool(
-            config.optim.weight_decay or config.optim.clip_norm
-        ),
-        f"precision={config.precision}: expected fp32 or fp64": config.precision not in ("fp32", "fp64"),
-        f"data.views={config.data.views}: expected 1": config.data.views != 1,
-        f"jacobian.tier={config.jacobian.tier}: expected auto, host or device": config.jacobian.tier == "disk",
-        f"jacobian={config.jacobian.name}: expected explicit, with dtype and inputs {config.precision}": not kept,
-        f"jacobian.layers={config.jacobian.layers}: expected none": bool(config.jacobian.layers),
-    }
-    yield from (f"form=dual, {what}; or use form=primal" for what, is_so in wrong.items() if is_so)
-
-
-def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
-    options, net = config.jacobian, config.net
-    forms = {options.name, *options.layers}
-    if options.name == "live":
-        if options.layers:
-            yield f"jacobian.layers={options.layers}: expected none with jacobian=live; use jacobian=gates or explicit"
-        return
-    if net.norm == "batch" and options.name != "auto":
-        yield (
-            f"jacobian={options.name}: expected net.norm=none or calibrated, found batch, whose moments make each "
-            "example's Jacobian depend on the others of its batch; or use jacobian=live"
-        )
-    if "explicit" in forms and net.blocks == "public":
-        yield "net.blocks=public: its last gate is the current network's; expected theory with explicit Jacobians"
-    if "explicit" in forms and isinstance(net, RNNConfig):
-        yield (
-            "jacobian=explicit: net=rnn has a Jacobian for each step, classes x steps x width numbers an example, "
-            "which costs more to read than to compute; expected live or gates"
-        )
-    if "explicit" not in forms and options.dtype not in ("fp64", "fp32", "bf16") and net.activation != "relu":
-        yield f"jacobian.dtype={options.dtype}: expected fp32 or bf16 for the gates of {net.activation}"
-    if getattr(net, "initial_state", "zero") == "trained":
-        yield f"jacobian={options.name}: net.initial_state=trained changes what the initial network reads; use live"
-
-
 def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:
     """Check the options that depend on the number of examples in each split. Raises ConfigError for the first wrong."""
     if "train" in sizes:
@@ -212,10 +140,12 @@ def check_data(config: TrainConfig, sizes: dict[str, int]) -> None:
                 f"evaluation.batch_size={config.evaluation.batch_size}: it makes a batch of 1 of {sizes[split]} "
                 "examples, which has no batch moments; choose another, or net.norm=none or calibrated"
             )
-    if isinstance(config.net, RNNConfig) and config.net.readout == "every":
+    every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
+    if every != isinstance(config.data, AddConfig):
         raise ConfigError(
-            f"net.readout=every: wants a target at each step, and data={config.data.name} has one label an example; "
-            "expected net.readout=last"
+            f"net={config.net.name}, net.readout={getattr(config.net, 'readout', '(absent)')}, "
+            f"data={config.data.name}: data=add has a target at each step and other data one label an example; "
+            "expected net=rnn net.readout=every with data=add alone, or net.readout=last"
         )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shlex
 import signal
 import sys
@@ -60,6 +61,7 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             try:
                 register()
                 for_jobs()
+                sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
                 guarded(lambda: check(name, sys.argv[1:]))
                 guarded(command)
             except SystemExit as ended:
@@ -80,6 +82,12 @@ def for_jobs() -> None:
     """Let the jobs that this process submits, which inherit its environment, import the modules of this folder."""
     paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def quoted(argument: str) -> str:
+    """An option that takes a pattern of URLs, with the quotes that Hydra wants around braces and all else in it."""
+    pattern = re.fullmatch(r"(data\.(?:test_)?urls=)([^'\"]+)", argument)
+    return f"{pattern[1]}'{pattern[2]}'" if pattern else argument
 
 
 @contextmanager

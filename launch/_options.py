@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, SCHEDULES
+from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS
+from alignscale.choices_schedule import SCHEDULES
 from alignscale.config import JACOBIANS, TrainConfig
 from alignscale.rules import RULES
 
@@ -27,12 +28,20 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class CompareConfig:
-    """The grid of ``launch/compare.py``: each rule at each width with each seed."""
+    """The grid of ``launch/compare.py``: each rule at each width with each seed, and each value of one more option.
+
+    ``option``: its dotted name (``optim.lr``), or nothing; ``values``: what it takes. ``claim``: the one of
+    launch/_report/claims.py that the report judges. ``protocol``: where this differs from the paper's public code.
+    """
 
     title: str = "Learning rules compared"
     rules: list[str] = field(default_factory=lambda: ["backprop", "align_ada", "align_zero"])
     widths: list[int] = field(default_factory=lambda: [8, 32, 128])
     seeds: list[int] = field(default_factory=lambda: [0])
+    option: str = ""
+    values: list[float] = field(default_factory=list)
+    claim: str = ""
+    protocol: str = ""
     folder: str = "runs/compare"
 
 

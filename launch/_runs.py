@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _options import CompareConfig, GridConfig
+from _report.claims import CLAIMS
 from _report.page import write_report
 
 from alignscale.choices import ConfigError
@@ -87,18 +88,39 @@ def expand(config: GridConfig) -> Iterator[TrainConfig]:
     for rule in grid.rules:
         if rule not in RULES:
             raise ConfigError(f"compare.rules: {rule}: expected some of {', '.join(sorted(RULES))}")
+    if bool(grid.option) != bool(grid.values):
+        raise ConfigError(f"compare.option={grid.option}, compare.values={grid.values}: expected both, or neither")
+    if grid.claim and grid.claim not in CLAIMS:
+        raise ConfigError(f"compare.claim={grid.claim}: expected one of {', '.join(CLAIMS)}, or nothing")
     if not grid.folder:
         raise ConfigError("compare.folder=: expected a folder for the runs and their report, found nothing")
     shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    for width, seed, name in itertools.product(grid.widths, grid.seeds, grid.rules):
+    values = grid.values or [0.0]
+    for width, seed, value, name in itertools.product(grid.widths, grid.seeds, values, grid.rules):
         single = TrainConfig(**copy.deepcopy(shared))
         if single.rule.name != name:  # else it has the options that were given
             single.rule = RULES[name].options(name=name)
         single.net = replace(single.net, width=width)
         single.seed = seed
+        if grid.option:
+            _set(single, grid.option, value)
         validate(single)
         single.run.dir = str(Path(grid.folder) / run_name(single))
         yield single
+
+
+def _set(config: TrainConfig, option: str, value: float) -> None:
+    """Set a number by its dotted name. Raises ConfigError for a name that is none."""
+    *groups, name = option.split(".")
+    node: Any = config
+    for group in groups:
+        node = getattr(node, group, None)
+    found = getattr(node, name, None)
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        raise ConfigError(f"compare.option={option}: expected an option that is a number, such as optim.lr")
+    if isinstance(found, int) and value != int(value):
+        raise ConfigError(f"compare.values={value}: expected whole numbers for {option}")
+    setattr(node, name, int(value) if isinstance(found, int) else float(value))
 
 
 def combine(compared: CompareConfig, grid: list[TrainConfig], results: list[Result], command: str) -> Result:
@@ -109,7 +131,11 @@ def combine(compared: CompareConfig, grid: list[TrainConfig], results: list[Resu
         run["folder"] = run_folder(config).name
         run["config"] = {group: options for group, options in run["config"].items() if group != "run"}
         runs.append(run)
-    return make_result(compared.title, command, results[-1], _common([run["config"] for run in runs]), runs)
+    result = make_result(compared.title, command, results[-1], _common([run["config"] for run in runs]), runs)
+    if compared.claim or compared.option:
+        asked = {"claim": compared.claim, "option": compared.option, "protocol": compared.protocol}
+        result["experiment"] = asked
+    return result
 
 
 def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:

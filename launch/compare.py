@@ -8,6 +8,7 @@ from pathlib import Path
 
 from _hydra import FIRST, command_line, entry
 from _options import GridConfig
+from _report.claims import verdict
 from _report.page import text_table
 from _runs import compare
 
@@ -28,6 +29,9 @@ def main(config: GridConfig) -> None:
     result = compare(config, command_line("launch/compare.py"))
     folder = Path(config.compare.folder).expanduser()
     if FIRST:
+        judged = verdict(result)
+        if judged:
+            print(f"\n{judged}")
         print(f"\n{text_table(result)}\n\nreport: {folder / 'report.html'}\nnumbers: {folder / 'result.json'}")
 
 

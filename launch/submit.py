@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _hydra import command_line, for_jobs, guarded
+from _hydra import command_line, for_jobs, guarded, quoted
 from _options import CONFIGS, CompareConfig, register, typed
 
 from alignscale.choices import ConfigError
@@ -144,7 +144,7 @@ def run() -> None:
     from _cluster import read_cluster
     from _follow import wait
 
-    given = [line for line in sys.argv[1:] if line != "--wait"]
+    given = [quoted(line) for line in sys.argv[1:] if line != "--wait"]
     ours = [line for line in given if line.startswith(("cluster=", "cluster."))]
     cluster = read_cluster(ours)
     configs = expand([line for line in given if line not in ours])

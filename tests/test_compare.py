@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _options import CompareConfig, GridConfig
+from _report.claims import verdict
 from _runs import compare, expand
 
 from alignscale.choices import ConfigError, MLPConfig, OptimConfig, RuleConfig, SGDConfig, SyntheticConfig
@@ -102,3 +104,54 @@ def test_wrong_grid_is_refused_before_any_work(tmp_path: Path, changes: dict[str
     with pytest.raises(ConfigError, match=message):
         compare(options, "command", silent)
     assert not (tmp_path / "grid").exists()
+
+
+def test_an_experiment_varies_an_option_and_judges_the_claim(tmp_path: Path) -> None:
+    options = grid(tmp_path, ["backprop", "align_ada", "align_zero"], [4])
+    options.compare = replace(
+        options.compare, option="data.train_limit", values=[30, 0], claim="low_data", protocol="unlike the other"
+    )
+    result = compare(options, "command", silent)
+    assert [run["config"]["data"]["train_limit"] for run in result["runs"]] == [30, 30, 30, 0, 0, 0]
+    page = (tmp_path / "report.html").read_text()
+    assert 'id="accuracy_option"' in page
+    assert "unlike the other" in page
+    assert "Align rules are particularly advantageous with few data: " in str(verdict(result))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"option": "optim.lr"}, "expected both, or neither"),
+        ({"option": "rule.name", "values": [1.0]}, "compare.option=rule.name: expected an option that is a number"),
+        ({"option": "epochs", "values": [1.5]}, "expected whole numbers for epochs"),
+        ({"claim": "magic"}, "compare.claim=magic: expected one of width, during_training"),
+    ],
+)
+def test_a_wrong_experiment_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    options = grid(tmp_path / "grid", ["backprop"], [4])
+    options.compare = replace(options.compare, **changes)
+    with pytest.raises(ConfigError, match=message):
+        compare(options, "command", silent)
+    assert not (tmp_path / "grid").exists()
+
+
+def made_up(accuracies: dict[tuple[str, int], float], claim: str) -> dict[str, Any]:
+    """A result with one seed and these accuracies."""
+    runs = [
+        {"rule": rule, "width": width, "seed": 0, "net": "mlp", "name": "r", "folder": ".", "config": {},
+         "test": {"accuracy": value, "loss": 1.0}, "train": {"loss": 1.0}, "curve": [], "seconds_per_step": 1.0}
+        for (rule, width), value in accuracies.items()
+    ]  # fmt: skip
+    return {"runs": runs, "experiment": {"claim": claim, "option": "", "protocol": ""}}
+
+
+@pytest.mark.parametrize(("wide", "holds"), [(0.79, True), (0.70, False)])
+def test_a_verdict_follows_from_the_gap_at_the_widest_network(wide: float, holds: bool) -> None:
+    rules = ("align_ada", "align_zero")
+    numbers = {("backprop", 8): 0.6, ("backprop", 64): 0.8}
+    numbers |= {(rule, width): {8: 0.4, 64: wide}[width] for rule in rules for width in (8, 64)}
+    judged = verdict(made_up(numbers, "width"))
+    assert judged is not None
+    assert judged.holds is holds
+    assert "align_ada -20.0 points at width 8" in judged.evidence

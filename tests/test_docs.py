@@ -1,7 +1,10 @@
 """Links in the Markdown files lead somewhere, and the commands shown in them exist."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +78,14 @@ def test_a_wrong_link_or_command_is_found(tmp_path: Path) -> None:
     )
     assert list(broken_links(page)) == ["#two", "no.md"]
     assert [list(unknown_words(words)) for words in commands(page)] == [["nothing"], ["tools/no.py"]]
+
+
+def test_the_pages_are_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=quiet, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        built = tmp_path / ("" if page.stem == "index" else page.stem) / "index.html"
+        assert "<h1" in built.read_text()

@@ -20,7 +20,7 @@ from alignscale.choices import (
     SGDConfig,
 )  # fmt: skip
 from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
-from alignscale.prepare import restored
+from alignscale.restore import restored
 from alignscale.train import train
 from alignscale.validation import validate
 

@@ -114,7 +114,11 @@ def test_a_wrong_option_is_refused_as_on_the_command_line(options: dict[str, Any
         ("conv3", lambda made: made.evaluate(IMAGES, LABELS, 1), "makes a batch of 1 of 60"),
         (MLPConfig(norm="calibrated"), lambda made: made.fit(IMAGES, LABELS), r"found none; call calibrate\(images\)"),
         (MLPConfig(norm="calibrated"), lambda made: made.calibrate(IMAGES[:, :, :2]), r"images \(60, 1, 2, 4\)"),
-        (RNNConfig(readout="every"), lambda made: made.fit(IMAGES, LABELS), "net.readout=every: wants a target"),
+        (
+            RNNConfig(readout="every"),
+            lambda made: made.fit(IMAGES, LABELS),
+            "net.readout=every, data=tensors: data=add has a target at each step",
+        ),
         (RNNConfig(initial_state="trained"), lambda made: made.fit(IMAGES, LABELS, 1, 31), "at most state_rows=30"),
         (RNNConfig(initial_state="trained"), lambda made: made.evaluate(IMAGES, LABELS, 31), "at most state_rows=30"),
     ],

@@ -18,7 +18,10 @@ SOURCES = [*PACKAGE, *(REPOSITORY / "launch").rglob("*.py"), *(REPOSITORY / "too
 
 # Who may import whom: a module imports from its own row or from rows above. A package stands for all its modules.
 LAYERS = [
-    {"choices", "config", "validation", "types", "environment", "files", "results"},
+    {
+        *("choices", "choices_data", "choices_schedule", "config", "conflicts", "validation"),
+        *("types", "environment", "files", "results"),
+    },
     {
         "analysis",
         "data",
@@ -35,8 +38,9 @@ LAYERS = [
     {"rules"},
     {"checkpoint", "engine", "engine_deepspeed", "engine_zero", "evaluate"},
     {"folder", "learner"},
-    {"moments", "run"},
-    {"prepare"},
+    {"moments", "observe"},
+    {"run"},
+    {"prepare", "restore"},
     {"train"},
     {"alignscale"},  # the public names
 ]
@@ -44,14 +48,17 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Who may import a heavy dependency.
 OWNERS = {
+    "cv2": ("alignscale/data/decode.py", "alignscale/data/webdataset.py", "alignscale/data/ffcv.py", "tools/"),
     "deepspeed": ("alignscale/engine", "alignscale/parallel"),
     "ffcv": ("alignscale/data/ffcv.py", "tools/"),
     "hydra": ("launch/",),
     "jinja2": ("launch/_report/page.py",),
-    "matplotlib": ("launch/_report/figures.py", "tools/"),
+    "matplotlib": ("launch/_report/", "tools/"),
     "omegaconf": ("launch/",),
+    "simplejpeg": ("alignscale/data/decode.py", "tools/"),
     "submitit": ("launch/",),
     "torchvision": ("alignscale/data/torchvision.py", "tools/"),
+    "urllib3": ("alignscale/data/remote.py",),
     "webdataset": ("alignscale/data/webdataset.py", "tools/"),
 }
 
@@ -153,7 +160,7 @@ def code_lines(path: Path) -> int:
 def test_files_are_short_and_the_package_is_small() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
     assert {str(path): length for path, length in lengths.items() if length > 300} == {}
-    assert sum(map(code_lines, PACKAGE)) < 5000
+    assert sum(map(code_lines, PACKAGE)) < 7000
 
 
 def test_no_path_of_one_machine_is_left() -> None:

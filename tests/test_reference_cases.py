@@ -100,7 +100,7 @@ def test_a_folder_may_hold_less_or_more_or_say_it_otherwise(variant: str, tmp_pa
     np.savez(path, **change(check_reference.load(path)))
     entry = {key: value for key, value in (index[what.name] | options).items() if value is not None}
     (tmp_path / "index.json").write_text(
-        json.dumps({what.name: entry, "scores": {"net": "conv7", "what": "alignment"}})
+        json.dumps({what.name: entry, "notes": {"net": "conv7", "what": "something else"}})
     )
     assert check(tmp_path)["error"] < 1e-12
 

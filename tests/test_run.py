@@ -20,7 +20,7 @@ from alignscale.config import EvaluationConfig
 from alignscale.data import load
 from alignscale.folder import opened
 from alignscale.learner import Learner
-from alignscale.prepare import restored
+from alignscale.restore import restored
 from alignscale.train import train
 
 ROOT = Path(__file__).parents[1]

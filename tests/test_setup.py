@@ -149,7 +149,7 @@ def test_the_extras_are_added_to_the_base(clone: Clone) -> None:
     status, output = clone.setup("all")
     assert status == 0
     assert "made anew" not in output
-    assert "-e .[deepspeed,dev,slurm,stream" in clone.calls("pip install")[-1]
+    assert "-e .[deepspeed,dev,docs,slurm,stream" in clone.calls("pip install")[-1]
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])

@@ -16,7 +16,6 @@ from alignscale.choices import DATA as DATA_SETS
 from alignscale.choices import (
     AdamConfig,
     ConfigError,
-    CosineConfig,
     CrossEntropyConfig,
     DigitsConfig,
     MLPConfig,
@@ -25,10 +24,11 @@ from alignscale.choices import (
     SGDConfig,
     SyntheticConfig,
 )
+from alignscale.choices_schedule import CosineConfig
 from alignscale.config import CheckpointConfig, EvaluationConfig, LogConfig
 from alignscale.environment import torch_settings
 from alignscale.folder import read_config
-from alignscale.prepare import restored
+from alignscale.restore import restored
 from alignscale.train import train
 from tools import evaluate as tool
 

@@ -14,9 +14,9 @@ from alignscale.choices import (
     RNNConfig,
     RuleConfig,
     SGDConfig,
-    StepConfig,
     SyntheticConfig,
 )
+from alignscale.choices_schedule import StepConfig
 from alignscale.config import TrainConfig, difference, digest, run_name
 from alignscale.validation import validate
 

@@ -64,8 +64,8 @@ def test_the_collectives_of_a_step_are_those_of_the_traffic_table(ranks: int, wi
         if row["stage"] == 0:  # DeepSpeed adds a norm of gradients to it at others
             assert row["found"]["width"] == row["expected"]["width"], row
         if row["stage"] == 3 and row["ranks"] > row["width"]:
-            bytes_of = {call: moved for call, (_, moved) in row["found"]["data"].items()}
-            assert bytes_of == {call: moved for call, (_, moved) in row["expected"]["data"].items()}, row
+            for call in ("all_gather", "reduce_scatter"):  # the gradients' norm is summed besides
+                assert row["found"]["data"][call][1] == row["expected"]["data"][call][1], row
 
 
 @pytest.mark.timeout(1200)

@@ -24,7 +24,7 @@ from argument_types import positive
 from alignscale.choices import DigitsConfig, MLPConfig, SGDConfig
 from alignscale.config import JACOBIANS, LogConfig, RunConfig, TrainConfig, run_folder
 from alignscale.files import write_atomic
-from alignscale.prepare import restored
+from alignscale.restore import restored
 from alignscale.rules import RULES
 from alignscale.train import train
 
@@ -48,7 +48,8 @@ def run(
     result = train(config, lambda line: None)
     found = restored(run_folder(config))
     with torch.no_grad():
-        logits = found.learner.net(found.learner.encoding.images(found.splits["test"].images))
+        test = found.splits["test"]
+        logits = found.learner.net(found.learner.encoding.batch(test, torch.arange(len(test)), 0).images)
     return result["runs"][0]["test"]["accuracy"], logits
 
 

@@ -22,7 +22,7 @@ from alignscale.config import CheckpointConfig, EvaluationConfig
 from alignscale.data.examples import DataError
 from alignscale.evaluate import evaluate
 from alignscale.files import write_atomic
-from alignscale.prepare import restored
+from alignscale.restore import restored
 from alignscale.validation import check_data, validate
 
 

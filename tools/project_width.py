@@ -66,13 +66,16 @@ def figure(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     drawing = Figure(figsize=(9, 3.6), layout="constrained")
     times, parts = drawing.subplots(1, 2)
-    for rule, jacobian in CONTENDERS:
+    # gates lie on backprop: dashes show both; the colours are Okabe and Ito's, apart for the colour-blind
+    styles = (("-", "#000000"), ("-", "#d55e00"), ("--", "#56b4e9"), ("-", "#009e73"))
+    for (rule, jacobian), (line, colour) in zip(CONTENDERS, styles, strict=True):
         points = [one for one in rows if (one["rule"], one["jacobian"]) == (rule, jacobian) and one["fits"]]
         label = rule if rule == "backprop" else f"{rule}, {jacobian}"
         ranks = [one["ranks"] for one in points]
-        times.plot(ranks, [one["seconds"] for one in points], marker="o", markersize=3, label=label)
-        parts.plot(ranks, [one["efficiency"] for one in points], marker="o", markersize=3, label=label)
-    for axes, name in ((times, "seconds a step"), (parts, "efficiency")):
+        for axes, value in ((times, "seconds"), (parts, "efficiency")):
+            numbers = [one[value] for one in points]
+            axes.plot(ranks, numbers, line, color=colour, marker="o", markersize=3, label=label)
+    for axes, name in ((times, "seconds a step"), (parts, "efficiency (1: as one rank)")):
         axes.set(xscale="log", xlabel="ranks", ylabel=name)
         axes.grid(alpha=0.3)
     times.set_yscale("log")

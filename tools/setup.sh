@@ -2,7 +2,7 @@
 # Makes or repairs .venv in this clone, with the exact versions of constraints.txt.
 #
 #   tools/setup.sh base    what `make demo` needs
-#   tools/setup.sh all     also DeepSpeed, the loaders, SLURM, the tests, and FFCV where it can be built
+#   tools/setup.sh all     also DeepSpeed, the loaders, SLURM, the tests, the pages, and FFCV where it can be built
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter. This is a shell script because it runs before any package exists.
 #
@@ -201,7 +201,7 @@ install() {
 
 case "${1-}" in
     base) wanted="" ;;
-    all) wanted="deepspeed dev slurm stream" ;;
+    all) wanted="deepspeed dev docs slurm stream" ;;
     *) fail "unknown argument '${1-}'" "usage: tools/setup.sh base|all" ;;
 esac
 system=$(uname -s)

@@ -1,31 +1,41 @@
 """Data sets by name: training, validation and test examples."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignscale.choices import ArchiveConfig, ConfigError, DataConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
+from alignscale.choices import (
+    AddConfig,
+    ArchiveConfig,
+    ConfigError,
+    DataConfig,
+    DigitsConfig,
+    FFCVConfig,
+    ImageFolderConfig,
+    SyntheticConfig,
+    WebDatasetConfig,
+)
 from alignscale.data.archives import archive
-from alignscale.data.builtin import digits, synthetic
-from alignscale.data.examples import Examples
+from alignscale.data.builtin import add, digits, synthetic
+from alignscale.data.examples import Examples, Split
 from alignscale.data.image_folder import image_folder
 from alignscale.initial import Stream, permutation
 
-__all__ = ["Examples", "load", "split"]
+__all__ = ["Examples", "Split", "load", "split"]
 
-READERS: dict[type[DataConfig], Callable[[Any], tuple[Examples, Examples]]] = {
+READERS: dict[type[DataConfig], Callable[[Any], tuple[Examples, Split]]] = {
     DigitsConfig: digits,
     SyntheticConfig: synthetic,
+    AddConfig: add,
     ArchiveConfig: archive,
     ImageFolderConfig: image_folder,
 }
 """Of each class of options, what reads training and test examples."""
 
 
-def load(config: DataConfig) -> dict[str, Examples]:
+def load(config: DataConfig) -> dict[str, Split]:
     """The splits ``train``, ``test`` and perhaps ``validation`` of the data set that ``config`` names.
 
     Raises ConfigError for an option that does not fit the data, DataError for a file that is missing or damaged.
@@ -33,23 +43,41 @@ def load(config: DataConfig) -> dict[str, Examples]:
     return split(config, *_read(config))
 
 
-def _read(config: DataConfig) -> tuple[Examples, Examples]:
+def _read(config: DataConfig) -> tuple[Split, Split]:
+    if isinstance(config, (FFCVConfig, WebDatasetConfig)):
+        return _streamed(config)
     if type(config) not in READERS:
         raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
     return READERS[type(config)](config)
 
 
-def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Examples]:
+def _streamed(config: FFCVConfig | WebDatasetConfig) -> tuple[Split, Split]:
+    extra = "ffcv" if isinstance(config, FFCVConfig) else "stream"
+    try:
+        if isinstance(config, FFCVConfig):
+            from alignscale.data.ffcv import ffcv  # an extra, and slow to import
+
+            return ffcv(config)
+        from alignscale.data.webdataset import webdataset  # an extra, and slow to import
+    except ModuleNotFoundError as problem:
+        raise ConfigError(
+            f"data={config.name}: expected the package {problem.name}, found none; pip install 'alignscale[{extra}]', "
+            "or make setup in a clone"
+        ) from problem
+    return webdataset(config)
+
+
+def split(config: DataConfig, train: Split, test: Split) -> dict[str, Split]:
     """Hold ``config.validation`` examples out of the training set, cut the rest, and leave the test set whole."""
     if config.validation >= len(train):
         raise ConfigError(f"data.validation={config.validation}: expected less than the {len(train)} training examples")
     if config.shift >= min(train.shape[-2:]):
         raise ConfigError(f"data.shift={config.shift}: expected less than the images' {min(train.shape[-2:])} pixels")
-    splits = {"test": test}
+    splits: dict[str, Split] = {"test": test}
     order = balanced_order(train.labels)
     if config.validation:
-        held_out = train.part(order[: config.validation].sort().values)
-        splits["validation"] = replace(held_out, skipped=0)  # counted once, with the training set
+        held_out = order[: config.validation].sort().values
+        splits["validation"] = train.part(held_out, counted=False)  # once, with the training set
         order = order[config.validation :]
     limit = config.train_limit or len(order)
     if limit > len(order):
@@ -61,6 +89,8 @@ def split(config: DataConfig, train: Examples, test: Examples) -> dict[str, Exam
 def balanced_order(labels: Tensor) -> Tensor:
     """An order of all examples, always the same, whose every beginning has the classes as equal as they can be."""
     order = permutation(0, Stream.SUBSET, 0, len(labels))
+    if labels.is_floating_point():  # targets, which have no classes
+        return order
     by_class = order[torch.argsort(labels[order], stable=True)]
     counts = torch.bincount(labels)
     turn = torch.cat([torch.arange(int(count)) for count in counts])  # of an example within its class

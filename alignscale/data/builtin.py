@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from alignscale.choices import ConfigError, DigitsConfig, SyntheticConfig
+from alignscale.choices import AddConfig, ConfigError, DigitsConfig, SyntheticConfig
 from alignscale.data.examples import Examples
 from alignscale.environment import available_memory
 from alignscale.initial import Stream, normal
@@ -52,3 +52,22 @@ def synthetic(config: SyntheticConfig) -> tuple[Examples, Examples]:
         Examples.whole(images[train], labels[train], config.classes, "synthetic-train"),
         Examples.whole(images[test], labels[test], config.classes, "synthetic-test"),
     )
+
+
+def add(config: AddConfig) -> tuple[Examples, Examples]:
+    """Sequences (N, 1, T, 1) of bits; labels (N, T, 1) are the targets themselves."""
+    bits = (normal(config.seed, Stream.DATA, 2, (config.train + config.test, config.steps)) > 0).float()
+    first, second = (_delayed(bits, delay, config.public) for delay in config.delays)
+    targets = 0.5 + 0.5 * first - 0.25 * second
+    images, labels, train = bits[:, None, :, None], targets[:, :, None], config.train
+    return (
+        Examples.whole(images[:train], labels[:train], 1, "add-train"),
+        Examples.whole(images[train:], labels[train:], 1, "add-test"),
+    )
+
+
+def _delayed(bits: torch.Tensor, delay: int, public: bool) -> torch.Tensor:
+    """(N, T) as it was ``delay`` steps before, 0 before the first step; ``public`` zeroes examples instead."""
+    moved = bits.roll(delay, 1)
+    (moved if public else moved.T)[:delay] = 0
+    return moved

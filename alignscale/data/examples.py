@@ -1,24 +1,123 @@
-"""Examples held in memory, and the stream of batches from them."""
+"""Splits of a data set, in memory or not, and the stream of batches from them."""
 
+import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from alignscale.choices import DataConfig
-from alignscale.data.plan import Plan, even_batches
+from alignscale.data.plan import Layout, Plan, even_batches
 from alignscale.data.views import Moves, moved
 from alignscale.loss import Loss
 from alignscale.types import Batch
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of the red, green and blue of ImageNet's images, as everyone rounds them."""
+
+
+class Wanted(NamedTuple):
+    """A batch that is asked for, or this rank's part of one: the places of its examples, and what it is told.
+
+    size: examples in the whole batch, on all ranks.
+    """
+
+    places: Tensor
+    step: int
+    size: int
+    view: int = 0
+
+
+class Split(ABC):
+    """A split of a data set: its examples in key order, held in memory or read when a batch is asked for.
+
+    labels: (N,) int64. skipped: files that were left out when the data set was made. An example's place is that in the
+    split; its key is ``shard/row``.
+    """
+
+    labels: Tensor
+    classes: int
+    skipped: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of one example: (C, H, W)."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Number and checksum of the examples: equal when two runs saw the same data."""
+
+    @property
+    @abstractmethod
+    def checksums(self) -> Tensor:
+        """Of each example, (N,) int64: equal when it is the same."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout | None:
+        """How the examples lie, for the plan."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """What pixels are divided by to be in [0, 1]."""
+
+    @property
+    @abstractmethod
+    def lost(self) -> frozenset[str]:
+        """The keys of the examples that this process had to leave out of its batches so far."""
+
+    @property
+    @abstractmethod
+    def shards(self) -> list[tuple[str, int]]:
+        """Name of each shard, and how many examples of the split are in it, in key order."""
+
+    @abstractmethod
+    def keys(self, places: Tensor) -> list[str]:
+        """``shard/row`` of the examples at ``places``."""
+
+    @abstractmethod
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel, pixels in [0, 1]: (C,) float64."""
+
+    @abstractmethod
+    def part(self, places: Tensor, counted: bool = True) -> "Split":
+        """The examples at ``places``, which keep their keys; counted: with those that were skipped."""
+
+    @abstractmethod
+    def batches(self, wanted: Iterable[Wanted], encoding: "Encoding") -> Generator[Batch, None, None]:
+        """The batches that are asked for, in their order; ``wanted`` may be read ahead.
+
+        An example that is damaged, and may be, is missing from its batch. Raises DataError for any other. What is
+        broken off has to be closed, which ends what reads ahead.
+        """
+
+    def of_shard(self, name: str, encoding: "Encoding", view: int = 0, most: int = 120) -> Generator[Batch, None, None]:
+        """All examples of a shard in row order, in ``view``, in batches of at most ``most``."""
+        names = [shard for shard, _ in self.shards]
+        bounds = [0, *itertools.accumulate(count for _, count in self.shards)]
+        first, last = bounds[names.index(name) :][:2]
+        parts = [torch.arange(first + part.start, first + part.stop) for part in even_batches(last - first, most)]
+        return self.batches((Wanted(places, 0, len(places), view) for places in parts), encoding)
+
 
 @dataclass(frozen=True)
-class Examples:
+class Examples(Split):
     """A split of a data set, in key order.
 
-    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64. shard, rows: the file or
+    images: (N, C, H, W), uint8, or float32 in [0, 1] or standardised. labels: (N,) int64, or targets
+    (N, T, outputs). shard, rows: the file or
     part of the data set that an example is in, and its place (N,) there; with them its key is ``shard/row``.
     skipped: files that were left out.
     """
@@ -35,12 +134,10 @@ class Examples:
         """All examples of a shard, in its order."""
         return cls(images, labels, classes, shard, torch.arange(len(labels)))
 
-    def part(self, places: Tensor) -> "Examples":
+    def part(self, places: Tensor, counted: bool = True) -> "Examples":
         """The examples at ``places``, which keep their keys."""
-        return replace(self, images=self.images[places], labels=self.labels[places], rows=self.rows[places])
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        images, labels, rows = (values[places] for values in (self.images, self.labels, self.rows))
+        return replace(self, images=images, labels=labels, rows=rows, skipped=self.skipped if counted else 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,8 +145,8 @@ class Examples:
         return tuple(self.images.shape[1:])
 
     @property
-    def sums(self) -> Tensor:
-        """CRC-32 of each example's image, as it is stored, (N,) int64."""
+    def checksums(self) -> Tensor:
+        """CRC-32 of each image, as it is stored."""
         images = self.images.contiguous().numpy()
         return torch.tensor([zlib.crc32(image.data) for image in images], dtype=torch.int64)
 
@@ -58,6 +155,41 @@ class Examples:
         """Number and CRC-32 of the examples: equal when two runs saw the same data."""
         sums = [zlib.crc32(part.contiguous().numpy().data) for part in (self.images, self.labels, self.rows)]
         return f"{len(self)}-" + "".join(f"{one:08x}" for one in sums)
+
+    @property
+    def layout(self) -> None:
+        """They can be had in any order."""
+
+    @property
+    def scale(self) -> float:
+        """255 for bytes."""
+        return pixel_scale(self.images)
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """None: what is in memory is whole."""
+        return frozenset()
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """The one."""
+        return [(self.shard, len(self))]
+
+    def keys(self, places: Tensor) -> list[str]:
+        """``shard/row``."""
+        return [f"{self.shard}/{row}" for row in self.rows[places].tolist()]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Of all examples."""
+        return moments(self.images)
+
+    def batches(self, wanted: Iterable[Wanted], encoding: "Encoding") -> Generator[Batch, None, None]:
+        """One by one, when they are asked for."""
+        for one in wanted:
+            images = self.images[one.places]
+            if one.view and encoding.moves:
+                images = moved(images, *encoding.moves.of(self.rows, one.view, one.places))
+            yield encoding.encoded(self, images, one)
 
 
 class DataError(RuntimeError):
@@ -78,12 +210,18 @@ class Encoding:
     affine: tuple[Tensor, Tensor] | None = None
     moves: Moves | None = None
 
-    def of(self, data: DataConfig, train: Examples) -> "Encoding":
+    def of(self, data: DataConfig, train: Split) -> "Encoding":
         """As ``data`` asks, with the moments of the training examples."""
-        channels, scale = train.images.shape[1], pixel_scale(train.images)
-        mean, std = moments(train.images) if data.normalisation == "channel" else (torch.zeros(channels), 1.0)
+        channels, scale = train.shape[0], train.scale
+        mean, std = torch.zeros(channels), torch.ones((), dtype=torch.float64)
+        if data.normalisation == "channel":
+            mean, std = train.moments()
+        elif data.normalisation == "imagenet":
+            mean, std = (
+                value if channels == 3 else value.mean() for value in torch.tensor(IMAGENET, dtype=torch.double)
+            )
         affine = None
-        if scale != 1.0 or data.normalisation == "channel":
+        if scale != 1.0 or data.normalisation != "none":
             gain = torch.ones(channels, dtype=torch.float64) / std
             first, second = (x.view(-1, 1, 1).to(self.device, self.master) for x in (gain / scale, -mean * gain))
             affine = (first, second)
@@ -97,14 +235,18 @@ class Encoding:
             images = torch.addcmul(offset, images, gain)
         return images.to(self.dtype)
 
-    def batch(self, examples: Examples, places: Tensor, step: int, size: int = 0, view: int = 0) -> Batch:
+    def batch(self, split: Split, places: Tensor, step: int, size: int = 0, view: int = 0) -> Batch:
         """The examples at ``places`` as a batch, or as a part of one of ``size`` examples, in ``view``."""
-        images, rows = examples.images[places], examples.rows[places].tolist()
-        if view and self.moves:
-            images = moved(images, *self.moves.of(examples.rows, view, places))
-        targets = self.loss.targets(examples.labels[places].to(self.device), examples.classes, self.master)
-        keys = [f"{examples.shard}/{row}" for row in rows]
-        return Batch(self.images(images), targets, keys, size or len(places), step, view)
+        (batch,) = split.batches([Wanted(places, step, size or len(places), view)], self)
+        return batch
+
+    def encoded(self, split: Split, images: Tensor, wanted: Wanted) -> Batch:
+        """Stored images (B, C, H, W) of the examples that are wanted, as the network reads them."""
+        labels = split.labels[wanted.places].to(self.device)
+        known = labels.is_floating_point()
+        targets = labels.to(self.master) if known else self.loss.targets(labels, split.classes, self.master)
+        keys = split.keys(wanted.places)
+        return Batch(self.images(images), targets, keys, wanted.size, wanted.step, wanted.view)
 
 
 def pixel_scale(images: Tensor) -> float:
@@ -126,15 +268,26 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stream(
-    examples: Examples, plan: Plan, encoding: Encoding, start: int, stop: int, parts: int = 1, views: int = 1,
+    split: Split, plan: Plan, encoding: Encoding, start: int, stop: int, parts: int = 1, views: int = 1,
     share: Callable[[int], slice] = slice,
-) -> Iterator[tuple[int, list[Batch]]]:  # fmt: skip
+) -> Generator[tuple[int, list[Batch]], None, None]:  # fmt: skip
     """Updates from ``start`` to before ``stop`` in the plan's order, each with its batch in ``parts`` or fewer.
 
-    share: of so many examples of a part, those that are this rank's; by default all.
+    views: epoch t has view t mod ``views``; 0: t + 1. share: of so many examples of a part, those that are this rank's;
+    by default all.
     """
-    for step, places in plan.batches(start, stop):
-        view = step // plan.steps_per_epoch % views
-        bounds = even_batches(len(places), -(-len(places) // parts))
-        own = [places[part] for part in bounds]
-        yield step, [encoding.batch(examples, one[share(len(one))], step, len(places), view) for one in own]
+    counts: deque[int] = deque()  # of parts, of the steps that are asked for and not given yet
+
+    def wanted() -> Iterator[Wanted]:
+        for step, places in plan.batches(start, stop):
+            epoch = step // plan.steps_per_epoch
+            bounds = even_batches(len(places), -(-len(places) // parts))
+            counts.append(len(bounds))
+            for part in bounds:
+                own = places[part][share(part.stop - part.start)]
+                yield Wanted(own, step, len(places), epoch % views if views else epoch + 1)
+
+    with closing(split.batches(wanted(), encoding)) as found:
+        for batch in found:
+            more = itertools.islice(found, counts.popleft() - 1)
+            yield batch.step, [batch, *more]

@@ -34,6 +34,14 @@ def datasets() -> ModuleType:
     return _imported()
 
 
+def transforms() -> ModuleType:
+    """``torchvision.transforms.v2``. Raises ConfigError where torchvision is not installed."""
+    datasets()
+    from torchvision.transforms import v2  # slow to import, and only who names a transform needs it
+
+    return v2
+
+
 def _imported() -> ModuleType:
     from torchvision import datasets as found  # slow to import, and only its data sets need it
 

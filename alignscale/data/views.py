@@ -45,3 +45,41 @@ def moved(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tens
         piece = image[:, rows, columns]
         target[place, :, max(y, 0) : max(y, 0) + piece.shape[1], max(x, 0) : max(x, 0) + piece.shape[2]] = piece
     return result
+
+
+ATTEMPTS = 10
+"""Crops that are drawn for an image before its centre is taken, as torchvision's RandomResizedCrop does."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A part of an image, of ``scale`` of its area and 3/4 to 4/3 as wide as high, and with ``flip`` mirrored.
+
+    View 0 is the central square of ``centre`` of the shorter side.
+    """
+
+    scale: tuple[float, float]
+    flip: bool
+    centre: float
+
+    def of(self, places: Tensor, view: int) -> Tensor:
+        """Numbers in [0, 1), float64 (B, ATTEMPTS + 1, 4), by which ``box`` crops; places: of the whole data set."""
+        tries = torch.arange(ATTEMPTS + 1)
+        words = philox((places[:, None] * 16 + tries, view, 1, int(Stream.VIEW)), 0)
+        return torch.stack(words, -1).double() / 2**32
+
+    def box(self, draws: list[list[float]], height: int, width: int, view: int) -> tuple[int, int, int, int, bool]:
+        """Top, left, height, width and whether mirrored, of an image of these sizes."""
+        if view:
+            mirrored = self.flip and draws[ATTEMPTS][0] < 0.5
+            low, high = self.scale
+            for area, ratio, down, right in draws[:ATTEMPTS]:
+                area = height * width * (low + (high - low) * area)
+                ratio = (3 / 4) ** (1 - 2 * ratio)
+                wide, tall = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+                if 0 < wide <= width and 0 < tall <= height:
+                    return int(down * (height - tall + 1)), int(right * (width - wide + 1)), tall, wide, mirrored
+            tall, wide = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+            return (height - tall) // 2, (width - wide) // 2, tall, wide, mirrored
+        side = max(round(min(height, width) * self.centre), 1)
+        return (height - side) // 2, (width - side) // 2, side, side, False

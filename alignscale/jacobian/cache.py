@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignscale.config import TrainConfig, as_dict
-from alignscale.data.examples import Encoding, Examples
+from alignscale.data.examples import Encoding, Split
 from alignscale.environment import available_memory
 from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
@@ -40,7 +41,7 @@ class Cache:
     config: TrainConfig
     frozen: Frozen
     encoding: Encoding
-    train: Examples
+    train: Split
     inputs: bool
     mesh: Mesh
 
@@ -58,7 +59,10 @@ class Cache:
     @cached_property
     def wanted(self) -> Wanted:
         """Rows and checksums of the training examples, by shard."""
-        return {self.train.shard: (self.train.rows, self.train.sums)}
+        rows = torch.tensor([int(key.rpartition("/")[2]) for key in self.train.keys(torch.arange(len(self.train)))])
+        names, counts = zip(*self.train.shards, strict=True)
+        parts = zip(rows.split(counts), self.train.checksums.split(counts), strict=True)
+        return dict(zip(names, parts, strict=True))
 
     @cached_property
     def input_shapes(self) -> list[tuple[int, ...]]:
@@ -205,8 +209,17 @@ class Cache:
 
         def batches(shard: str, view: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
             rows, sums = self.wanted[shard]
-            for places in torch.arange(len(rows)).split(chunk):
-                yield self.encoding.batch(self.train, places, 0, view=view), rows[places], sums[places]
+            start = 0
+            with closing(self.train.of_shard(shard, self.encoding, view, chunk)) as found:
+                for batch in found:
+                    own = slice(start, start + len(batch.keys))
+                    if [int(key.rpartition("/")[2]) for key in batch.keys] != rows[own].tolist():
+                        raise CacheError(
+                            f"{shard}: expected all of its {len(rows)} examples for the cache, found damaged ones that "
+                            f"were left out, near {batch.keys[0]}; mend the shard, or use jacobian=live"
+                        )
+                    yield batch, rows[own], sums[own]
+                    start = own.stop
 
         return batches
 

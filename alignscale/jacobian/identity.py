@@ -21,6 +21,8 @@ from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form
 
 FORMAT = 1
+TRANSFORM = ("shift", "flip", "size", "resize", "scale", "channels", "transform")
+"""Options of the data that change an example's pixels."""
 MANIFEST, NORMS = "manifest.json", "norms.safetensors"
 COMMAND = "python tools/cache_jacobian.py with the same options"
 
@@ -55,11 +57,12 @@ def identity(config: TrainConfig, fingerprint: str, encoding: Encoding, shapes: 
 
     shapes: of the net's layers and sites, for who reads the manifest.
     """
+    data = as_dict(config.data)
     affine = [part.flatten().tolist() for part in encoding.affine] if encoding.affine else None
     return {
         "format": FORMAT, "fingerprint": fingerprint, "seed": config.seed, "net": as_dict(config.net), **shapes,
         "precision": config.precision,
-        "transform": {"affine": affine, "shift": config.data.shift, "flip": config.data.flip},
+        "transform": {"affine": affine, **{name: data[name] for name in TRANSFORM if name in data}},
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 It stands alone because what is wrong with a cache must be an error here: never wrong training.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +77,7 @@ class Store:
         pinned = tier == "host" and self.device.type == "cuda"
         return torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=where, pin_memory=pinned)
 
-    def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Iterator[tuple[int, list[Batch]]]:
+    def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Generator[tuple[int, list[Batch]], None, None]:
         """The same batches with what the cache holds of them, which a thread fetches while another step is made."""
         with ThreadPoolExecutor(1) as pool:
             waiting: tuple[int, list[Batch], Future[list[Rows]]] | None = None

@@ -18,53 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _report.drawing import drawing, legend, numbers, panels
+from _report.over import alignment_over_width, measured, movement_over_width, over_option
 from _report.series import Series, Spread, series_of, significant, spread, widths
-from _report.theme import LIGHT, LOOKS, SENTINELS, Look, Palette, looks
+from _report.theme import LIGHT, LOOKS, SENTINELS, Palette, looks
 from alignscale.files import write_atomic
 from alignscale.results import Result, Run, diverged, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 STYLE = Path(__file__).with_name("report.mplstyle")
-
-
-def _panels(figure: Figure, runs: Sequence[Run], row: float, left: float, label: str = "") -> list[Axes]:
-    """A panel for each width, at most three abreast; a row's height and the left margin are in inches."""
-    found = widths(runs)
-    columns = {1: 1, 2: 2, 4: 2}.get(len(found), 3)
-    rows = math.ceil(len(found) / columns)
-    panel = {1: max(2.0, 4.4 - left), 2: 3.5, 3: 2.5}[columns]
-    figure.set_size_inches(columns * panel + left, rows * row + 0.35)
-    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for empty in axes[len(found) :]:
-        empty.remove()
-    for place, width in enumerate(found):
-        axes[place].set(title=f"width {width}", ylabel="" if place % columns else label)
-    return axes[: len(found)]
-
-
-def _legend(figure: Figure, handles: dict[str, Line2D]) -> None:
-    """A legend below the panels, in as many columns as the figure has room for, which grows by its height."""
-    for columns in (3, 2, 1) if len(handles) > 1 else ():
-        legend = figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
-        size = legend.get_window_extent()
-        if columns == 1 or size.width < figure.bbox.width:
-            figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
-            break
-        legend.remove()
-
-
-def _drawing(look: Look, palette: Palette) -> dict[str, Any]:
-    edge = {"markeredgecolor": palette["paper"], "markeredgewidth": 0.6}
-    return {"color": palette[look.color], "marker": look.marker, "linestyle": look.dash, **edge}
-
-
-def _numbers(spreads: Sequence[Spread]) -> tuple[list[float], list[float]]:
-    """Means and standard deviations; NaN, which is not drawn, for a mean that does not exist."""
-    return [math.nan if one.mean is None else one.mean for one in spreads], [one.std or 0.0 for one in spreads]
 
 
 def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -> None:
@@ -79,10 +44,10 @@ def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -
     for place, (line, look) in enumerate(lines.items()):
         if gaps and line.base is None:
             continue
-        mean, std = _numbers([(line.gap if gaps else line.accuracy)(width) for width in found])
+        mean, std = numbers([(line.gap if gaps else line.accuracy)(width) for width in found])
         bars: dict[str, Any] = {"yerr": std, "capsize": 2.5, "elinewidth": 1} if any(std) else {}
         aside = 2 ** (0.15 * room * ((place + 0.5) / len(lines) - 0.5)) if bars else 1.0  # or bars hide bars
-        handles[line.label] = axis.errorbar([aside * w for w in found], mean, **bars, **_drawing(look, palette))[0]
+        handles[line.label] = axis.errorbar([aside * w for w in found], mean, **bars, **drawing(look, palette))[0]
         # A run that diverged has no height: crosses at the foot of the figure see to it that it is not overlooked.
         for width in found:
             if any(diverged(run) for run in line.at(width)):
@@ -96,7 +61,7 @@ def _over_width(figure: Figure, data: Result, palette: Palette, *, gaps: bool) -
     axis.set_xticks(found, [str(width) for width in found])
     axis.minorticks_off()
     axis.set(xlabel="width (log scale)", ylabel="gap to backprop (% points)" if gaps else "test accuracy (%)")
-    _legend(figure, handles)
+    legend(figure, handles)
 
 
 def _finished(runs: Sequence[Run]) -> Sequence[Run]:
@@ -114,7 +79,7 @@ def _history(own: Sequence[Run], key: str) -> tuple[list[float], list[float], li
             if value is not None:
                 points.setdefault(point["epoch"], []).append(scale * value)
     epochs = sorted(points)
-    return epochs, *_numbers([spread(points[epoch]) for epoch in epochs])
+    return epochs, *numbers([spread(points[epoch]) for epoch in epochs])
 
 
 def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: str) -> None:
@@ -122,7 +87,7 @@ def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: 
     from matplotlib.ticker import MaxNLocator
 
     runs, handles = data["runs"], {}
-    axes = _panels(figure, runs, row=2.3, left=0.5, label=label)
+    axes = panels(figure, runs, row=2.3, left=0.5, label=label)
     for axis, width in zip(axes, widths(runs), strict=True):
         if key == "update_cosine":
             handles["backprop"] = axis.axhline(1, color=palette["ink"], linestyle=LOOKS["backprop"].dash, zorder=1)
@@ -134,11 +99,11 @@ def _curves(figure: Figure, data: Result, palette: Palette, *, key: str, label: 
                 low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
                 axis.fill_between(epochs, low, high, color=palette[look.color], alpha=0.14, linewidth=0)
             every = max(1, math.ceil(len(epochs) / 12))
-            handles[line.label] = axis.plot(epochs, mean, markevery=every, **_drawing(look, palette))[0]
+            handles[line.label] = axis.plot(epochs, mean, markevery=every, **drawing(look, palette))[0]
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     _share_range(axes, runs, key)
-    _legend(figure, handles)
+    legend(figure, handles)
 
 
 def _share_range(axes: Sequence[Axes], runs: Sequence[Run], key: str) -> None:
@@ -171,7 +136,7 @@ def _step_time(figure: Figure, data: Result, palette: Palette) -> None:
     """Time per step as bars: a panel a width, its milliseconds and its ratio to backprop written beside each bar."""
     runs = data["runs"]
     chosen = looks(series_of(runs))
-    axes = _panels(figure, runs, row=0.55 + 0.23 * len(chosen), left=0.065 * max(len(line.label) for line in chosen))
+    axes = panels(figure, runs, row=0.55 + 0.23 * len(chosen), left=0.065 * max(len(line.label) for line in chosen))
     for axis, width in zip(axes, widths(runs), strict=True):
         longest = max(line.step_milliseconds(width).mean or 0.0 for line in chosen) or 1.0
         for place, (line, look) in enumerate(chosen.items()):
@@ -214,6 +179,12 @@ def _curve_plot(title: str, caption: str, key: str, label: str, values: int = 1)
     return Plot(title, caption, partial(_has, key=key, values=values), partial(_curves, key=key, label=label))
 
 
+def _has_cosines(data: Result) -> bool:
+    """Whether a rule has cosines of its own: backprop's are 1, and make no figure of a comparison."""
+    others = [run for run in data["runs"] if run["rule"] != "backprop" or len(data["runs"]) == 1]
+    return _has({**data, "runs": others}, "update_cosine", 1)
+
+
 PLOTS = {
     "accuracy_width": Plot(
         "Test accuracy over width", "Test accuracy at the end of training, for each rule and width.",
@@ -231,14 +202,33 @@ PLOTS = {
         "Validation accuracy in training", "Accuracy on the validation set after each epoch.",
         "validation_accuracy", "validation accuracy (%)",
     ),
+    "accuracy_option": Plot(
+        "Test accuracy over an option", "Test accuracy at the end of training over the option that was varied.",
+        lambda data: bool((data.get("experiment") or {}).get("option")), over_option,
+    ),
+    "alignment_width": Plot(
+        "Alignment over width",
+        "Score of the weights' change at the end, mean over hidden layers, and of both controls; 1 is full alignment.",
+        partial(measured, key="alignment"), alignment_over_width,
+    ),
+    "alignment": _curve_plot(
+        "Alignment in training", "Score of the weights' change after each epoch, mean over hidden layers.",
+        "alignment", "alignment score", values=3,
+    ),
+    "movement_width": Plot(
+        "Movement over width",
+        "Relative change from the start to the end of training, mean over layers; of relu's gates the share that "
+        "opened or closed.",
+        partial(measured, key="input_change"), movement_over_width,
+    ),
     "train_loss": _curve_plot(
         "Training loss", "Mean loss over the training examples of each epoch.", "train_loss", "training loss"
     ),
     "test_loss": _curve_plot("Test loss", "Loss on the test set after each epoch.", "test_loss", "test loss"),
-    "update_cosine": _curve_plot(
+    "update_cosine": Plot(
         "Cosine of the update with backprop's",
         "Cosine between a rule's update and backprop's at the same weights, mean over layers; 1 is backprop.",
-        "update_cosine", "cosine",
+        _has_cosines, partial(_curves, key="update_cosine", label="cosine"),
     ),
     "learning_rate": _curve_plot(
         "Learning rate", "Learning rate at the end of each epoch; rules that share it lie on one another.",

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from _report import figures, series, theme
+from _report.claims import verdict
 from _report.series import Series, series_of, widths
 from alignscale.files import write_atomic
 from alignscale.results import Result, Run, diverged, finite, flatten
@@ -77,6 +78,7 @@ def write_report(data: Result, path: Path, json_name: str = "result.json") -> No
         seconds=sum(finite(run.get("seconds")) or 0.0 for run in runs),
         skipped=max(run.get("skipped") or 0 for run in runs),
         text=text_table(data),
+        verdict=verdict(data),
         values={name: len({line.options[name] for line in lines}) for name in lines[0].options},
     )
     write_atomic(path, page.encode())

@@ -1,0 +1,59 @@
+"""What training on ImageNet would cost: python launch/cost.py experiment=imagenet_modern.
+
+FLOPs are counted layer by layer from the network that the options describe; nothing is read and nothing is trained.
+"""
+
+import math
+
+import torch
+from _hydra import entry
+
+from alignscale.choices import StreamedConfig
+from alignscale.config import TrainConfig
+from alignscale.nets import build
+from alignscale.nets.layers import Conv
+
+IMAGES, CLASSES = 1_281_167, 1000
+"""ImageNet's training set."""
+PASSES = {"align_ada": 4, "align_zero": 4, "readout_only": 1}
+"""Forward passes that a step costs: 3 (forward, pullback, weight gradients), or 4 with those of the initial network."""
+PEAK = {"fp32": 66.9e12, "fp16": 989e12, "bf16": 989e12, "fp64": 66.9e12}
+"""Dense FLOP/s of an H100 SXM, from its data sheet."""
+UTILISATION = 0.4
+"""Of the peak: an assumption, to be replaced by a measurement."""
+
+
+def forward_flops(config: TrainConfig, size: int, channels: int) -> int:
+    """Of one image: two for each multiplication and addition of a layer."""
+    with torch.device("meta"):
+        net = build(config.net, (channels, size, size), CLASSES, 1)
+    maps = [math.prod(layer.outputs[1:]) if isinstance(layer, Conv) else 1 for layer in net.layers]
+    return sum(2 * math.prod(layer.shape) * count for layer, count in zip(net.layers, maps, strict=True))
+
+
+def cost(config: TrainConfig) -> dict[str, float]:
+    """FLOPs an image and in all, images a second that keep one GPU busy, hours on 1 and on 8."""
+    size = config.data.size if isinstance(config.data, StreamedConfig) else 224
+    forward = forward_flops(config, size, 3)
+    step = forward * PASSES.get(config.rule.name, 3)
+    total = step * IMAGES * config.epochs
+    rate = UTILISATION * PEAK[config.precision] / step
+    hours = IMAGES * config.epochs / rate / 3600
+    return {"forward": forward, "step": step, "total": total, "rate": rate, "hours_1": hours, "hours_8": hours / 8}
+
+
+@entry("train")
+def main(config: TrainConfig) -> None:
+    """Print the cost as a row of a table."""
+    found = cost(config)
+    print("| run | GFLOP forward | GFLOP a step | EFLOP in all | images/s, 1 GPU | 8 GPUs | hours, 1 GPU | 8 GPUs |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(
+        f"| {config.name}, {config.rule.name}, {config.precision} | {found['forward'] / 1e9:.2f} "
+        f"| {found['step'] / 1e9:.1f} | {found['total'] / 1e18:.1f} | {found['rate']:.0f} | {8 * found['rate']:.0f} "
+        f"| {found['hours_1']:.1f} | {found['hours_8']:.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Claims about what training on ImageNet is said to cost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("experiment", ["imagenet_conv7_w512", "imagenet_modern"])
+def test_the_table_of_the_page_is_what_the_command_prints(experiment: str) -> None:
+    """By hand for 224 pixels: 2 x 512 x (27 x 56^2 + 4608 x (2 x 28^2 + 2 x 14^2 + 2 x 7^2) + 1000) = 9.80 GFLOP."""
+    done = subprocess.run(
+        [sys.executable, "launch/cost.py", f"experiment={experiment}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    row = done.stdout.splitlines()[-1]
+    assert row in (ROOT / "docs/streaming.md").read_text().splitlines()
+    by_hand = 2 * 512 * (27 * 56**2 + 4608 * 2 * (28**2 + 14**2 + 7**2) + 1000) / 1e9
+    assert experiment == "imagenet_modern" or f"| {by_hand:.2f} |" in row

@@ -1,0 +1,303 @@
+import io
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import make_shards
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+from stream_cases import encoded, jpeg, photograph, server
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from alignscale.choices import DATA, WebDatasetConfig
+from alignscale.data import load
+from alignscale.data.manifest import Manifest
+
+TOOL = Path(__file__).parents[1] / "tools/make_shards.py"
+CLASSES = ["-z", "a..b.c", 'café "x"', "n01440764"]
+
+
+def content(number: int) -> bytes:
+    image = photograph(number)
+    match number:
+        case 4:
+            return encoded(image.convert("CMYK"))
+        case 5:
+            return encoded(image.convert("L"))
+        case 6:
+            return encoded(image, "PNG")
+        case 7:
+            exif = image.getexif()
+            exif[274] = 6  # lying on its side
+            return encoded(image, exif=exif)
+    return jpeg(number)
+
+
+def plant(root: Path, train: int = 44, val: int = 9) -> Path:
+    """ImageNet's layout: photographs, some in unusual forms, in classes with odd names."""
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            path = root / split / CLASSES[number % 4] / f"{number:03}.v1.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content(number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plant(tmp_path_factory.mktemp("tree"))
+
+
+def made(root: Path, out: Path, *options: str, status: int = 0) -> dict[str, bytes]:
+    """The shards and manifests that the command leaves."""
+    command = ["--root", str(root), "--out", str(out), "--shard-size", "10", "--quiet", "--workers", "2", *options]
+    assert make_shards.main(command) == status
+    return contents(out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file() and path.stat().st_size}
+
+
+def refused(capsys: pytest.CaptureFixture[str], root: Path, out: Path, *options: str) -> str:
+    made(root, out, *options, status=2)
+    return capsys.readouterr().err
+
+
+def test_every_image_is_in_one_shard_with_its_bytes_untouched_and_its_label(tree: Path, tmp_path: Path) -> None:
+    made(tree, tmp_path)
+    found: Counter[tuple[int, bytes]] = Counter()
+    for path in tmp_path.glob("train-*.tar"):
+        with path.open("rb") as file:  # by webdataset's own reading
+            for sample in group_by_keys(tar_file_expander([{"stream": file, "url": path.name}])):
+                found[int(sample["cls"]), sample.get("jpg") or sample["png"]] += 1
+    assert found == Counter((number % 4, content(number)) for number in range(44))
+
+
+def test_the_manifest_tells_offset_length_and_checksum_of_each_image(tree: Path, tmp_path: Path) -> None:
+    made(tree, tmp_path)
+    manifest = Manifest.read(str(tmp_path / "train.manifest.json"))
+    assert (list(manifest.classes), len(manifest), [shard.count for shard in manifest.shards]) == (
+        CLASSES, 44, [8, 9, 9, 9, 9],
+    )  # fmt: skip
+    for place in range(44):
+        shard = manifest.shards[int(np.searchsorted(manifest.starts, place, side="right")) - 1]
+        with tarfile.open(tmp_path / shard.file) as tar:
+            member = next(
+                one for one in tar if one.name.startswith(manifest.samples.key(place)) and "cls" not in one.name
+            )
+            file = tar.extractfile(member)
+            assert file is not None
+            inside = file.read()
+        assert (member.offset_data, member.size) == (manifest.samples.offsets[place], manifest.samples.lengths[place])
+        assert zlib.crc32(inside) == manifest.samples.crcs[place]
+
+
+def test_training_reads_what_was_made(tree: Path, tmp_path: Path) -> None:
+    made(tree, tmp_path)
+    urls = {"urls": f"{tmp_path}/train-{{000000..000004}}.tar", "test_urls": f"{tmp_path}/val-000000.tar"}
+    splits = load(WebDatasetConfig(**urls, size=24, resize=28))  # type: ignore[arg-type]
+    assert {name: len(split) for name, split in splits.items()} == {"train": 44, "test": 9}
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tree: Path, tmp_path: Path) -> None:
+    assert made(tree, tmp_path / "a", "--workers", "0") == made(tree, tmp_path / "b", "--workers", "3")
+
+
+def test_another_seed_mixes_the_images_in_another_way(tree: Path, tmp_path: Path) -> None:
+    first, second = made(tree, tmp_path / "a"), made(tree, tmp_path / "b", "--seed", "1")
+    assert first["train-000000.tar"] != second["train-000000.tar"]
+
+
+def test_a_killed_command_goes_on_with_whole_shards_kept_and_ends_with_the_same_bytes(
+    tree: Path, tmp_path: Path
+) -> None:
+    want, out = made(tree, tmp_path / "want", "--shard-size", "1", "--resize", "30"), tmp_path / "out"
+    command = ["--root", str(tree), "--out", str(out), "--shard-size", "1", "--resize", "30", "--quiet"]
+    with subprocess.Popen([sys.executable, str(TOOL), *command, "--workers", "1"]) as process:
+        while len(list((out / ".make_shards").glob("train-*.json"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    kept = sorted((out / ".make_shards").glob("train-*.json"))[0].stat().st_mtime_ns
+    (out / ".train-000040.tar.partial").write_bytes(b"half")
+    (out / "train-000001.tar").write_bytes(b"damaged")
+    assert made(tree, out, "--shard-size", "1", "--resize", "30") == want
+    assert sorted((out / ".make_shards").glob("train-*.json"))[0].stat().st_mtime_ns == kept
+
+
+def test_output_of_other_settings_is_refused_with_the_difference(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = made(tree, tmp_path)
+    assert "settings.quality: 0 -> 80" in refused(capsys, tree, tmp_path, "--quality", "80")
+    assert contents(tmp_path) == before
+
+
+def test_shards_of_unknown_origin_are_not_written_over(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train-7.tar").write_bytes(b"someone's")
+    assert "of other origin" in refused(capsys, tree, tmp_path)
+    assert (tmp_path / "train-7.tar").read_bytes() == b"someone's"
+
+
+@pytest.mark.parametrize(("name", "bad"), [("notes.txt", b"some text"), ("cut.JPEG", jpeg(0)[:-200]), ("no.JPEG", b"")])
+def test_what_is_no_image_is_refused_by_name_or_left_out_and_counted(
+    name: str, bad: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = plant(tmp_path / "tree", 12, 4)
+    (root / "train/n01440764" / name).write_bytes(bad)
+    assert f"n01440764/{name}: expected an image" in refused(capsys, root, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.partial")) + list((tmp_path / "out").glob("*.json"))
+    made(root, tmp_path / "skipped", "--skip")
+    said = capsys.readouterr().out
+    assert f"left out: n01440764/{name}" in said
+    assert "train: 1 files left out, 12 images" in said
+
+
+def test_resizing_makes_jpegs_of_that_shorter_side_and_never_enlarges(tree: Path, tmp_path: Path) -> None:
+    made(tree, tmp_path, "--resize", "50", "--quality", "70")
+    short, before = [], [min(min(photograph(number).size), 50) for number in range(44)]
+    for path in tmp_path.glob("train-*.tar"):
+        with tarfile.open(path) as tar:
+            files = (tar.extractfile(one) for one in tar if not one.name.endswith(".cls"))
+            short += [min(simplejpeg.decode_jpeg_header(file.read())[:2]) for file in files if file]
+    assert sorted(short) == sorted(before)
+
+
+def test_classes_that_differ_between_splits_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = plant(tmp_path / "tree", 8, 8)
+    (root / "val/n01440764").rename(root / "val/n0")
+    assert "n0, n01440764" in refused(capsys, root, tmp_path / "out")
+
+
+def test_digits_go_in_without_loss(tmp_path: Path) -> None:
+    made(tmp_path, tmp_path / "out", "--source", "digits", "--shard-size", "400")
+    digits = load(DATA["digits"])["train"]
+    manifest = Manifest.read(str(tmp_path / "out/train.manifest.json"))
+    found: Counter[tuple[bytes, int]] = Counter()
+    for shard, start in zip(manifest.shards, manifest.starts, strict=False):
+        whole = (tmp_path / "out" / shard.file).read_bytes()
+        for place in range(start, start + shard.count):
+            begin = int(manifest.samples.offsets[place])
+            image = Image.open(io.BytesIO(whole[begin : begin + int(manifest.samples.lengths[place])]))
+            found[(np.asarray(image).tobytes(), int(manifest.samples.labels[place]))] += 1
+    images = np.rint(digits.images.numpy() * 255).astype(np.uint8)  # type: ignore[attr-defined]
+    assert found == Counter((image.tobytes(), int(label)) for image, label in zip(images, digits.labels, strict=True))
+
+
+def load_config(name: str):
+    from alignscale.choices import DATA
+
+    return DATA[name]
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_the_command_goes_on(tree: Path, tmp_path: Path) -> None:
+    def limited() -> None:  # files of more than 20 kB cannot be written, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    command = [sys.executable, str(TOOL), "--root", str(tree), "--out", str(tmp_path), "--shard-size", "10", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, check=False)
+    assert (done.returncode, "nothing half written is left" in done.stderr) == (2, True)
+    assert list(tmp_path.glob("*.tar")) + list(tmp_path.glob(".*.partial")) == []
+    assert "val.manifest.json" in made(tree, tmp_path)
+
+
+# ---- shards of someone else ------------------------------------------------------------------------------------------
+
+
+def foreign(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, value in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(value)
+            tar.addfile(member, io.BytesIO(value))
+    return path
+
+
+def indexed(url: Path | str, *options: str, status: int = 0) -> None:
+    assert make_shards.main(["--index", str(url), "--quiet", "--workers", "0", *options]) == status
+
+
+def test_the_index_of_our_own_shards_is_the_manifest_that_was_written_with_them(tree: Path, tmp_path: Path) -> None:
+    made(tree, tmp_path / "out")
+    (tmp_path / "names").write_text("\n".join(CLASSES))
+    pattern = f"{tmp_path}/out/train-{{000000..000004}}.tar"
+    indexed(pattern, "--out", str(tmp_path / "again"), "--classes", str(tmp_path / "names"))
+    for name in ("train.manifest.json", "train.manifest.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_shards_behind_http_are_indexed(tree: Path, tmp_path: Path) -> None:
+    made(tree, tmp_path)
+    with server(tmp_path) as (host, faults):
+        faults.add("dropped", "train-000001", 1)
+        indexed(f"{host}/train-{{000000..000004}}.tar", "--out", str(tmp_path / "index"))
+    arrays = "train.manifest.safetensors"
+    assert (tmp_path / "index" / arrays).read_bytes() == (tmp_path / arrays).read_bytes()
+
+
+def test_names_that_climb_are_keys_and_no_paths(tmp_path: Path) -> None:
+    members = [("../../up/a.cls", b"1"), ("../../up/a.jpg", jpeg(0)), ("/b.jpg", jpeg(1)), ("/b.cls", b" 0\n")]
+    folder = tmp_path / "x/y"
+    folder.mkdir(parents=True)
+    indexed(foreign(folder / "s.tar", members))
+    manifest = Manifest.read(str(folder / "s.manifest.json"))
+    assert [manifest.samples.key(place) for place in range(2)] == ["../../up/a", "/b"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "s.manifest.json", "s.manifest.safetensors", "s.tar", "x", "y",
+    ]  # fmt: skip
+
+
+def case(*members: tuple[str, bytes]) -> list[tuple[str, bytes]]:
+    return [("ok.jpg", jpeg(0)), ("ok.cls", b"0"), *members]
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        (case(("a.jpg", b"x")), "key a: expected an image and a label (.cls), found no label"),
+        (case(("a.cls", b"1")), "found no image"),
+        (case(("a.jpg", b"x"), ("a.cls", b"-1")), "expected a whole number from 0 on as its label (.cls), found '-1'"),
+        (case(("ok.png", b"x")), "key ok: expected one image, found another one"),
+        (case(("a.jpg", b""), ("a.cls", b"1")), "key a: expected an image, found an empty file"),
+        ([("readme.txt", b"x")], "expected images and labels (.cls) in it, found none"),
+    ],
+)
+def test_what_is_wrong_in_a_shard_is_named_with_its_key(
+    members: list[tuple[str, bytes]], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    indexed(foreign(tmp_path / "s.tar", members), status=2)
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
+
+
+@pytest.mark.parametrize("length", [0, 700, 2000, 10240 - 9000])
+def test_a_shard_that_is_cut_short_is_refused(length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = foreign(tmp_path / "s.tar", case())
+    path.write_bytes(path.read_bytes()[:length])
+    indexed(path, status=2)
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_shard_that_is_not_there_is_named(workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    indexed(tmp_path / "no-{0..1}.tar", "--workers", workers, status=2)
+    assert f"{tmp_path}/no-0.tar: expected a readable shard, found: No such file" in capsys.readouterr().err
+
+
+def test_a_wrong_value_is_refused_with_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value, told in (("--splits", "tset", "train, val, test"), ("--quality", "101", "1 to 100")):
+        with pytest.raises(SystemExit):
+            make_shards.parse([option, value])
+        assert told in capsys.readouterr().err
