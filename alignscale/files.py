@@ -34,8 +34,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def staged(root: str) -> Path:
-    """Where to read ``root``: its copy on this machine's own disk, if the job that this process is in has made one."""
-    path = Path(root).expanduser()
+def staged(place: str | Path) -> Path:
+    """Where to read a file or folder: its copy on this machine's own disk, if the job of this process has made one."""
+    path = Path(place).expanduser()
     copies: dict[str, str] = json.loads(os.environ.get("ALIGNSCALE_STAGED", "{}"))
-    return Path(copies.get(str(path.resolve()), path))
+    whole = path.absolute()
+    return next((Path(copies[old], whole.relative_to(old)) for old in copies if whole.is_relative_to(old)), path)

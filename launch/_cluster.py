@@ -42,7 +42,7 @@ class ClusterConfig:
     which SLURM signals the run, which must be enough for a step and a checkpoint. ``concurrent``: jobs of a sweep
     that run at the same time. ``requeues``: how often one job starts again by itself. ``setup``: lines of shell
     before the run, such as ``module load cuda``. ``sbatch`` and ``srun``: any other parameters of theirs. ``stage``:
-    a folder on each node's own disk to which ``data.root`` is copied once a node. ``folder``: job scripts and what
+    a folder on each node's own disk to which the data's files are copied once a node. ``folder``: job scripts and what
     the ranks print. ``sweep``: the folder of a sweep's runs and report, by default below ``run.root``. An empty text
     leaves the choice to the site.
     """

@@ -1,15 +1,14 @@
 """What runs on the cluster: a small callable that submitit pickles, and ``train`` inside of it."""
 
 import atexit
-import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -17,13 +16,17 @@ from typing import NoReturn
 import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
+from alignscale.checkpoint import CheckpointError
+from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig
+from alignscale.data.examples import DataError
 from alignscale.distributed import LOST, Heart, RankError
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted
 from alignscale.run import Diverged
 
 WAITED = "another rank did not answer within engine.timeout"
+MEND = "; free space or mend it, then give the same command"
 PATIENCE = 60.0
 """Seconds that a rank leaves to SLURM, and to a rank that speaks, to end it."""
 
@@ -56,11 +59,12 @@ class Job:
             Heart.end = lambda status: self._end(failure, job, status, self._again(job, RankError(WAITED)))
         status = 1
         try:
-            from _report.series import summary  # torch and the rest, after the ranks are known
+            from _report.series import summary  # the rest, after the ranks are known
             from _runs import silent, train_and_report
+            from _stage import stage
 
             if self.stage:
-                stage(self.config, Path(self.stage), job.local_rank)
+                stage(self.config, Path(self.stage))
             show = print if job.global_rank == 0 else silent
             line = summary(train_and_report(self.config, show, self.command))
             show(line)
@@ -75,11 +79,10 @@ class Job:
         except Diverged as problem:
             status, error = 3, problem
         except Exception as problem:
-            status = 2 if type(problem).__name__ in ("ConfigError", "DataError", "CheckpointError") else 1
-            error = problem
-            if status == 1:
-                import traceback
-
+            status, error = 2 if isinstance(problem, (ConfigError, DataError, CheckpointError)) else 1, problem
+            if isinstance(problem, OSError):
+                error = OSError(f"a file could not be read or written: {problem}{MEND}")
+            elif status == 1:
                 traceback.print_exc()
         self._end(failure, job, status, error)
 
@@ -119,25 +122,3 @@ class Job:
 def failure_file(folder: Path, job_id: str, rank: int) -> Path:
     """Where a rank of a job leaves why it ended."""
     return Path(folder) / f"{job_id}_{rank}_failed.json"
-
-
-def stage(config: TrainConfig, local: Path, rank: int) -> None:
-    """Copy ``data.root`` below ``local``, once on each node, and have this process read it from there.
-
-    The run stays the same run: its configuration names the shared folder.
-    """
-    root = getattr(config.data, "root", None)
-    if root is None:
-        return
-    source = Path(root).expanduser().resolve()
-    target = local.expanduser() / "alignscale" / str(source).strip("/").replace("/", "-")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first rank of a node copies, the others wait for it
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
-            partial.rename(target)
-            print(f"staged {source} to {target}", file=sys.stderr, flush=True)
-    os.environ["ALIGNSCALE_STAGED"] = json.dumps({str(source): str(target)})

@@ -28,12 +28,12 @@ SABOTAGE = """
 import os
 if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "1":
     from alignscale.data.examples import DataError, Encoding
-    batch = Encoding.batch
-    def bad(self, examples, places, step, *rest):
-        if step == 9:
+    encoded = Encoding.encoded
+    def bad(self, split, images, one):
+        if one.step == 9:
             raise DataError("shard-7.tar: key 0042: expected a JPEG, found text")
-        return batch(self, examples, places, step, *rest)
-    Encoding.batch = bad
+        return encoded(self, split, images, one)
+    Encoding.encoded = bad
 """
 
 

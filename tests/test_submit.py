@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,41 @@ def test_a_failed_job_ends_with_its_status_and_a_sweep_reports_the_others(tmp_pa
     assert [one["diverged_at"] is None for one in runs] == [True, False]
 
 
-def test_data_are_copied_to_a_nodes_own_disk_and_read_from_there(tmp_path: Path) -> None:
-    write_image_folder(tmp_path / "shared")
-    data = ["data=imagefolder", f"data.root={tmp_path / 'shared'}", "data.size=8", "batch_size=4"]
-    options = ["cluster=local", *data, f"cluster.stage={tmp_path / 'own'}"]
-    assert submit(tmp_path / "first", *options).returncode == 0
+def shards(folder: Path) -> list[str]:
+    made = run("tools/make_shards.py", "--source", "digits", "--splits", "train,test", "--out", str(folder), "--quiet")
+    assert made.returncode == 0, made.stderr
+    names = {split: sorted(path.name for path in folder.glob(f"{split}*.tar")) for split in ("train", "test")}
+    assert min(map(len, names.values())) == 1
+    options = ["data=webdataset", "data.channels=1", "data.size=8", "data.workers=0"]
+    return [*options, f"data.urls={folder / names['train'][0]}", f"data.test_urls={folder / names['test'][0]}"]
+
+
+def images(folder: Path) -> list[str]:
+    write_image_folder(folder)
+    return ["data=imagefolder", f"data.root={folder}", "data.size=8", "batch_size=4"]
+
+
+@pytest.mark.parametrize("make", [images, shards])
+def test_data_are_copied_to_a_nodes_own_disk_and_read_from_there(
+    tmp_path: Path, make: Callable[[Path], list[str]]
+) -> None:
+    options = ["cluster=local", *make(tmp_path / "shared"), f"cluster.stage={tmp_path / 'own'}"]
+    first = submit(tmp_path / "first", *options)
+    assert first.returncode == 0, first.stdout + first.stderr
     (tmp_path / "shared").rename(tmp_path / "away")
-    done = submit(tmp_path / "second", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "shared").mkdir()
+    second = submit(tmp_path / "second", *options)
+    assert second.returncode == 0, second.stdout + second.stderr
     assert same(weights(run_of(tmp_path / "first")), weights(run_of(tmp_path / "second")))
+
+
+def test_a_disk_without_room_for_the_data_is_named(tmp_path: Path) -> None:
+    options = images(tmp_path / "shared")
+    (tmp_path / "own").write_text("a file where the folder would be")
+    done = submit(tmp_path, "cluster=debug", *options, f"cluster.stage={tmp_path / 'own'}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"cluster.stage={tmp_path / 'own'}: expected a disk with room for" in done.stderr
+    assert not (tmp_path / "runs/result.json").exists()
 
 
 def test_hydras_own_sweep_runs_as_jobs_of_submitit(tmp_path: Path) -> None:

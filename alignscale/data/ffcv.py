@@ -36,6 +36,7 @@ from alignscale.choices import ConfigError, FFCVConfig  # noqa: E402
 from alignscale.data.examples import DataError, Encoding, Split, Wanted  # noqa: E402
 from alignscale.data.plan import Layout  # noqa: E402
 from alignscale.data.views import ATTEMPTS  # noqa: E402
+from alignscale.files import staged  # noqa: E402
 from alignscale.initial import Stream  # noqa: E402
 from alignscale.types import Batch  # noqa: E402
 
@@ -272,7 +273,7 @@ def ffcv(config: FFCVConfig) -> tuple[FFCV, FFCV]:
 
 
 def _split(config: FFCVConfig, option: str, place: str) -> FFCV:
-    path = Path(place).expanduser()
+    path = staged(place)
     try:
         size = path.stat().st_size
         reader = Reader(str(path))

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +31,7 @@ from alignscale.data.plan import Layout, even_batches
 from alignscale.data.remote import Remote, is_remote
 from alignscale.data.shards import Damaged, Shards
 from alignscale.data.views import Crops
+from alignscale.files import staged
 from alignscale.initial import Stream, philox
 from alignscale.types import Batch
 
@@ -226,11 +226,11 @@ def _split(config: WebDatasetConfig, option: str, pattern: str, manifest: str) -
     urls = [url.removeprefix("file://") for url in _expanded(option, pattern)]
     place = manifest or place_of(pattern.removeprefix("file://"))
     remote = Remote(config.retries, config.timeout)
-    read = Manifest.read(place, remote.whole) if is_remote(place) else Manifest.read(_home(place))
+    read = Manifest.read(place, remote.whole) if is_remote(place) else Manifest.read(str(staged(place)))
     found = read.only([urlsplit(url).path.rpartition("/")[2] for url in urls], place)
     if not len(found):
         raise DataError(f"{place}: expected at least one example in {pattern}, found none; name other shards")
-    files = Shards([url if is_remote(url) else _home(url) for url in urls], found, config)
+    files = Shards([url if is_remote(url) else str(staged(url)) for url in urls], found, config)
     if not files.check() and not files.cache:
         warnings.warn(
             f"data.{option}={pattern}: the server does not answer Range requests, so each image is read from its "
@@ -239,10 +239,6 @@ def _split(config: WebDatasetConfig, option: str, pattern: str, manifest: str) -
         )  # fmt: skip
     labels = torch.from_numpy(found.samples.labels.astype(np.int64))
     return WebDataset(config, files, labels, len(found.classes), torch.arange(len(found)))
-
-
-def _home(place: str) -> str:
-    return str(Path(place).expanduser())
 
 
 def _expanded(option: str, pattern: str) -> Sequence[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignscale.config import TrainConfig, as_dict, difference
 from alignscale.data.examples import Encoding
-from alignscale.files import write_atomic
+from alignscale.files import staged, write_atomic
 from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form
 
@@ -43,7 +43,7 @@ def folder_of(config: TrainConfig, inputs: bool) -> Path:
     """
     options = config.jacobian
     if options.dir:
-        return Path(options.dir).expanduser()
+        return staged(options.dir)
     data = {name: value for name, value in as_dict(config.data).items() if name != "views"}
     about = [as_dict(config.net), data, config.seed, config.precision, options.name, options.layers, options.dtype]
     about += [options.inputs if inputs else None, as_dict(config.calibration) if config.net.norm == "calibrated" else 0]

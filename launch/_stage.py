@@ -1,0 +1,65 @@
+"""Copies of what a run reads on each node's own disk. It stands alone so that no loader knows of nodes."""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from alignscale.choices import ConfigError
+from alignscale.config import TrainConfig
+
+
+def sources(config: TrainConfig) -> list[Path]:
+    """What the run reads: folders of images, archives or shards, FFCV files, and a cache that is named."""
+    data = config.data
+    places = [getattr(data, name, "") for name in ("root", "path", "test_path")] + [config.jacobian.dir]
+    for option in ("urls", "test_urls"):
+        shards = str(getattr(data, option, "")).partition("::")[0].removeprefix("file://")
+        places += [str(Path(shards).parent)] if shards and "://" not in shards else []
+    found = [Path(place).expanduser().absolute() for place in places if place]
+    return [path for path in dict.fromkeys(found) if path.exists()]
+
+
+def stage(config: TrainConfig, local: Path) -> None:
+    """Copy ``sources`` below ``local``, once on each node, and have this process read them from there.
+
+    The run stays the same run: its configuration names the shared folders. A copy that is there is not made again.
+    Raises ConfigError where there is no room.
+    """
+    copies = {}
+    for source in sources(config):
+        copy = local.expanduser() / "alignscale" / str(source).strip("/").replace("/", "-")
+        try:
+            _copy(source, copy)
+        except OSError as problem:
+            raise ConfigError(
+                f"cluster.stage={local}: expected a disk with room for {source}, found: {problem}; free some, or "
+                "leave cluster.stage out"
+            ) from problem
+        copies[str(source)] = str(copy)
+    os.environ["ALIGNSCALE_STAGED"] = json.dumps(copies)
+
+
+def _copy(source: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first rank of a node copies, the others wait for it
+        if copy.exists():
+            return
+        partial = copy.with_name(f"{copy.name}.partial")
+        _remove(partial)
+        try:
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, partial)
+            partial.rename(copy)
+        finally:
+            _remove(partial)
+        print(f"staged {source} to {copy}", file=sys.stderr, flush=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
