@@ -22,7 +22,7 @@ NET = [
     "log.progress=false", "threads=1",
 ]  # fmt: skip
 ZERO = ["engine=deepspeed", "engine.zero_stage=3", "engine.timeout=150"]
-TWO_NODES = ["cluster.nodes=2", "epochs=70", "optim.lr=0.001", "checkpoint.every_steps=20", *ZERO]
+TWO_NODES = ["cluster.nodes=2", "epochs=50", "optim.lr=0.001", "checkpoint.every_steps=20", *ZERO]
 ENDLESS = ["epochs=100000", "optim.lr=1e-6", "checkpoint.every_steps=20"]
 SABOTAGE = """
 import os
