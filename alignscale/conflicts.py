@@ -104,7 +104,7 @@ def _dual_conflicts(config: TrainConfig) -> Iterator[str]:
         ),
         f"precision={config.precision}: expected fp32 or fp64": config.precision not in ("fp32", "fp64"),
         f"data.views={config.data.views}: expected 1": config.data.views != 1,
-        f"jacobian.tier={config.jacobian.tier}: expected auto, host or device": config.jacobian.tier == "disk",
+        f"jacobian.tier={config.jacobian.tier}: expected auto, or where the network is": config.jacobian.tier == "disk",
         f"jacobian={config.jacobian.name}: expected explicit, with dtype and inputs {config.precision}": not kept,
         f"jacobian.layers={config.jacobian.layers}: expected none": bool(config.jacobian.layers),
     }
@@ -130,7 +130,8 @@ def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
             "jacobian=explicit: net=rnn has a Jacobian for each step, classes x steps x width numbers an example, "
             "which costs more to read than to compute; expected live or gates"
         )
-    if "explicit" not in forms and options.dtype not in ("fp64", "fp32", "bf16") and net.activation != "relu":
+    gates = "gates" in (options.layers or [options.name]) and net.activation != "relu"
+    if gates and options.dtype not in ("fp64", "fp32", "bf16"):
         yield f"jacobian.dtype={options.dtype}: expected fp32 or bf16 for the gates of {net.activation}"
     if getattr(net, "initial_state", "zero") == "trained":
         yield f"jacobian={options.name}: net.initial_state=trained changes what the initial network reads; use live"

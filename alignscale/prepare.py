@@ -4,6 +4,7 @@ Seed first, then calibration, then the fingerprint, and only then a checkpoint.
 """
 
 import importlib.util
+import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -70,14 +71,6 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     ranks.of_first(lambda: held.enter_context(opened(folder, config)))
     if config.net.norm == "calibrated":
         calibrated(config, learner, train, folder / "norms.safetensors")
-    if config.jacobian.name != "live" and learner.rule.reads_jacobian:
-        cache = cache_of(config, learner, train)
-        if config.jacobian.build:
-            cache.make(show)
-        show(f"jacobian: {config.jacobian.name}, from {cache.home}")
-        run.store = ranks.together(cache.open)
-        if isinstance(learner.rule, DualAlignZero) and run.store:
-            learner.rule.attach(run.store, learner.encoding.batch(train, torch.arange(len(train)), 0).images)
     if config.analysis.track_errors:
         readout_every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
         logits = (train.shape[-2], train.classes) if readout_every else (train.classes,)
@@ -85,6 +78,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     run.about |= identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
+    if run.finished is None and config.jacobian.name != "live" and learner.rule.reads_jacobian:
+        _open_cache(run, show)
     if run.finished is None:  # what trained a finished run stays on record
         ranks.of_first(lambda: describe_folder(folder, config, device))
     return run
@@ -180,6 +175,26 @@ def _derived(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _open_cache(run: Run, show: Callable[[str], None]) -> None:
+    """After a restore, as a run that has ended needs none; the initial network is a function of the seed."""
+    train, rule = run.splits["train"], run.learner.rule
+    cache = cache_of(run.config, run.learner, train)
+    if run.config.jacobian.build:
+        cache.make(show)
+    run.store = cache.open()
+    form = as_dict(run.store.form) if run.store else "live"
+    show(f"jacobian: {', '.join(run.store.form.sites) if run.store else form}, from {cache.home}")
+    before = run.about.get("jacobian", form)
+    if json.dumps(before) != json.dumps(form):
+        raise ConfigError(
+            f"{cache.home}: the run has trained with the form {before}, found {form}: the cache was made anew; name "
+            "the form (jacobian, jacobian.layers), or use resume=never to start again"
+        )
+    run.about["jacobian"] = form
+    if isinstance(rule, DualAlignZero) and run.store:
+        rule.attach(run.store, run.learner.encoding.batch(train, torch.arange(len(train)), 0).images)
+
+
 def cache_of(config: TrainConfig, learner: Learner, train: Split) -> Cache:
     """The cache of the initial network's Jacobian for a run."""
     frozen, encoding = learner.fixed.frozen, learner.encoding
@@ -241,6 +256,8 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
             "run has kept its best so far; use it, or resume=never to start again"
         )
     run.learner.engine.load(tensors)
+    if "jacobian" in manifest:
+        run.about["jacobian"] = manifest["jacobian"]
     if errors is not None and tensors["errors"]:  # on the first rank, whose sums they go on in
         errors.sums = tensors["errors"]["sums"]
     run.start, progress = manifest["step"], manifest["progress"]

@@ -50,10 +50,9 @@ ONE_OF = {
 AT_LEAST = {
     **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
     **dict.fromkeys(("data.test", "data.train", "evaluation.batch_size", "evaluation.every_epochs"), 1),
-    **dict.fromkeys(("data.block", "data.resize", "data.streams"), 1),
+    **dict.fromkeys(("data.block", "data.resize", "data.steps", "data.streams"), 1),
     **dict.fromkeys(("data.retries", "data.skip", "data.views", "data.workers", "data.worker_restarts"), 0),
     **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width", "parallel.width"), 1),
-    "data.steps": 1,
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),
     **dict.fromkeys(("checkpoint.every_epochs", "checkpoint.every_minutes", "checkpoint.every_steps", "threads"), 0),
     **dict.fromkeys(("log.alignment_every", "log.alignment_examples"), 0),

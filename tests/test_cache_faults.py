@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,9 @@ from safetensors import safe_open
 
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig, RNNConfig, SGDConfig, SyntheticConfig
 from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
+from alignscale.interrupts import Interrupted
 from alignscale.jacobian.files import CacheError, Mapped, Writer
+from alignscale.run import Diverged
 from alignscale.train import train
 from alignscale.validation import validate
 
@@ -28,9 +32,9 @@ OPTIONS: dict[str, Any] = {"net": MLPConfig(width=16, depth=2, norm="calibrated"
 OPTIONS |= {"calibration": CalibrationConfig(50), "optim": SGDConfig(lr=0.1)}
 
 
-def options(folder: Path, build: bool = False, form: str = "gates", **changes: Any) -> TrainConfig:
+def options(folder: Path, build: bool = False, cached: str = "gates", **changes: Any) -> TrainConfig:
     """A run on the one cache of ``folder``."""
-    jacobian = replace(JACOBIANS[form], dir=str(folder / "cache"), build=build)
+    jacobian = replace(JACOBIANS[cached], dir=str(folder / "cache"), build=build)
     name = f"run-{len(list(folder.glob('run-*')))}"
     return config(folder / name, changes.pop("rule", "align_ada"), **OPTIONS | {"jacobian": jacobian} | changes)
 
@@ -115,8 +119,8 @@ def test_a_manifest_says_what_the_cache_is(cache: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "found"), [
     ({"net": MLPConfig(norm="batch")}, "jacobian=gates: expected net.norm=none or calibrated, found batch"),
-    ({"net": RNNConfig(), "form": "explicit"}, "jacobian=explicit: net=rnn has a Jacobian for each step"),
-    ({"net": ConvConfig(norm="none", blocks="public"), "form": "explicit"}, "net.blocks=public"),
+    ({"net": RNNConfig(), "cached": "explicit"}, "jacobian=explicit: net=rnn has a Jacobian for each step"),
+    ({"net": ConvConfig(norm="none", blocks="public"), "cached": "explicit"}, "net.blocks=public"),
     ({"jacobian": replace(JACOBIANS["live"], layers=["gates"])}, "expected none with jacobian=live"),
     ({"jacobian": replace(JACOBIANS["gates"], dtype="fp8"), "net": MLPConfig(activation="tanh")}, "the gates of tanh"),
     ({"jacobian": replace(JACOBIANS["gates"], tier="tape")}, "jacobian.tier=tape: expected one of auto, device"),
@@ -205,7 +209,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 part = {"rows": torch.arange(100), "sums": torch.arange(100), "gates.0": torch.zeros(100, 1000, dtype=torch.uint8)}
 try:
-    write_file(Path(sys.argv[1]), {"gates.0": (torch.uint8, (1000,))}, 300, iter([part, part, part]))
+    write_file(Path(sys.argv[1]), {"gates.0": (torch.uint8, (1000,))}, 300, iter([part, part, part]), {})
 except OSError as problem:
     print(problem.errno)
 """
@@ -270,3 +274,66 @@ def test_a_writer_puts_every_dtype_where_it_can_be_read(tmp_path: Path) -> None:
     found = Mapped(tmp_path / "x", "", True)
     assert found.about["about"] == "é"
     assert all(bool((one == 1).all()) and one.shape[0] == 7 for one in found.tensors.values())
+
+
+@pytest.mark.parametrize("which", ["seed", "view"])
+def test_a_file_of_another_cache_or_view_is_refused_whatever_its_name(tmp_path: Path, which: str) -> None:
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        train(options(tmp_path / str(seed), True, net=MLPConfig(width=16), seed=seed), silent)
+    first, second = (sorted((tmp_path / str(seed) / "cache").glob("*.view*")) for seed in (0, 1))
+    second[0].write_bytes((first[0] if which == "seed" else second[1]).read_bytes())
+    with pytest.raises(CacheError, match="found one of another cache, shard, view or form"):
+        train(options(tmp_path / "1", net=MLPConfig(width=16), seed=1), silent)
+
+
+def test_auto_takes_no_other_dtype(tmp_path: Path) -> None:
+    jacobian = replace(JACOBIANS["explicit"], dir=str(tmp_path / "cache"), build=True, dtype="fp8")
+    train(options(tmp_path, jacobian=jacobian, net=MLPConfig(width=16)), silent)
+    with pytest.raises(CacheError, match=r"expected a cache in the form .*fp32.*, found .*fp8"):
+        train(options(tmp_path, cached="auto", net=MLPConfig(width=16)), silent)
+
+
+def test_a_finished_run_needs_its_cache_no_more(tmp_path: Path) -> None:
+    run = options(tmp_path, True, net=MLPConfig(width=16))
+    ended = train(run, silent)
+    shutil.rmtree(tmp_path / "cache")
+    run.jacobian.build = False
+    assert train(run, silent)["runs"] == ended["runs"]
+
+
+def test_a_run_does_not_go_on_with_another_form_of_auto(tmp_path: Path) -> None:
+    run = options(tmp_path, cached="auto", net=MLPConfig(width=16), epochs=900)
+    run.run.dir += "-auto"
+    for layers in (["gates"] * 3, ["explicit"] * 3):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        named = replace(run.jacobian, name="gates", layers=layers, build=True)
+        train(options(tmp_path, net=MLPConfig(width=16), jacobian=named), silent)
+        if layers[0] == "gates":
+            stop_after_a_step(run)
+    with pytest.raises(ConfigError, match=r"has trained with the form .*gates.*, found .*explicit"):
+        train(run, silent)
+
+
+def stop_after_a_step(run: TrainConfig) -> None:
+    """Train until SIGTERM, which comes with the first checkpoint."""
+
+    def stop() -> None:
+        while not list(Path(run.run.dir).glob("checkpoints/step-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Interrupted):
+        train(run, silent)
+
+
+@pytest.mark.parametrize("rate", [1e9])
+def test_a_dual_run_that_diverges_says_so(tmp_path: Path, rate: float) -> None:
+    jacobian = replace(JACOBIANS["explicit"], dir=str(tmp_path / "cache"), build=True)
+    run = options(
+        tmp_path, rule="align_zero", form="dual", jacobian=jacobian, data=replace(DATA, views=1, shift=0, train=20),
+        net=MLPConfig(width=512, depth=2), optim=SGDConfig(lr=rate), batch_size=10, epochs=40,
+    )  # fmt: skip
+    with pytest.raises(Diverged, match="is not finite at step"):
+        train(run, silent)

@@ -154,7 +154,7 @@ def main() -> None:
     rows = []
     with joined(torch.device("cpu"), 1800.0) as ranks:
         for width in map(int, sys.argv[2].split(",")):
-            cases = table()[:: 1 if width < 4 else 3]
+            cases = table()[:: 1 if ranks.size == 2 else 2 * width - 1]  # on 2 ranks all, on 4 a third and a seventh
             rows += [row(case, ranks, width) for case in cases if len(sys.argv) < 4 or sys.argv[3] in str(case)]
             if len(sys.argv) < 4:
                 rows += [counted(*one, 0, ranks, width) for one in COUNTED]

@@ -17,7 +17,9 @@ def first_not_finite(net: Network, weights: Mapping[str, Tensor], forward: Calla
     where = None
     names = [f"layer {index} of {len(net.layers)} ({type(x).__name__})" for index, x in enumerate(net.layers, 1)]
     for name, tensor in weights.items():
-        kind, place, *_ = name.split(".")
+        kind, place, *_ = *name.split("."), ""
+        if not all_finite([tensor]) and not place:
+            where = where or f"the {kind}"
         if kind == "layers" and not all_finite([tensor]):
             where = where or f"the weights of {names[int(place)]}"
     found: list[str] = []

@@ -65,8 +65,9 @@ class WebDataset(Split):
 
     @property
     def checksums(self) -> Tensor:
-        """The manifest's."""
-        return torch.from_numpy(self.files.manifest.samples.crcs[self.places.numpy()].astype(np.int64))
+        """The manifest's, with the place in the data set where views depend on it."""
+        sums = torch.from_numpy(self.files.manifest.samples.crcs[self.places.numpy()].astype(np.int64))
+        return sums if self.config.views == 1 else sums + (self.places << 32)
 
     @property
     def layout(self) -> Layout:

@@ -7,7 +7,7 @@ import fcntl
 import functools
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +32,11 @@ Source = Callable[[str, int], Iterator[tuple[Batch, Tensor, Tensor]]]
 
 def build(
     folder: Path, missing: list[tuple[str, int, int]], frozen: Frozen, form: Form, layout: Layout, source: Source,
-    mesh: Mesh, show: Callable[[str], None],
+    mesh: Mesh, show: Callable[[str], None], seal: str,
 ) -> None:  # fmt: skip
     """Write the files of ``missing``, shard, view and number of examples of each; ``mesh.data`` divides them.
+
+    seal: of the cache that they belong to.
 
     Raises CacheError where another builder is at work, OSError (a full disk, say) with no half file left.
     """
@@ -44,9 +46,9 @@ def build(
         for shard, view, count in missing[turn + ranks.rank : turn + ranks.rank + 1]:
             path = folder / file_of(shard, view)
             show(f"caching {count} examples of {shard}, view {view}: {path}")
-            parts = chunks(frozen, form, source(shard, view))
+            parts = chunks(frozen, form, source(shard, view), mesh.everyone.still)
             try:
-                write_file(path, layout, count, parts)
+                write_file(path, layout, count, parts, {"cache": seal, "shard": shard, "view": str(view)})
             except Exception:
                 for _ in parts if mesh.width.ranks.size > 1 else ():
                     pass  # the ranks that have the other units wait for these
@@ -57,19 +59,22 @@ def build(
             mesh.everyone.together(functools.partial(own, turn))
 
 
-def chunks(frozen: Frozen, form: Form, batches: Iterator[tuple[Batch, Tensor, Tensor]]) -> Iterator[Rows]:
-    """What is kept of each batch, with its rows and checksums."""
+def chunks(
+    frozen: Frozen, form: Form, batches: Iterator[tuple[Batch, Tensor, Tensor]], alive: Callable[[], None]
+) -> Iterator[Rows]:
+    """What is kept of each batch, with its rows and checksums. alive: called for each."""
     explicit = [site for site, kind in enumerate(form.sites) if kind == "explicit"]
     for batch, rows, sums in batches:
+        alive()
         trace = frozen.trace(batch.images)
         found = form.rows(frozen.net, trace, jacobians(frozen, trace, explicit))
         yield {"rows": rows, "sums": sums, **found}
 
 
-def write_file(path: Path, layout: Layout, count: int, parts: Iterator[Rows]) -> None:
-    """One file of ``count`` examples; a thread writes a part while the next is computed."""
+def write_file(path: Path, layout: Layout, count: int, parts: Iterator[Rows], about: Mapping[str, str]) -> None:
+    """One file of ``count`` examples; a thread writes a part while the next is computed. about: for its header."""
     whole = {"rows": (torch.int64, ()), "sums": (torch.int64, ()), **layout}
-    writer = Writer(path, whole, count, {"examples": str(count)})
+    writer = Writer(path, whole, count, about)
     try:
         with ThreadPoolExecutor(1) as pool:
             waiting: list[Future[None]] = []

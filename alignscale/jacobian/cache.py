@@ -22,7 +22,7 @@ from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
 from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form, Layout, bytes_of
-from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, folder_of, identity, made
+from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, folder_of, identity, made, seal
 from alignscale.jacobian.plan import Costs, Machine, Planner
 from alignscale.jacobian.store import Store, Wanted, missing
 from alignscale.nets import build as build_net
@@ -95,41 +95,53 @@ class Cache:
 
     def _form(self) -> Form:
         """As the options name it."""
-        form = Form.of(self.config.jacobian, self.frozen.net, self.inputs)
+        return dataclasses.replace(
+            self._auto_form(), sites=Form.of(self.config.jacobian, self.frozen.net, self.inputs).sites
+        )
+
+    def _auto_form(self) -> Form:
+        """What ``auto`` leaves to the options: all but the sites."""
+        gates = dataclasses.replace(self.config.jacobian, name="gates", layers=[])
+        form = Form.of(gates, self.frozen.net, self.inputs)
         gathered = self.config.parallel.inputs == "gathered" and self.mesh.width.ranks.size > 1
         return dataclasses.replace(form, gathered=bool(form.inputs and gathered))
 
     def make(self, show: Callable[[str], None]) -> None:
         """Make what is missing, in the form that was chosen when the cache was begun.
 
-        Raises CacheError, or OSError for a full disk.
+        Raises CacheError, or OSError for a full disk. A collective of all ranks.
         """
-        about, begun, moments = self.about, (self.folder / MANIFEST).exists(), self.moments
-        kept = begun and self.config.jacobian.name == "auto"
-        form = checked(self.folder, about, moments) if kept else self.chosen()
-        form = self.mesh.everyone.objects(form)[0]  # memory may differ
+        everyone, about, moments = self.mesh.everyone, self.about, self.moments
+        begun = all(everyone.objects((self.folder / MANIFEST).exists()))
+        kept = everyone.together(lambda: checked(self.folder, about, moments) if begun else None)
+        auto = self.config.jacobian.name == "auto" and not self.config.jacobian.layers
+        form = everyone.objects(kept if kept and auto else self.chosen())[0]  # memory may differ
+        if form.sites[0] != "live":
+            layout = self.layout(form)
+            self._placed(layout)
+            found = everyone.objects(missing(self.folder, self.wanted, self.config.data.views))
+            lacking = sorted({file for files in found for file in files})  # all units of a file are made together
+            size = bytes_of(layout)
+            count = sum(rows for _, _, rows in lacking)
+            everyone.of_first(lambda: self._check_disk(count * size * self.mesh.width.ranks.size))
+        self._of_shards(lambda: claimed(self.folder, about, form, moments))
         if form.sites[0] == "live":
-            self._of_shards(lambda: claimed(self.folder, about, form, moments))
             show(f"cache: {self.home}: live is fastest, or the only form for this network")
             return
-        layout = self.layout(form)
-        found = self.mesh.everyone.objects(self._of_shards(lambda: self._claimed(about, form)) or [])
-        lacking = sorted({file for files in found for file in files})  # all units of a file are made together
-        size = bytes_of(layout)
-        count = sum(rows for _, _, rows in lacking)
-        self.mesh.everyone.of_first(lambda: self._check_disk(count * size * self.mesh.width.ranks.size))
-        self.tiers(layout)
         where = "in all" if self.folder == self.home else "on each rank"
         show(f"cache: {self.home}: {len(lacking)} files to make, {size:,} bytes an example, {count * size:,} {where}")
         if lacking:
-            build.build(self.folder, lacking, self.frozen, form, layout, self._source(size), self.mesh, show)
+            parts, tied = self._source(size), seal(about, form)
+            build.build(self.folder, lacking, self.frozen, form, layout, parts, self.mesh, show, tied)
 
     def _of_shards(self, work: Callable[[], Any]) -> Any:
         """``work`` on one rank for each part of the units; its error is raised on all."""
         return self.mesh.everyone.together(lambda: work() if self.mesh.data.first else None)
 
     def _check_disk(self, size: int) -> None:
-        free = shutil.disk_usage(self.folder).free
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        half = sum(path.stat().st_size for path in self.home.rglob(".*.partial"))  # of a killed builder, which go first
+        free = shutil.disk_usage(there).free + half
         if size > free:
             raise CacheError(
                 f"{self.folder}: the cache takes {size / 2**30:.1f} GiB, found {free / 2**30:.1f} GiB of free disk; "
@@ -157,7 +169,7 @@ class Cache:
         options, net = self.config.jacobian, self.frozen.net
         if options.name != "auto" or options.layers:
             return self._form()
-        live = Form(("live",) * len(net.shapes), options.dtype, None)
+        live = dataclasses.replace(self._auto_form(), sites=("live",) * len(net.shapes))
         if self.config.net.norm == "batch":
             return live
         best = self.candidates()["auto"]
@@ -167,7 +179,7 @@ class Cache:
         """Gates, explicit where the net has it, and the fastest mixture of both that fits."""
         options, net = self.config.jacobian, self.frozen.net
         forms = {
-            name: Form.of(dataclasses.replace(options, name=name, layers=[]), net, self.inputs)
+            name: dataclasses.replace(self._auto_form(), sites=(name,) * len(net.shapes))
             for name in (("gates",) if net.recurrent or net.public else ("gates", "explicit"))
         }
         mixed = forms["gates"]
@@ -190,19 +202,17 @@ class Cache:
         if tier == "disk":
             return float(shutil.disk_usage(self.folder.parent).free)
         device = self.encoding.device if tier == "device" else torch.device("cpu")
-        beside = 1
-        if device.type == "cpu":
-            beside = self.mesh.everyone.objects(socket.gethostname()).count(socket.gethostname())
-        return SPARE * available_memory(device) / beside
+        return SPARE * available_memory(device) / (self.beside if device.type == "cpu" else 1)
+
+    @cached_property
+    def beside(self) -> int:
+        """Ranks on this machine. A collective of all ranks."""
+        return self.mesh.everyone.objects(socket.gethostname()).count(socket.gethostname())
 
     def tier_of(self, form: Form) -> str:
         """The slowest tier that a tensor of this form is kept in."""
         tiers = set(self.tiers(self.layout(form)).values())
         return next(tier for tier in ("disk", "host", "device") if tier in tiers)
-
-    def _claimed(self, about: dict[str, object], form: Form) -> list[tuple[str, int, int]]:
-        claimed(self.folder, about, form, self.moments)
-        return missing(self.folder, self.wanted, self.config.data.views)
 
     def _source(self, size: int) -> build.Source:
         chunk = max(1, min(CHUNK, CHUNK_BYTES // max(size, 1)))
@@ -220,25 +230,53 @@ class Cache:
                         )
                     yield batch, rows[own], sums[own]
                     start = own.stop
+            if start < len(rows):
+                raise CacheError(
+                    f"{shard}: expected all of its {len(rows)} examples for the cache, found {start}: damaged ones "
+                    "were left out; mend the shard, or use jacobian=live"
+                )
 
         return batches
 
     def open(self) -> Store | None:
         """The cache, checked; None where its form is ``live``, as ``auto`` may have chosen.
 
-        Raises CacheError where it is missing or does not fit the run.
+        Raises CacheError where it is missing or does not fit the run. A collective of all ranks.
         """
-        options, net = self.config.jacobian, self.frozen.net
-        found = checked(self.folder, self.about, self.moments)
-        if found.sites[0] == "live":
+        options, everyone, about, moments = self.config.jacobian, self.mesh.everyone, self.about, self.moments
+        found = everyone.together(lambda: checked(self.folder, about, moments))
+        asked = (
+            self._form()
+            if options.layers or options.name != "auto"
+            else dataclasses.replace(self._auto_form(), sites=found.sites)
+        )
+        if found.sites[0] == "live" and asked.sites == found.sites:
             return None
-        if options.name != "auto":
-            asked = self._form()
-            if found != asked:
-                raise CacheError(f"{self.folder}: expected a cache in the form {asked}, found {found}; {made()}")
-        tiers = self.tiers(self.layout(found))
-        views, device = self.config.data.views, self.encoding.device
-        return Store(self.folder, net, found, self.wanted, views, tiers, device, options.verify)
+        if found != asked:
+            raise CacheError(f"{self.folder}: expected a cache in the form {asked}, found {found}; {made()}")
+        layout = self.layout(found)
+        tiers = self._placed(layout)
+        views, device, net = self.config.data.views, self.encoding.device, self.frozen.net
+        return everyone.together(
+            lambda: Store(
+                self.folder,
+                net,
+                found,
+                self.wanted,
+                views,
+                tiers,
+                device,
+                options.verify,
+                layout,
+                seal(about, found),
+                everyone.still,
+            )
+        )
+
+    def _placed(self, layout: Layout) -> dict[str, str]:
+        """``tiers``, whose error is raised on all ranks."""
+        assert self.beside  # a collective, before what one rank may fail in
+        return self.mesh.everyone.together(lambda: self.tiers(layout))
 
     def tiers(self, layout: Layout) -> dict[str, str]:
         """Where each tensor of a row is kept: what is cheapest to read of what fits; the smallest first.

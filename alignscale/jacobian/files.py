@@ -23,6 +23,8 @@ CODES = {
     torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8",
 }  # fmt: skip
+NO_RESERVE = 0x4000
+"""Linux's MAP_NORESERVE: a private map of a file is read, and needs no memory of its own size set aside."""
 NAMED = {code: dtype for dtype, code in CODES.items()}
 Layout = Mapping[str, tuple[torch.dtype, Any]]
 """Name -> dtype and shape of an example's row."""
@@ -71,7 +73,10 @@ class Writer:
                 content = content[written:]
 
     def close(self) -> None:
-        """Make the file whole and give it its name."""
+        """Make the file whole and give it its name. Raises CacheError where rows are missing."""
+        ends = {name: self.begin + place["data_offsets"][1] for name, place in self.header.items()}
+        if self.places != ends:
+            raise CacheError(f"{self.path}: expected a row for each example, found fewer; mend the data, and try again")
         os.pwrite(self.file.fileno(), self._head(), 0)
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -96,7 +101,7 @@ class Mapped:
                 size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(length, size)))
-                raw = np.frombuffer(mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE), dtype=np.uint8)
+                raw = np.frombuffer(mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | NO_RESERVE), dtype=np.uint8)
             self.about: dict[str, str] = header.pop("__metadata__")
             end = 8 + length + max(place["data_offsets"][1] for place in header.values())
             if size != end:
@@ -104,7 +109,7 @@ class Mapped:
             self.tensors = {name: self._tensor(raw[8 + length :], place) for name, place in header.items()}
             for name in header if verify else ():
                 self._check(name)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as problem:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError) as problem:
             found = "no file" if isinstance(problem, FileNotFoundError) else problem
             raise CacheError(f"{path}: expected a whole cache file, found: {found}; {remedy}") from problem
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from alignscale.config import TrainConfig, as_dict, difference
+from alignscale.config import TrainConfig, as_dict, defining, difference
 from alignscale.data.examples import Encoding
 from alignscale.files import staged, write_atomic
 from alignscale.jacobian.files import CacheError
@@ -44,7 +44,7 @@ def folder_of(config: TrainConfig, inputs: bool) -> Path:
     options = config.jacobian
     if options.dir:
         return staged(options.dir)
-    data = {name: value for name, value in as_dict(config.data).items() if name != "views"}
+    data = {name: value for name, value in defining(config)["data"].items() if name != "views"}
     about = [as_dict(config.net), data, config.seed, config.precision, options.name, options.layers, options.dtype]
     about += [options.inputs if inputs else None, as_dict(config.calibration) if config.net.norm == "calibrated" else 0]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
@@ -125,6 +125,11 @@ def _agree(path: Path, moments: Moments) -> bool:
     return found.keys() == moments.keys() and all(
         torch.allclose(found[name], one, rtol=1e-5, atol=1e-6) for name, one in moments.items()
     )
+
+
+def seal(about: dict[str, Any], form: Form) -> str:
+    """What ties a file to its cache: a digest of all that the manifest says."""
+    return hashlib.sha256(json.dumps([about, as_dict(form)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def made() -> str:

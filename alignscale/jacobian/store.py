@@ -3,7 +3,8 @@
 It stands alone because what is wrong with a cache must be an error here: never wrong training.
 """
 
-from collections.abc import Generator, Iterator, Mapping
+import resource
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from alignscale.jacobian.files import CacheError, Mapped
-from alignscale.jacobian.form import Form, Rows
+from alignscale.jacobian.form import Form, Layout, Rows
 from alignscale.jacobian.identity import file_of, made
 from alignscale.nets.network import Network
 from alignscale.types import Batch
 
+EXPLICIT = ("jacobian", "scale")
 INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Wanted = Mapping[str, tuple[Tensor, Tensor]]
 """Shard -> rows and checksums of its examples, (N,) int64 each, in the order of rows."""
@@ -38,9 +40,11 @@ class Store:
 
     def __init__(
         self, folder: Path, net: Network, form: Form, wanted: Wanted, views: int, tiers: Mapping[str, str],
-        device: torch.device, verify: bool,
+        device: torch.device, verify: bool, layout: Layout, seal: str, alive: Callable[[], None],
     ) -> None:  # fmt: skip
         """tiers: of each tensor of a row, ``device``, ``host`` or ``disk``. verify: the checksums of all files.
+
+        layout: of a row. seal: of the cache. alive: called for each file.
 
         Raises CacheError where a file or a row is missing, damaged or of other examples.
         """
@@ -52,6 +56,7 @@ class Store:
                 f"{folder}: lacks {len(lacking)} of {views * len(wanted)} files, the first for {shard} in view {view}; "
                 f"{made()}"
             )
+        _allow_files(len(wanted) * views)
         self.rows: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
         self.starts: dict[tuple[str, int], int] = {}
         self.inside: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
@@ -60,7 +65,10 @@ class Store:
         total = views * sum(len(rows) for rows, _ in wanted.values())
         for place in ((shard, view) for shard in wanted for view in range(views)):
             path = folder / file_of(*place)
-            tensors = Mapped(path, f"delete it, and {made()}", verify).tensors
+            alive()
+            mapped = Mapped(path, f"delete it, and {made()}", verify)
+            tensors = mapped.tensors
+            _check_belongs(mapped, {"cache": seal, "shard": place[0], "view": str(place[1])}, layout)
             at = _matching(path, tensors.pop("rows"), tensors.pop("sums"), wanted[place[0]])
             start = self.starts[place] = sum(len(rows) for rows in self.rows.values())
             self.rows[place] = wanted[place[0]][0].numpy()
@@ -72,10 +80,13 @@ class Store:
                     self.tables[name] = self._table(total, one, tiers[name])
                 self.tables[name][start : start + len(at)] = _take(one, at)
 
+        tables = [table for name, table in self.tables.items() if name.startswith(EXPLICIT)]
+        whole = sum(name.startswith(EXPLICIT) for name in tiers) == len(tables)  # or some are on disk
+        self.stays = bool(tables) and whole and all(table.device == self.device for table in tables)
+
     def _table(self, rows: int, like: Tensor, tier: str) -> Tensor:
         where = self.device if tier == "device" else torch.device("cpu")
-        pinned = tier == "host" and self.device.type == "cuda"
-        return torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=where, pin_memory=pinned)
+        return torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=where)
 
     def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Generator[tuple[int, list[Batch]], None, None]:
         """The same batches with what the cache holds of them, which a thread fetches while another step is made."""
@@ -112,11 +123,10 @@ class Store:
             at[own] = self.starts[place] + found
         result: Rows = {}
         for name, table in self.tables.items():
-            stays = name.startswith(("jacobian", "scale")) and table.device == self.device and not self._on_disk
-            result[name] = table if stays else _take(table, at)
+            result[name] = table if self.stays and name.startswith(EXPLICIT) else _take(table, at)
         if self._on_disk:
             result |= self._from_disk(at)
-        elif any(name.startswith("jacobian") and result[name] is table for name, table in self.tables.items()):
+        if self.stays:
             result["at"] = torch.from_numpy(at)
         return result
 
@@ -142,6 +152,26 @@ class Store:
         placed = [{name: one.to(self.device, non_blocking=True) for name, one in each.items()} for each in rows]
         pairs = zip(batches, placed, strict=True)
         return [replace(batch, cached=self.form.cached(self.net, each, batch.images)) for batch, each in pairs]
+
+
+def _allow_files(count: int) -> None:
+    """Let this process keep that many files open beside its others, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = count + 512 if hard == resource.RLIM_INFINITY else min(count + 512, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _check_belongs(mapped: Mapped, expected: dict[str, str], layout: Layout) -> None:
+    """Raises CacheError unless a file is of this cache, shard and view, and has the rows of its form."""
+    found = {name: mapped.about.get(name) for name in expected}
+    rows = {name: (one.dtype, tuple(one.shape[1:])) for name, one in mapped.tensors.items()}
+    wanted = {name: (dtype, tuple(shape)) for name, (dtype, shape) in layout.items()}
+    if found != expected or {name: row for name, row in rows.items() if name not in ("rows", "sums")} != wanted:
+        raise CacheError(
+            f"{mapped.path}: expected a file of {expected}, found one of another cache, shard, view or form: {found}; "
+            f"delete it, and {made()}"
+        )
 
 
 def _matching(path: Path, rows: Tensor, sums: Tensor, wanted: tuple[Tensor, Tensor]) -> np.ndarray[Any, Any]:

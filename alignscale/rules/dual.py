@@ -43,7 +43,13 @@ class DualAlignZero(Rule):
 
     def attach(self, store: Store, images: Tensor) -> None:
         """Use what a cache holds of all examples; images: theirs, (N, C, H, W), as the network reads them."""
-        layers = range(len(self.net.layers))
+        layers, tables = range(len(self.net.layers)), store.tables
+        wanted = [f"inputs.{layer}" for layer in layers[1:]] + [f"jacobian.{layer}" for layer in layers[:-1]]
+        if any(name not in tables or tables[name].device != self.coefficients.device for name in wanted):
+            raise ConfigError(
+                f"form=dual: expected all of the cache in the memory of {self.coefficients.device}, found a part of it "
+                "elsewhere; free memory, or use form=primal or fewer examples (data.train_limit)"
+            )
         self.inputs = [self.net.first_input(images), *(store.tables[f"inputs.{layer}"] for layer in layers[1:])]
         self.jacobians = [store.tables[f"jacobian.{layer}"] for layer in layers[:-1]]
 
