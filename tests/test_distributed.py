@@ -414,12 +414,12 @@ import runpy, sys
 sys.path[:0] = [{str(ROOT / "launch")!r}, {str(ROOT)!r}]
 from alignscale.data.examples import DataError, Encoding
 from alignscale.distributed import launched
-batch = Encoding.batch
-def bad(self, examples, places, step, *rest):
-    if step == 20 and launched().rank == 1:
+encoded = Encoding.encoded
+def bad(self, split, images, wanted):
+    if wanted.step == 20 and launched().rank == 1:
         raise DataError("shard-7.tar: key 0042: expected a JPEG, found text")
-    return batch(self, examples, places, step, *rest)
-Encoding.batch = bad
+    return encoded(self, split, images, wanted)
+Encoding.encoded = bad
 sys.argv[0] = {str(ROOT / "launch/train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)

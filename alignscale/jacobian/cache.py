@@ -274,7 +274,6 @@ class Cache:
         )
 
     def _placed(self, layout: Layout) -> dict[str, str]:
-        """``tiers``, whose error is raised on all ranks."""
         assert self.beside  # a collective, before what one rank may fail in
         return self.mesh.everyone.together(lambda: self.tiers(layout))
 
