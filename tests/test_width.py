@@ -49,7 +49,7 @@ MESHES = pytest.mark.parametrize(("ranks", "widths"), [(2, "2"), (4, "2,4")])
 @MESHES
 def test_every_rule_net_and_stage_trains_to_the_unsharded_result(ranks: int, widths: str, rows: Any) -> None:
     trained = [row for row in rows(ranks, widths) if "loss" in row]
-    assert len(trained) > 40
+    assert len(trained) > {2: 40, 4: 20}[ranks]
     check_equal(trained)
     assert all(row["start"] for row in trained), "a rank's initial rows have other bits than the whole network's"
 
