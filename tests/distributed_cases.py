@@ -176,14 +176,7 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     found = train(case, made)
     counted = dict(collective_bytes.COUNTED)
     weights, wanted = made.engine.state()["model"], alone.engine.state()["model"]
-    distance = 0.0
-    if ranks.first:
-        assert weights.keys() == wanted.keys()
-        off, whole = (
-            sum(tensor.double().square().sum().item() for tensor in tensors)
-            for tensors in ([weights[name] - one for name, one in wanted.items()], wanted.values())
-        )
-        distance = (off / whole) ** 0.5
+    distance = apart(weights, wanted) if ranks.first else 0.0
     scores = made.evaluate(examples(case).images, examples(case).labels, 20)
     same = alone.evaluate(examples(case).images, examples(case).labels, 20)
     first = made.encoding.batch(examples(case), torch.arange(20), 0)
@@ -195,6 +188,16 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
         "evaluation_loss": abs(scores["loss"] - same["loss"]) / same["loss"],
         "bytes": {name: count / STEPS for name, count in counted.items()},
     }  # fmt: skip
+
+
+def apart(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The distance between two networks' weights, relative to the second's norm."""
+    assert weights.keys() == wanted.keys()
+    off, whole = (
+        sum(tensor.double().square().sum().item() for tensor in tensors)
+        for tensors in ([weights[name] - one for name, one in wanted.items()], wanted.values())
+    )
+    return (off / whole) ** 0.5
 
 
 def padded(made: Learner, ranks: int) -> int:
@@ -209,8 +212,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with joined(torch.device("cpu"), 1800.0) as ranks:
-        some = pairwise()[:: {1: 3, 4: 2}.get(ranks.size, 1)]  # all of them on 2 ranks, and some again on 1 and 4
-        cases = table() if "--all" in sys.argv else some + traffic()
+        cases = table() if "--all" in sys.argv else pairwise() + traffic()
         chosen = [case for case in cases if len(sys.argv) < 4 or sys.argv[3] in str(case)]
         for case in chosen:
             rows.append(row(case, ranks))

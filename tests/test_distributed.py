@@ -104,7 +104,7 @@ def check_equal(found: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_rule_net_and_stage_trains_to_the_local_engines_result(ranks: int, rows: Callable[..., Any]) -> None:
     found = rows(ranks)
-    assert len(found) > {1: 40, 2: 90, 4: 50}[ranks]
+    assert len(found) > 90
     check_equal(found)
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import collective_bytes  # before DeepSpeed
 import torch
 from cases import RULE_NAMES
-from distributed_cases import CHOSEN, HALF, NETS, STAGE_3, Case, examples, learner, pairs, train
+from distributed_cases import CHOSEN, HALF, NETS, STAGE_3, Case, apart, examples, learner, pairs, train
 
 from alignscale.choices import ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, RNNConfig
 from alignscale.distributed import Ranks, joined
@@ -66,14 +66,7 @@ def row(case: Case, ranks: Ranks, width: int) -> dict[str, Any]:
     start = all(ranks.objects(own_rows(made, alone)))
     found = train(case, made)
     weights, wanted = made.engine.state()["model"], alone.engine.state()["model"]
-    distance = 0.0
-    if ranks.first:
-        assert weights.keys() == wanted.keys()
-        off, whole = (
-            sum(tensor.double().square().sum().item() for tensor in tensors)
-            for tensors in ([weights[name] - one for name, one in wanted.items()], wanted.values())
-        )
-        distance = (off / whole) ** 0.5
+    distance = apart(weights, wanted) if ranks.first else 0.0
     data = examples(case)
     scores, same = (one.evaluate(data.images, data.labels, 20) for one in (made, alone))
     first = made.encoding.batch(data, torch.arange(20), 0)
