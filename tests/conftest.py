@@ -1,11 +1,12 @@
-"""Skips the tests whose mark asks for what this machine lacks, and fixes the number of torch's threads."""
+"""Skips the tests whose mark asks for what this machine lacks, shares the rest out, and fixes torch's threads."""
 
 import importlib
 import importlib.util
+import os
 import shutil
 import signal
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -56,9 +57,19 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+def group_of(item: pytest.Item, marks: set[str]) -> str:
+    """Which tests share a process with this one: those that start processes of their own come one after another."""
+    return "processes" if marks & {"browser", "distributed", "slurm"} else item.nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for mark in REQUIREMENTS.keys() & {marker.name for marker in item.iter_markers()}:
+        marks = {marker.name for marker in item.iter_markers()}
+        item.add_marker(pytest.mark.xdist_group(group_of(item, marks)))
+        for mark in sorted(REQUIREMENTS.keys() & marks):
             item.user_properties.append(("group", mark))  # goes into the junit file, where CI reads it
             if reason := REQUIREMENTS[mark]():
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the longest group first, beside all others
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("processes",))

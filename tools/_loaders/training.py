@@ -26,7 +26,7 @@ def training(setting: Setting, epochs: int) -> dict[str, Any]:
     shape = [3, 224, 224]
     synthetic = load(SyntheticConfig(shape=shape, train=4 * STEP, test=4, classes=4))["train"]
     found: dict[str, list[float]] = {"streamed": [], "synthetic": []}
-    net = ConvConfig(name="imagenet_conv7", width=96, strides=[4, 2, 1, 2, 1, 2, 1])
+    net = ConvConfig(name="imagenet_conv7", width=192, strides=[4, 2, 1, 2, 1, 2, 1])
     rule = RULES["align_ada"].options(name="align_ada")
     learner = Learner(net, (3, 224, 224), 4, rule, SGDConfig(lr=1e-3), MSEConfig(), seed=0)
     for number in range(epochs + 1):
