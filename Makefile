@@ -26,7 +26,7 @@ demo:
 
 test:
 	@tools/setup.sh all
-	$(python) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(python) -m pytest $(ARGS)
 
 lint:
 	@tools/setup.sh all

@@ -25,14 +25,14 @@ def sources(config: TrainConfig) -> list[Path]:
 def stage(config: TrainConfig, local: Path) -> None:
     """Copy ``sources`` below ``local``, once on each node, and have this process read them from there.
 
-    The run stays the same run: its configuration names the shared folders. A copy that is there is not made again.
-    Raises ConfigError where there is no room.
+    The run stays the same run: its configuration names the shared folders. A copy that is there is made again where
+    a file has another size or time than the one that it was copied from. Raises ConfigError where there is no room.
     """
     copies = {}
     for source in sources(config):
         copy = local.expanduser() / "alignscale" / str(source).strip("/").replace("/", "-")
         try:
-            _copy(source, copy)
+            copy_once(source, copy)
         except OSError as problem:
             raise ConfigError(
                 f"cluster.stage={local}: expected a disk with room for {source}, found: {problem}; free some, or "
@@ -42,12 +42,15 @@ def stage(config: TrainConfig, local: Path) -> None:
     os.environ["ALIGNSCALE_STAGED"] = json.dumps(copies)
 
 
-def _copy(source: Path, copy: Path) -> None:
+def copy_once(source: Path, copy: Path) -> None:
+    """Copy a file or folder unless it is there unchanged; whole or not at all, by one process of the machine."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     with copy.with_name(f"{copy.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first rank of a node copies, the others wait for it
         if copy.exists():
-            return
+            if _files(copy) == _files(source):
+                return
+            _remove(copy)
         partial = copy.with_name(f"{copy.name}.partial")
         _remove(partial)
         try:
@@ -56,6 +59,13 @@ def _copy(source: Path, copy: Path) -> None:
         finally:
             _remove(partial)
         print(f"staged {source} to {copy}", file=sys.stderr, flush=True)
+
+
+def _files(path: Path) -> dict[str, tuple[int, int]]:
+    """Size in bytes and time of change in seconds of every file, which a copy keeps."""
+    found = path.rglob("*") if path.is_dir() else [path]
+    files = ((one.relative_to(path), one.stat()) for one in found if one.is_file())
+    return {str(name): (about.st_size, int(about.st_mtime)) for name, about in files}
 
 
 def _remove(path: Path) -> None:

@@ -1,12 +1,11 @@
-"""Skips the tests whose mark asks for what this machine lacks, shares the rest out, and fixes torch's threads."""
+"""Skips the tests whose mark asks for what this machine lacks, and fixes the number of torch's threads."""
 
 import importlib
 import importlib.util
-import os
 import shutil
 import signal
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -57,19 +56,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
-def group_of(item: pytest.Item, marks: set[str]) -> str:
-    """Which tests share a process with this one: those that start processes of their own come one after another."""
-    return "processes" if marks & {"browser", "distributed", "slurm"} else item.nodeid.partition("::")[0]
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
-        marks = {marker.name for marker in item.iter_markers()}
-        item.add_marker(pytest.mark.xdist_group(group_of(item, marks)))
-        for mark in sorted(REQUIREMENTS.keys() & marks):
+        for mark in REQUIREMENTS.keys() & {marker.name for marker in item.iter_markers()}:
             item.user_properties.append(("group", mark))  # goes into the junit file, where CI reads it
             if reason := REQUIREMENTS[mark]():
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the longest group first, beside all others
-        items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("processes",))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from _stage import copy_once
 from data_cases import write_image_folder
-from run_cases import same, weights
+from run_cases import weights
 
 ROOT = Path(__file__).parents[1]
 NET = ["net=mlp", "net.width=16", "net.depth=2", "epochs=1", "log.progress=false", "threads=1"]
@@ -62,13 +63,24 @@ def test_a_failed_job_ends_with_its_status_and_a_sweep_reports_the_others(tmp_pa
     assert [one["diverged_at"] is None for one in runs] == [True, False]
 
 
-def shards(folder: Path) -> list[str]:
-    made = run("tools/make_shards.py", "--source", "digits", "--splits", "train,test", "--out", str(folder), "--quiet")
+def packed(folder: Path, *options: str) -> None:
+    digits = ["--source", "digits", "--splits", "train,test", "--out", str(folder), "--quiet"]
+    made = run("tools/make_shards.py", *digits, *options)
     assert made.returncode == 0, made.stderr
+
+
+def shards(folder: Path) -> list[str]:
+    packed(folder)
     names = {split: sorted(path.name for path in folder.glob(f"{split}*.tar")) for split in ("train", "test")}
     assert min(map(len, names.values())) == 1
     options = ["data=webdataset", "data.channels=1", "data.size=8", "data.workers=0"]
     return [*options, f"data.urls={folder / names['train'][0]}", f"data.test_urls={folder / names['test'][0]}"]
+
+
+def beton(folder: Path) -> list[str]:
+    packed(folder, "--ffcv")
+    options = ["data=ffcv", "data.size=8", "data.workers=1"]
+    return [*options, f"data.path={folder / 'train.beton'}", f"data.test_path={folder / 'test.beton'}"]
 
 
 def images(folder: Path) -> list[str]:
@@ -76,18 +88,52 @@ def images(folder: Path) -> list[str]:
     return ["data=imagefolder", f"data.root={folder}", "data.size=8", "batch_size=4"]
 
 
-@pytest.mark.parametrize("make", [images, shards])
-def test_data_are_copied_to_a_nodes_own_disk_and_read_from_there(
-    tmp_path: Path, make: Callable[[Path], list[str]]
-) -> None:
-    options = ["cluster=local", *make(tmp_path / "shared"), f"cluster.stage={tmp_path / 'own'}"]
-    first = submit(tmp_path / "first", *options)
-    assert first.returncode == 0, first.stdout + first.stderr
-    (tmp_path / "shared").rename(tmp_path / "away")
-    (tmp_path / "shared").mkdir()
-    second = submit(tmp_path / "second", *options)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert same(weights(run_of(tmp_path / "first")), weights(run_of(tmp_path / "second")))
+def cached(folder: Path) -> list[str]:
+    options = ["jacobian=gates", f"jacobian.dir={folder}"]
+    made = run("tools/cache_jacobian.py", *NET, *options)
+    assert made.returncode == 0, made.stderr
+    return options
+
+
+def spoil(folder: Path) -> None:
+    """Zeros in place of what every file holds, with the same size and times."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        about = path.stat()
+        path.write_bytes(bytes(about.st_size))
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+@pytest.mark.parametrize("make", [images, shards, cached, pytest.param(beton, marks=pytest.mark.ffcv)])
+def test_data_are_read_from_a_nodes_own_disk(tmp_path: Path, make: Callable[[Path], list[str]]) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    options = make(shared)
+    for source in {shared, *shared.glob("*.beton")}:
+        copy_once(source, own / "alignscale" / str(source).strip("/").replace("/", "-"))
+    spoil(shared)  # a run that read these would fail
+    done = submit(tmp_path, "cluster=debug", *options, f"cluster.stage={own}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "staged" not in done.stderr
+    assert run_of(tmp_path).is_dir()
+
+
+def test_data_are_copied_to_a_nodes_own_disk(tmp_path: Path) -> None:
+    options = images(tmp_path / "shared")
+    done = submit(tmp_path, "cluster=debug", *options, f"cluster.stage={tmp_path / 'own'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "own").rglob("*.png"))) == len(list((tmp_path / "shared").rglob("*.png"))) > 0
+
+
+def test_a_copy_is_made_again_when_the_data_change_and_half_of_one_is_not_used(tmp_path: Path) -> None:
+    source, copy = tmp_path / "shared", tmp_path / "own/copy"
+    write_image_folder(source)
+    half = copy.with_name("copy.partial")
+    half.mkdir(parents=True)
+    (half / "left by a killed job").touch()
+    for _ in range(2):
+        copy_once(source, copy)
+        names = {path.relative_to(source) for path in source.rglob("*")}
+        assert {path.relative_to(copy) for path in copy.rglob("*")} == names
+        next(source.rglob("*.png")).unlink()
 
 
 def test_a_disk_without_room_for_the_data_is_named(tmp_path: Path) -> None:
