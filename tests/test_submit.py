@@ -103,7 +103,7 @@ def spoil(folder: Path) -> None:
         os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
-@pytest.mark.parametrize("make", [images, shards, cached, pytest.param(beton, marks=pytest.mark.ffcv)])
+@pytest.mark.parametrize("make", [shards, cached, pytest.param(beton, marks=pytest.mark.ffcv)])
 def test_data_are_read_from_a_nodes_own_disk(tmp_path: Path, make: Callable[[Path], list[str]]) -> None:
     shared, own = tmp_path / "shared", tmp_path / "own"
     options = make(shared)
