@@ -22,17 +22,23 @@ def sources(config: TrainConfig) -> list[Path]:
     return [path for path in dict.fromkeys(found) if path.exists()]
 
 
-def stage(config: TrainConfig, local: Path) -> None:
+def copy_of(source: Path, local: Path) -> Path:
+    """Where ``stage`` keeps its copy of a file or folder."""
+    return local.expanduser() / "alignscale" / str(source).strip("/").replace("/", "-")
+
+
+def stage(config: TrainConfig, local: Path, job: str) -> None:
     """Copy ``sources`` below ``local``, once on each node, and have this process read them from there.
 
     The run stays the same run: its configuration names the shared folders. A copy that is there is made again where
-    a file has another size or time than the one that it was copied from. Raises ConfigError where there is no room.
+    a file has another size or time than the one that it was copied from. job: whose ranks compare once on each node.
+    Raises ConfigError where there is no room.
     """
     copies = {}
     for source in sources(config):
-        copy = local.expanduser() / "alignscale" / str(source).strip("/").replace("/", "-")
+        copy = copy_of(source, local)
         try:
-            copy_once(source, copy)
+            copy_once(source, copy, job)
         except OSError as problem:
             raise ConfigError(
                 f"cluster.stage={local}: expected a disk with room for {source}, found: {problem}; free some, or "
@@ -42,23 +48,30 @@ def stage(config: TrainConfig, local: Path) -> None:
     os.environ["ALIGNSCALE_STAGED"] = json.dumps(copies)
 
 
-def copy_once(source: Path, copy: Path) -> None:
-    """Copy a file or folder unless it is there unchanged; whole or not at all, by one process of the machine."""
+def copy_once(source: Path, copy: Path, job: str) -> None:
+    """Copy a file or folder unless it is there unchanged; whole or not at all, by one process of a job and machine."""
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
+    with copy.with_name(f"{copy.name}.lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first rank of a node copies, the others wait for it
-        if copy.exists():
-            if _files(copy) == _files(source):
-                return
-            _remove(copy)
-        partial = copy.with_name(f"{copy.name}.partial")
+        lock.seek(0)
+        if copy.exists() and lock.read() == job:  # one listing of a large folder, not one for each rank
+            return
+        if not copy.exists() or _files(copy) != _files(source):
+            _replace(copy, source)
+        lock.truncate(0)
+        lock.write(job)
+
+
+def _replace(copy: Path, source: Path) -> None:
+    _remove(copy)  # first, as there may be no room for two
+    partial = copy.with_name(f"{copy.name}.partial")
+    _remove(partial)
+    try:
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, partial)
+        partial.rename(copy)
+    finally:
         _remove(partial)
-        try:
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, partial)
-            partial.rename(copy)
-        finally:
-            _remove(partial)
-        print(f"staged {source} to {copy}", file=sys.stderr, flush=True)
+    print(f"staged {source} to {copy}", file=sys.stderr, flush=True)
 
 
 def _files(path: Path) -> dict[str, tuple[int, int]]:

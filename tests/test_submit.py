@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _stage import copy_once
+from _stage import copy_of, copy_once
 from data_cases import write_image_folder
 from run_cases import weights
 
@@ -108,7 +108,7 @@ def test_data_are_read_from_a_nodes_own_disk(tmp_path: Path, make: Callable[[Pat
     shared, own = tmp_path / "shared", tmp_path / "own"
     options = make(shared)
     for source in {shared, *shared.glob("*.beton")}:
-        copy_once(source, own / "alignscale" / str(source).strip("/").replace("/", "-"))
+        copy_once(source, copy_of(source, own), "earlier")
     spoil(shared)  # a run that read these would fail
     done = submit(tmp_path, "cluster=debug", *options, f"cluster.stage={own}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -129,11 +129,13 @@ def test_a_copy_is_made_again_when_the_data_change_and_half_of_one_is_not_used(t
     half = copy.with_name("copy.partial")
     half.mkdir(parents=True)
     (half / "left by a killed job").touch()
-    for _ in range(2):
-        copy_once(source, copy)
+    for job in ("first", "second"):
+        copy_once(source, copy, job)
         names = {path.relative_to(source) for path in source.rglob("*")}
         assert {path.relative_to(copy) for path in copy.rglob("*")} == names
         next(source.rglob("*.png")).unlink()
+        copy_once(source, copy, job)  # a second rank of the job does not look again
+        assert {path.relative_to(copy) for path in copy.rglob("*")} == names
 
 
 def test_a_disk_without_room_for_the_data_is_named(tmp_path: Path) -> None:
