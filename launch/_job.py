@@ -23,6 +23,7 @@ from alignscale.data.examples import DataError
 from alignscale.distributed import LOST, Heart, RankError
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted
+from alignscale.jacobian.files import CacheError
 from alignscale.run import Diverged
 
 WAITED = "another rank did not answer within engine.timeout"
@@ -79,7 +80,10 @@ class Job:
         except Diverged as problem:
             status, error = 3, problem
         except Exception as problem:
-            status, error = 2 if isinstance(problem, (ConfigError, DataError, CheckpointError)) else 1, problem
+            status, error = (
+                2 if isinstance(problem, (ConfigError, DataError, CheckpointError, CacheError)) else 1,
+                problem,
+            )
             if isinstance(problem, OSError):
                 error = OSError(f"a file could not be read or written: {problem}{MEND}")
             elif status == 1:

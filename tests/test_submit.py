@@ -138,6 +138,15 @@ def test_a_copy_is_made_again_when_the_data_change_and_half_of_one_is_not_used(t
         assert {path.relative_to(copy) for path in copy.rglob("*")} == names
 
 
+def test_a_damaged_cache_ends_a_job_as_it_ends_a_run(tmp_path: Path) -> None:
+    options = cached(tmp_path / "cache")
+    spoil(tmp_path / "cache")
+    done = submit(tmp_path, "cluster=debug", *options)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "expected a cache's manifest" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_disk_without_room_for_the_data_is_named(tmp_path: Path) -> None:
     options = images(tmp_path / "shared")
     (tmp_path / "own").write_text("a file where the folder would be")
