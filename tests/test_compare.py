@@ -136,11 +136,11 @@ def test_a_wrong_experiment_is_refused(tmp_path: Path, changes: dict[str, Any], 
     assert not (tmp_path / "grid").exists()
 
 
-def made_up(accuracies: dict[tuple[str, int], float], claim: str) -> dict[str, Any]:
-    """A result with one seed and these accuracies."""
+def made_up(accuracies: dict[tuple[str, int], float | None], claim: str) -> dict[str, Any]:
+    """A result with one seed and these accuracies; None: the run diverged."""
     runs = [
         {"rule": rule, "width": width, "seed": 0, "net": "mlp", "name": "r", "folder": ".", "config": {},
-         "test": {"accuracy": value, "loss": 1.0}, "train": {"loss": 1.0}, "curve": [], "seconds_per_step": 1.0}
+         "diverged_at": 3 if value is None else None, "test": {"accuracy": value, "loss": 1.0}, "train": {"loss": 1.0}, "curve": [], "seconds_per_step": 1.0}
         for (rule, width), value in accuracies.items()
     ]  # fmt: skip
     return {"runs": runs, "experiment": {"claim": claim, "option": "", "protocol": ""}}
@@ -149,9 +149,19 @@ def made_up(accuracies: dict[tuple[str, int], float], claim: str) -> dict[str, A
 @pytest.mark.parametrize(("wide", "holds"), [(0.79, True), (0.70, False)])
 def test_a_verdict_follows_from_the_gap_at_the_widest_network(wide: float, holds: bool) -> None:
     rules = ("align_ada", "align_zero")
-    numbers = {("backprop", 8): 0.6, ("backprop", 64): 0.8}
+    numbers: dict[tuple[str, int], float | None] = {("backprop", 8): 0.6, ("backprop", 64): 0.8}
     numbers |= {(rule, width): {8: 0.4, 64: wide}[width] for rule in rules for width in (8, 64)}
     judged = verdict(made_up(numbers, "width"))
     assert judged is not None
     assert judged.holds is holds
     assert "align_ada -20.0 points at width 8" in judged.evidence
+
+
+@pytest.mark.parametrize(("diverged", "holds"), [("align_zero", False), ("backprop", None)])
+def test_a_rule_that_diverges_loses_and_without_backprop_there_is_no_verdict(diverged: str, holds: bool | None) -> None:
+    numbers: dict[tuple[str, int], float | None] = {
+        (rule, width): 0.8 for rule in ("backprop", "align_ada", "align_zero") for width in (8, 64)
+    }
+    judged = verdict(made_up(numbers | {(diverged, 64): None}, "width"))
+    assert judged is not None
+    assert judged.holds is holds

@@ -36,12 +36,14 @@ Judged = tuple[bool | None, str]
 
 
 def _gap(runs: Sequence[Run], rule: str) -> float | None:
-    """Accuracy of a rule minus backprop's in points, mean over what both finished; a run that diverged counts as 0."""
-    means = []
-    for name in (rule, "backprop"):
-        found = [accuracy(run) or 0.0 for run in runs if run["rule"] == name]
-        means.append(spread(found).mean)
-    return None if means[0] is None or means[1] is None else means[0] - means[1]
+    """Accuracy of a rule minus backprop's in points, mean over the seeds that backprop finished.
+
+    A run of the rule that diverged counts as 0 %. None where no seed has both.
+    """
+    base = {run["seed"]: accuracy(run) for run in runs if run["rule"] == "backprop"}
+    ours = {run["seed"]: accuracy(run) or 0.0 for run in runs if run["rule"] == rule}
+    pairs = ((mine, base.get(seed)) for seed, mine in ours.items())
+    return spread(None if theirs is None else mine - theirs for mine, theirs in pairs).mean
 
 
 def _of_width(data: Result, width: int) -> list[Run]:
@@ -61,7 +63,7 @@ def _narrow_and_wide(data: Result, points: float) -> Judged:
     for rule in ALIGN:
         first, last = (_gap(_of_width(data, width), rule) for width in (found[0], found[-1]))
         if first is None or last is None:
-            return None, f"no {rule} beside backprop"
+            return None, f"no {rule} beside a backprop run that finished"
         holds = holds and abs(last) <= max(points, 0.0) and (len(found) == 1 or abs(last) <= max(abs(first), 1.0))
         words.append(f"{rule} {first:+.1f} points at width {found[0]}, {last:+.1f} at width {found[-1]}")
     return holds, f"Gap to backprop: {'; '.join(words)} (within {points:g} at the widest, and not growing)."
@@ -100,7 +102,10 @@ def _low_data(data: Result) -> Judged:
         gaps = []
         for size in (sizes[0], sizes[-1]):
             runs = [run for run in _of_width(data, width) if (_option(run, option) or float("inf")) == size]
-            gaps.append(_gap(runs, rule) or 0.0)
+            gap = _gap(runs, rule)
+            if gap is None:
+                return None, f"no {rule} beside a backprop run that finished"
+            gaps.append(gap)
         holds = holds and gaps[0] >= max(gaps[1] - 1.0, -1.0)
         words.append(f"{rule} {gaps[0]:+.1f} points with the fewest, {gaps[1]:+.1f} with the most")
     return (
