@@ -65,7 +65,7 @@ class Job:
             from _stage import stage
 
             if self.stage:
-                stage(self.config, Path(self.stage), str(job.job_id))
+                stage(self.config, self.stage, str(job.job_id))
             show = print if job.global_rank == 0 else silent
             line = summary(train_and_report(self.config, show, self.command))
             show(line)

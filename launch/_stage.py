@@ -24,19 +24,23 @@ def sources(config: TrainConfig) -> list[Path]:
 
 def copy_of(source: Path, local: Path) -> Path:
     """Where ``stage`` keeps its copy of a file or folder."""
-    return local.expanduser() / "alignscale" / str(source).strip("/").replace("/", "-")
+    return local / "alignscale" / str(source).strip("/").replace("/", "-")
 
 
-def stage(config: TrainConfig, local: Path, job: str) -> None:
+def stage(config: TrainConfig, local: str, job: str) -> None:
     """Copy ``sources`` below ``local``, once on each node, and have this process read them from there.
+
+    local: may hold ~ and variables of the job's environment on the node, such as $SLURM_JOB_ID.
 
     The run stays the same run: its configuration names the shared folders. A copy that is there is made again where
     a file has another size or time than the one that it was copied from. job: whose ranks compare once on each node.
-    Raises ConfigError where there is no room.
+    Raises ConfigError where there is no room, or no such variable.
     """
-    copies = {}
+    copies, place = {}, Path(os.path.expandvars(local)).expanduser()
+    if "$" in str(place):
+        raise ConfigError(f"cluster.stage={local}: expected variables that the node has, found none for {place}")
     for source in sources(config):
-        copy = copy_of(source, local)
+        copy = copy_of(source, place)
         try:
             copy_once(source, copy, job)
         except OSError as problem:

@@ -208,3 +208,40 @@ def record(folder: Path, what: Recording) -> None:
     np.savez(folder / f"{what.name}.npz", **recorder.arrays)
     if what.net == "conv7":
         np.savez(folder / "images.npz", **recorder.images)
+
+
+def record_alignment(folder: Path, width: int, side: int) -> None:
+    """A conv7 alignment case: random weights, and Monte-Carlo scores with the adjoint that autograd gives."""
+    draw = torch.Generator().manual_seed(width)
+    arrays: dict[str, np.ndarray] = {}
+    scores: dict[str, list[list[float]]] = {"score": [], "control": []}
+    channels, size = 3, side
+    for layer, stride in enumerate(STRIDES["conv7"]):
+        start, change, other = (torch.randn(width, channels, 3, 3, dtype=torch.float64, generator=draw) for _ in "abc")
+        shuffled = (start + change).flatten()[torch.randperm(start.numel(), generator=draw)].view_as(start)
+        weights = {"init": start, "align": start + change + other / 2, "normal": start + change}
+        weights["control_shuffled"] = shuffled
+        arrays |= {f"{name}_W{layer}": weight.permute(2, 3, 1, 0).numpy() for name, weight in weights.items()}
+        noises = [torch.randn(40, channels, size, size, dtype=torch.float64, generator=draw) for _ in range(6)]
+        arrays[f"fixed_noise{layer}"] = noises[0].permute(0, 2, 3, 1).numpy()
+        for kind, first in (("score", change), ("control", shuffled - start)):
+            scores[kind].append([monte_carlo(first, change + other / 2, noise, stride) for noise in noises])
+        channels, size = width, -(-size // stride)
+    for kind, layers in scores.items():
+        runs = np.array(layers).T
+        arrays |= {f"{kind}_runs": runs, f"{kind}_mean": runs.mean(0), f"fixed_{kind}": runs[0]}
+        arrays[f"{kind}_std_between_runs"] = runs.std(0, ddof=1)
+    np.savez(folder / f"alignment_w{width}.npz", **arrays)
+    (folder / "index.json").write_text(json.dumps({f"alignment_w{width}": {"net": "conv7", "width": width}}))
+
+
+def monte_carlo(first: Tensor, second: Tensor, noise: Tensor, stride: int) -> float:
+    """sum(u v) / sqrt(sum(u u) sum(v v)), u and v the noise after each convolution and its adjoint."""
+
+    def forward(z: Tensor, weight: Tensor) -> Tensor:
+        total = max((-(-z.shape[-1] // stride) - 1) * stride + 3 - z.shape[-1], 0)
+        pad = (total // 2, total - total // 2)
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(z, (*pad, *pad)), weight, stride=stride)
+
+    u, v = (torch.func.vjp(lambda z, d=d: forward(z, d), noise)[1](forward(noise, d))[0] for d in (first, second))
+    return ((u * v).sum() / ((u * u).sum() * (v * v).sum()).sqrt()).item()

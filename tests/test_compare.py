@@ -140,7 +140,7 @@ def made_up(accuracies: dict[tuple[str, int], float | None], claim: str) -> dict
     """A result with one seed and these accuracies; None: the run diverged."""
     runs = [
         {"rule": rule, "width": width, "seed": 0, "net": "mlp", "name": "r", "folder": ".", "config": {},
-         "diverged_at": 3 if value is None else None, "test": {"accuracy": value, "loss": 1.0}, "train": {"loss": 1.0}, "curve": [], "seconds_per_step": 1.0}
+         "test": {"accuracy": value, "loss": 1.0}, "train": {"loss": 1.0}, "curve": [], "seconds_per_step": 1.0}
         for (rule, width), value in accuracies.items()
     ]  # fmt: skip
     return {"runs": runs, "experiment": {"claim": claim, "option": "", "protocol": ""}}

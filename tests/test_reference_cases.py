@@ -8,7 +8,7 @@ from typing import Any
 import check_reference
 import numpy as np
 import pytest
-from reference_cases import Recording, record
+from reference_cases import Recording, record, record_alignment
 
 CONV_RULES = [
     "backprop",
@@ -161,3 +161,36 @@ def test_an_index_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(ValueError, match=r"expected an object|Expecting"):
         check_reference.run(tmp_path, quiet)
+
+
+def change_alignment(folder: Path, change: Callable[[Arrays], Arrays]) -> dict[str, Any]:
+    path = next(folder.glob("*.npz"))
+    np.savez(path, **change(check_reference.load(path)))
+    (row,) = check_reference.run(folder, quiet)
+    return row
+
+
+@pytest.mark.parametrize(("width", "side"), [(5, 16), (16, 8)])
+def test_alignment_of_another_width_is_reproduced_and_another_score_is_not(
+    width: int, side: int, tmp_path: Path
+) -> None:
+    record_alignment(tmp_path, width, side)
+    assert check(tmp_path)["passed"]
+    (path,) = tmp_path.glob("*.npz")
+    recorded = check_reference.load(path)
+    for name, shift, passes in (("fixed_score", 1e-7, True), ("fixed_score", 1e-4, False), ("control_mean", 0.1, False)):
+        np.savez(path, **{**recorded, name: recorded[name] + shift})
+        assert check(tmp_path)["passed"] is passes
+
+
+def test_alignment_without_noise_is_of_the_images_size(tmp_path: Path) -> None:
+    record_alignment(tmp_path, 4, 16)
+    assert change_alignment(tmp_path, drop("fixed"))["passed"]
+    np.savez(tmp_path / "images.npz", images=np.zeros((1, 5, 5, 3)))
+    assert not check_reference.run(tmp_path, quiet)[0]["passed"]
+
+
+@pytest.mark.parametrize("name", ["normal_W3", "align_W0", "control_shuffled_W6", "fixed_noise2", "score_std"])
+def test_an_alignment_file_without_what_its_scores_are_of_is_refused(name: str, tmp_path: Path) -> None:
+    record_alignment(tmp_path, 3, 8)
+    assert f"expected {name}" in change_alignment(tmp_path, drop(name))["problem"]

@@ -66,14 +66,41 @@ def submit(cluster: Cluster, folder: Path, *options: str) -> subprocess.Complete
     return cluster.run(*command(folder, *options), timeout=280)
 
 
-def begin(cluster: Cluster, folder: Path, *options: str) -> str:
-    """The job, which has written a few checkpoints."""
+def send(cluster: Cluster, folder: Path, *options: str) -> str:
+    """The job of launch/submit.py."""
     sent = submit(cluster, folder, *options)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     job = re.search(r"^job (\d+):", sent.stdout, re.MULTILINE)
     assert job is not None
-    until(cluster, folder, lambda: step(folder) >= 40, job[1])
     return job[1]
+
+
+def begin(cluster: Cluster, folder: Path, *options: str) -> str:
+    """The job, which has written a few checkpoints."""
+    job = send(cluster, folder, *options)
+    until(cluster, folder, lambda: step(folder) >= 40, job)
+    return job
+
+
+def begin_both_ways(cluster: Cluster, folder: Path) -> dict[Path, str]:
+    """The same training by launch/submit.py and by launch/slurm.sbatch: the jobs by their folders."""
+    ours, other = folder / "submitit", folder / "torchrun"
+    other.mkdir()
+    torchrun = sbatch(cluster, other, "--nodes=2", *TWO_NODES[1:], ranks=1)
+    jobs = {ours: begin(cluster, ours, *TWO_NODES), other: torchrun}
+    until(cluster, other, lambda: step(other) >= 40, torchrun)
+    return jobs
+
+
+def check_went_on(cluster: Cluster, jobs: dict[Path, str], expected: dict[str, torch.Tensor]) -> None:
+    for folder, job in jobs.items():
+        until(cluster, folder, lambda job=job: cluster.state(job) == "COMPLETED", job)  # type: ignore[misc]
+        assert restarts(cluster, job) >= 1
+        assert same(weights(run_of(folder)), expected)
+
+
+def nodes(cluster: Cluster, job: str) -> list[str]:
+    return cluster.run("scontrol", "show", "hostnames", cluster.state(job, "NodeList")).stdout.split()
 
 
 def until(cluster: Cluster, folder: Path, true: Callable[[], bool], job: str, seconds: float = 200) -> None:
@@ -84,14 +111,15 @@ def until(cluster: Cluster, folder: Path, true: Callable[[], bool], job: str, se
 
     cluster.until(lambda: true() or hopeless(), seconds)
     if not true():
-        raise AssertionError("\n".join(path.read_text()[-2000:] for path in sorted((folder / "jobs").glob("*.err"))))
+        logs = [*sorted((folder / "jobs").glob("*.err")), *folder.glob("out")]
+        raise AssertionError("\n".join(path.read_text()[-2000:] for path in logs))
 
 
-def sbatch(cluster: Cluster, folder: Path, *options: str, path: Path = ROOT) -> str:
-    """The job of launch/slurm.sbatch, two ranks on each of its nodes. path: of PYTHONPATH."""
+def sbatch(cluster: Cluster, folder: Path, *options: str, path: Path = ROOT, ranks: int = 2) -> str:
+    """The job of launch/slurm.sbatch. path: of PYTHONPATH. ranks: on each of its nodes."""
     ours = [option for option in options if option.startswith("--")]
     given = [f"run.root={folder / 'runs'}", *NET, *(option for option in options if option not in ours)]
-    environment = ["env", "RANKS=2", f"PYTHON={sys.executable}", f"PYTHONPATH={path}"]
+    environment = ["env", f"RANKS={ranks}", f"PYTHON={sys.executable}", f"PYTHONPATH={path}"]
     sent = cluster.run(
         *environment, "sbatch", "--parsable", *ours, f"--output={folder}/out", "launch/slurm.sbatch", *given
     )
@@ -140,9 +168,12 @@ def test_sbatch_with_torchrun_trains_to_the_result_of_one_process(cluster: Clust
 
 
 def test_a_sweep_is_one_array_with_one_report_and_only_lost_members_go_again(cluster: Cluster, tmp_path: Path) -> None:
-    sweep = ["rule=align_ada,align_zero", "epochs=1", "cluster.concurrent=2", "--wait"]
+    sweep = ["rule=align_ada,align_zero", "epochs=1", "cluster.concurrent=1", "--wait"]
     done = submit(cluster, tmp_path, *sweep)
     assert done.returncode == 0, done.stdout + done.stderr
+    first, second = re.findall(r"^job (\d+_\d):", done.stdout, re.MULTILINE)
+    assert first.partition("_")[0] == second.partition("_")[0]
+    assert cluster.state(second, "StartTime") >= cluster.state(first, "EndTime")  # one at a time, as was asked for
     results = sorted((tmp_path / "runs/run-sweep").glob("*/result.json"))
     assert len(results) == 2
     assert len(json.loads((tmp_path / "runs/run-sweep/result.json").read_text())["runs"]) == 2
@@ -167,7 +198,40 @@ def test_a_rank_of_torchrun_that_fails_by_itself_is_not_requeued(cluster: Cluste
     cluster.until(lambda: cluster.state(job) in {"COMPLETED", "FAILED"}, 200)
     assert cluster.state(job) == "FAILED"
     assert "error: rank 1: shard-7.tar: key 0042: expected a JPEG, found text" in (tmp_path / "out").read_text()
+    assert cluster.state(job, "ExitCode") == "2:0"
     assert restarts(cluster, job) == 0
+
+
+def test_every_option_of_a_request_arrives_at_slurm(cluster: Cluster, tmp_path: Path) -> None:
+    ours = ["reservationname=ours", "starttime=now", "duration=60", "users=root", "nodes=node3"]
+    made = cluster.run("scontrol", "create", "reservation", *ours)
+    assert made.returncode == 0, made.stderr
+    given = {
+        "reservation": "ours", "constraint": "small", "exclude": "node1", "account": "physics", "qos": "high",
+        "partition": "test", "minutes": 7, "memory_gb": 1, "cpus_per_task": 2, "gpus_per_node": 1,
+        "setup": f"['echo set up > {tmp_path / 'setup'}']", "srun": "[--label]", "sbatch": "{comment:words,nice:7}",
+    }  # fmt: skip
+    try:
+        job = send(cluster, tmp_path, "epochs=1", *(f"cluster.{name}={value}" for name, value in given.items()))
+        until(cluster, tmp_path, lambda: cluster.state(job) == "COMPLETED", job)
+    finally:
+        cluster.run("scontrol", "delete", "reservationname=ours")
+    found = {
+        "Reservation": "ours", "Features": "small", "ExcNodeList": "node1", "Account": "physics", "QOS": "high",
+        "Partition": "test", "TimeLimit": "00:07:00", "MinMemoryNode": "1G", "CPUs/Task": "2",
+        "TresPerNode": "gres/gpu:1", "NodeList": "node3", "Comment": "words", "Nice": "7", "Requeue": "1",
+    }  # fmt: skip
+    assert {name: cluster.state(job, name) for name in found} == found
+    assert (tmp_path / "setup").read_text() == "set up\n"
+    assert "0: " in (tmp_path / f"jobs/{job}_0_log.out").read_text()
+
+
+def test_hydras_own_sweep_runs_as_jobs_of_slurm(cluster: Cluster, tmp_path: Path) -> None:
+    sweep = ["--multirun", "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "seed=0,1"]
+    folders = [f"hydra.sweep.dir={tmp_path / 'sweep'}", f"run.root={tmp_path / 'runs'}"]
+    done = cluster.run(sys.executable, "launch/train.py", *sweep, *folders, *NET, "epochs=1", timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -191,26 +255,24 @@ def test_an_impossible_request_is_refused_with_slurms_reason(
 def test_a_job_whose_node_is_killed_goes_on_elsewhere_to_the_same_weights(
     cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    job = begin(cluster, tmp_path, *TWO_NODES)
-    node = cluster.run("scontrol", "show", "hostnames", cluster.state(job, "NodeList")).stdout.split()[1]
+    jobs = begin_both_ways(cluster, tmp_path)
+    (node,) = {nodes(cluster, job)[1] for job in jobs.values()}
     cluster.kill_node(node)
-    until(cluster, tmp_path, lambda: cluster.state(job) == "COMPLETED", job)
-    assert restarts(cluster, job) >= 1
-    assert node not in cluster.run("scontrol", "show", "hostnames", cluster.state(job, "NodeList")).stdout
+    check_went_on(cluster, jobs, uninterrupted)
+    assert not any(node in nodes(cluster, job) for job in jobs.values())
     cluster.start_node(node)
-    assert same(weights(run_of(tmp_path)), uninterrupted)
 
 
 def test_a_preempted_job_saves_and_goes_on_to_the_same_weights(
     cluster: Cluster, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    job = begin(cluster, tmp_path, "cluster.sbatch={exclusive:true}", *TWO_NODES)
+    jobs = begin_both_ways(cluster, tmp_path)
     urgent = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"]
     assert cluster.run("sbatch", *urgent).returncode == 0
-    until(cluster, tmp_path, lambda: cluster.state(job) == "COMPLETED", job)
-    assert restarts(cluster, job) >= 1
-    assert "stopped by signal 12" in (tmp_path / f"jobs/{job}_0_log.err").read_text()
-    assert same(weights(run_of(tmp_path)), uninterrupted)
+    check_went_on(cluster, jobs, uninterrupted)
+    ours, other = jobs
+    assert "stopped by signal 12" in (ours / f"jobs/{jobs[ours]}_0_log.err").read_text()
+    assert "requeued: a rank ended with 140" in (other / "out").read_text()
 
 
 def test_jobs_at_their_time_limit_save_and_go_on_whatever_starts_their_ranks(cluster: Cluster, tmp_path: Path) -> None:

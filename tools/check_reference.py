@@ -237,7 +237,8 @@ def run(folder: Path, show: Callable[[str], None] = print) -> list[dict[str, Any
     index = json.loads((folder / "index.json").read_text())
     if not isinstance(index, dict):
         raise ValueError(f"index.json: expected an object of cases by name, found {type(index).__name__}")
-    rows = []
+    rows, images = [], folder / "images.npz"
+    size = load(images)["images"].shape[1:3] if images.exists() else (16, 16)
     for name, entry in index.items():
         alignment = "rule" not in entry
         if alignment and "align" not in f"{name} {entry.get('what', '')}".lower():
@@ -247,7 +248,7 @@ def run(folder: Path, show: Callable[[str], None] = print) -> list[dict[str, Any
         row: dict[str, Any] = {"case": name, "tolerance": allowed, "error": None, "problem": None}
         try:
             arrays = load(folder / f"{name}.npz")
-            row["error"] = check_alignment(entry, arrays) if alignment else check(entry, arrays, folder)
+            row["error"] = check_alignment(entry, arrays, size) if alignment else check(entry, arrays, folder)
         except UNRUNNABLE as problem:
             row["problem"] = f"{type(problem).__name__}: {problem}"
         row["passed"] = row["error"] is not None and row["error"] <= row["tolerance"]

@@ -37,31 +37,54 @@ def read(name: str, array: np.ndarray) -> Tensor:
     return values.reshape({"W_ih": (-1, 1), "W_ho": (1, -1)}.get(name, values.shape))
 
 
-def check_alignment(entry: dict[str, Any], arrays: Arrays) -> float:
-    """The largest error of an alignment case in units of what is allowed: 1e-5, or 5 standard errors of the mean."""
+def check_alignment(entry: dict[str, Any], arrays: Arrays, images: tuple[int, int] = (16, 16)) -> float:
+    """The largest error of an alignment case in units of what is allowed: 1e-5, or 5 standard errors of the mean.
+
+    images: height and width at the bottom layer, for a file that stores no noise. Every number that the file holds
+    is compared; raises CaseError where it lacks what that takes.
+    """
     name = re.split(r"[:\s,]", entry["net"])[0]
     if name not in STRIDES:
         raise CaseError(f"net {entry['net']!r}: expected one of {', '.join(STRIDES)}")
-    if "score_mean" not in arrays and "fixed_score" not in arrays:
+    kinds = [kind for kind in ("score", "control") if {f"{kind}_mean", f"fixed_{kind}"} & arrays.keys()]
+    if not kinds:
         raise CaseError("expected score_mean or fixed_score, found neither")
-    errors = []
-    size: tuple[int, int] = arrays["fixed_noise0"].shape[1:3] if "fixed_noise0" in arrays else (16, 16)
+    errors, size = [], images
     for layer, stride in enumerate(STRIDES[name]):
+        if f"fixed_noise{layer}" in arrays:
+            size = arrays[f"fixed_noise{layer}"].shape[1:3]
         at = Map.same(size, stride)
         size = at.outputs
-        start = read(f"W{layer}", arrays[f"init_W{layer}"])
-        target = read(f"W{layer}", arrays[f"align_W{layer}"]) - start
-        for what, trained in (("score", f"normal_W{layer}"), ("control", f"control_shuffled_W{layer}")):
-            if trained not in arrays:
-                continue
-            change = read(f"W{layer}", arrays[trained]) - start
-            if f"{what}_mean" in arrays:
-                allowed = 5 * arrays[f"{what}_std_between_runs"][layer] / len(arrays[f"{what}_runs"]) ** 0.5
-                errors.append(abs(exact(change, target, at).value - arrays[f"{what}_mean"][layer]) / allowed)
-            if f"fixed_{what}" in arrays:
-                noise = tensor(arrays[f"fixed_noise{layer}"]).permute(0, 3, 1, 2)
+        start = weight(arrays, f"init_W{layer}")
+        target = weight(arrays, f"align_W{layer}") - start
+        for kind in kinds:
+            change = weight(arrays, (f"normal_W{layer}" if kind == "score" else f"control_shuffled_W{layer}")) - start
+            if f"{kind}_mean" in arrays:
+                error = exact(change, target, at).value - arrays[f"{kind}_mean"][layer]
+                errors.append(abs(error) / (5 * standard_error(arrays, kind, layer)))
+            if f"fixed_{kind}" in arrays:
+                noise = tensor(needed(arrays, f"fixed_noise{layer}")).permute(0, 3, 1, 2)
                 both, first, second = moments(change, target, noise, at)
-                errors.append(abs(both / (first * second) ** 0.5 - arrays[f"fixed_{what}"][layer]) / 1e-5)
+                errors.append(abs(both / (first * second) ** 0.5 - arrays[f"fixed_{kind}"][layer]) / 1e-5)
     if not np.isfinite(errors).all():
         raise CaseError("a score, of ours or of the file, is not a finite number")
     return float(max(errors))
+
+
+def needed(arrays: Arrays, name: str) -> np.ndarray:
+    """An array of the file. Raises CaseError where it has none of that name."""
+    if name not in arrays:
+        raise CaseError(f"expected {name} in the file, found {', '.join(sorted(arrays))}")
+    return arrays[name]
+
+
+def weight(arrays: Arrays, name: str) -> Tensor:
+    """A convolution's weights in our layout, by their name in the file."""
+    return read(name.rpartition("_")[2], needed(arrays, name))
+
+
+def standard_error(arrays: Arrays, kind: str, layer: int) -> float:
+    """Of the mean over the recorded Monte-Carlo runs, ten where the file does not hold them; at least rounding's."""
+    runs = arrays.get(f"{kind}_runs", np.empty((10, 0)))
+    spread = float(needed(arrays, f"{kind}_std_between_runs")[layer])
+    return max(spread / len(runs) ** 0.5, 1e-7)
