@@ -51,7 +51,7 @@ SlurmdLogFile={base}/log/slurmd.%n.log
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 GresTypes=gpu
-NodeName=DEFAULT Port=17101 CPUs=4 RealMemory=4000 Gres=gpu:2 Feature=small State=UNKNOWN
+NodeName=DEFAULT Port=17101 CPUs=4 RealMemory=4000 Gres=gpu:1 Feature=small State=UNKNOWN
 NodeName=node[1-{nodes}] NodeAddr=10.93.0.[11-{last}]
 PartitionName=test Nodes=ALL Default=YES MaxTime=60 MaxNodes={nodes} PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
@@ -95,7 +95,7 @@ class Cluster:
         (base / "key").chmod(0o600)
         hosts = ["127.0.0.1 localhost", "10.93.0.1 ctl", *(f"10.93.0.{10 + i} node{i}" for i in range(1, nodes + 1))]
         (base / "hosts").write_text("\n".join(hosts) + "\n")
-        (base / "gres.conf").write_text("Name=gpu Count=2\n")  # to be asked for; there is no device behind them
+        (base / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # to be asked for; no device is behind it
         (base / "slurm.conf").write_text(CONF.format(base=base, nodes=nodes, last=10 + nodes))
         self.environment = {**os.environ, "SLURM_CONF": str(base / "slurm.conf")}
         with (base / "log/start").open("w") as log:

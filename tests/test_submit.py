@@ -21,15 +21,16 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def submit(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def submit(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     given = [f"cluster.folder={folder / 'jobs'}", f"run.root={folder / 'runs'}", *NET, *options]
-    return run("launch/submit.py", *given)
+    return run("launch/submit.py", *given, **variables)
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False
-    )
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=280,
+        check=False,
+    )  # fmt: skip
 
 
 def run_of(folder: Path) -> Path:
@@ -118,7 +119,10 @@ def test_data_are_read_from_a_nodes_own_disk(tmp_path: Path, make: Callable[[Pat
 
 def test_data_are_copied_to_a_nodes_own_disk(tmp_path: Path) -> None:
     options = images(tmp_path / "shared")
-    done = submit(tmp_path, "cluster=debug", *options, f"cluster.stage={tmp_path / 'own'}")
+    missing = submit(tmp_path, "cluster=debug", *options, "cluster.stage=$NO_SUCH_FOLDER/own")
+    assert missing.returncode == 2
+    assert "cluster.stage=$NO_SUCH_FOLDER/own: expected variables that the node has" in missing.stderr
+    done = submit(tmp_path, "cluster=debug", *options, "cluster.stage=$NODE_DISK/own", NODE_DISK=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "own").rglob("*.png"))) == len(list((tmp_path / "shared").rglob("*.png"))) > 0
 
