@@ -1,18 +1,16 @@
-"""Skips the tests whose mark asks for what this machine lacks, fixes torch's threads, shares files out to workers."""
+"""Skips the tests whose mark asks for what this machine lacks, and fixes the number of torch's threads."""
 
 import importlib
 import importlib.util
 import shutil
 import signal
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from xdist.scheduler import LoadScopeScheduling
 
 
 def lacks_program(*names: str) -> str | None:
@@ -52,31 +50,13 @@ REQUIREMENTS: dict[str, Callable[[], str | None]] = {
     "slurm": lambda: lacks_program("slurmctld", "slurmd", "srun", "munged", "ip", "unshare"),
 }
 
-PROCESSES = ("test_distributed.py", "test_slurm.py", "test_width.py")
-
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the same sums, hence the same bits, on every machine
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
-class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """One worker of pytest-xdist runs a file; the files whose tests all start several processes take turns in one."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = Path(nodeid.split("::")[0]).name
-        return "processes" if file in PROCESSES else file
-
-
-@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, with -n; its own mark for groups does nothing since pytest 9.2
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
-    config.option.loadscopereorder = False
-    return ByFile(config, log)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # the longest group first, so that no worker waits for it at the end
-        items.sort(key=lambda item: item.path.name not in PROCESSES)
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         for mark in REQUIREMENTS.keys() & {marker.name for marker in item.iter_markers()}:
             item.user_properties.append(("group", mark))  # goes into the junit file, where CI reads it
