@@ -15,7 +15,7 @@ import torch
 from run_cases import same, weights
 from slurm_cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
 NET = [
     "net=mlp", "net.width=16", "net.depth=2", "batch_size=100", "optim.momentum=0.9",
@@ -96,7 +96,7 @@ def nodes(cluster: Cluster, job: str) -> list[str]:
     return cluster.run("scontrol", "show", "hostnames", cluster.state(job, "NodeList")).stdout.split()
 
 
-def until(cluster: Cluster, folder: Path, true: Callable[[], bool], job: str, seconds: float = 200) -> None:
+def until(cluster: Cluster, folder: Path, true: Callable[[], bool], job: str, seconds: float = 300) -> None:
     """Wait, but not for what a job that has failed will not do."""
 
     def hopeless() -> bool:
