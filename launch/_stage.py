@@ -36,9 +36,13 @@ def stage(config: TrainConfig, local: str, job: str) -> None:
     a file has another size or time than the one that it was copied from. job: whose ranks compare once on each node.
     Raises ConfigError where there is no room, or no such variable.
     """
-    copies, place = {}, Path(os.path.expandvars(local)).expanduser()
+    place = Path(os.path.expandvars(local)).expanduser()
     if "$" in str(place):
-        raise ConfigError(f"cluster.stage={local}: expected variables that the node has, found none for {place}")
+        raise ConfigError(
+            f"cluster.stage={local}: expected variables that the node has, found no value for those left in {place}; "
+            "set them in cluster.setup, or give a folder"
+        )
+    copies = {}
     for source in sources(config):
         copy = copy_of(source, place)
         try:

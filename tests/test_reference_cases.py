@@ -163,13 +163,6 @@ def test_an_index_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
         check_reference.run(tmp_path, quiet)
 
 
-def change_alignment(folder: Path, change: Callable[[Arrays], Arrays]) -> dict[str, Any]:
-    path = next(folder.glob("*.npz"))
-    np.savez(path, **change(check_reference.load(path)))
-    (row,) = check_reference.run(folder, quiet)
-    return row
-
-
 @pytest.mark.parametrize(("width", "side"), [(5, 16), (16, 8)])
 def test_alignment_of_another_width_is_reproduced_and_another_score_is_not(
     width: int, side: int, tmp_path: Path
@@ -185,12 +178,22 @@ def test_alignment_of_another_width_is_reproduced_and_another_score_is_not(
 
 def test_alignment_without_noise_is_of_the_images_size(tmp_path: Path) -> None:
     record_alignment(tmp_path, 4, 16)
-    assert change_alignment(tmp_path, drop("fixed"))["passed"]
-    np.savez(tmp_path / "images.npz", images=np.zeros((1, 5, 5, 3)))
-    assert not check_reference.run(tmp_path, quiet)[0]["passed"]
+    path, images = tmp_path / "alignment_w4.npz", tmp_path / "images.npz"
+    np.savez(path, **drop("fixed")(check_reference.load(path)))
+    np.savez(images, images=np.zeros((1, 16, 16, 3)))
+    assert check(tmp_path)["passed"]
+    np.savez(images, images=np.zeros((1, 5, 5, 3)))
+    assert not check(tmp_path)["passed"]
+    for damage in (lambda: images.write_bytes(b"no archive"), images.unlink):
+        damage()
+        (row,) = check_reference.run(tmp_path, quiet)
+        assert row["problem"] is not None
 
 
 @pytest.mark.parametrize("name", ["normal_W3", "align_W0", "control_shuffled_W6", "fixed_noise2", "score_std"])
 def test_an_alignment_file_without_what_its_scores_are_of_is_refused(name: str, tmp_path: Path) -> None:
     record_alignment(tmp_path, 3, 8)
-    assert f"expected {name}" in change_alignment(tmp_path, drop(name))["problem"]
+    path = tmp_path / "alignment_w3.npz"
+    np.savez(path, **drop(name)(check_reference.load(path)))
+    (row,) = check_reference.run(tmp_path, quiet)
+    assert f"expected {name}" in row["problem"]

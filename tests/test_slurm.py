@@ -22,7 +22,8 @@ NET = [
     "log.progress=false", "threads=1",
 ]  # fmt: skip
 ZERO = ["engine=deepspeed", "engine.zero_stage=3", "engine.timeout=150"]
-TWO_NODES = ["cluster.nodes=2", "epochs=40", "optim.lr=0.001", "checkpoint.every_steps=20", *ZERO]
+TRAINING = ["epochs=40", "optim.lr=0.001", "checkpoint.every_steps=20", *ZERO]
+TWO_NODES = ["cluster.nodes=2", *TRAINING]
 ENDLESS = ["epochs=100000", "optim.lr=1e-6", "checkpoint.every_steps=20"]
 SABOTAGE = """
 import os
@@ -86,7 +87,7 @@ def begin_both_ways(cluster: Cluster, folder: Path) -> dict[Path, str]:
     """The same training by launch/submit.py and by launch/slurm.sbatch: the jobs by their folders."""
     ours, other = folder / "submitit", folder / "torchrun"
     other.mkdir()
-    torchrun = sbatch(cluster, other, "--nodes=2", *TWO_NODES[1:], ranks=1)
+    torchrun = sbatch(cluster, other, "--nodes=2", *TRAINING, ranks=1)
     jobs = {ours: begin(cluster, ours, *TWO_NODES), other: torchrun}
     until(cluster, other, lambda: step(other) >= 40, torchrun)
     return jobs
@@ -218,7 +219,7 @@ def test_every_option_of_a_request_arrives_at_slurm(cluster: Cluster, tmp_path: 
     # SLURM knows no QOS without its accounting, and drops the name.
     assert "#SBATCH --qos=high\n" in (tmp_path / f"jobs/{job}_submission.sh").read_text()
     assert (tmp_path / "setup").read_text() == "set up\n"
-    assert "0: " in (tmp_path / f"jobs/{job}_0_log.out").read_text()
+    assert "\n0: rule:\n" in (tmp_path / f"jobs/{job}_0_log.out").read_text()  # srun --label
 
 
 def test_hydras_own_sweep_runs_as_jobs_of_slurm(cluster: Cluster, tmp_path: Path) -> None:

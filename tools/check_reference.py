@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reference_alignment import STRIDES, Arrays, CaseError, check_alignment, read, tensor
+from reference_alignment import STRIDES, Arrays, CaseError, check_alignment, load, read, tensor
 from tensorflow_adam import TensorFlowAdam
 
 from alignscale.choices import ConvConfig, RNNConfig
@@ -226,19 +226,12 @@ def tolerance(entry: dict[str, Any]) -> float:
     return 1e-6 if loose else 1e-9
 
 
-def load(path: Path) -> Arrays:
-    """All arrays of an .npz file; pickles are refused."""
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
-
-
 def run(folder: Path, show: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Check every case of a folder; one row a case."""
     index = json.loads((folder / "index.json").read_text())
     if not isinstance(index, dict):
         raise ValueError(f"index.json: expected an object of cases by name, found {type(index).__name__}")
-    rows, images = [], folder / "images.npz"
-    size = load(images)["images"].shape[1:3] if images.exists() else (16, 16)
+    rows = []
     for name, entry in index.items():
         alignment = "rule" not in entry
         if alignment and "align" not in f"{name} {entry.get('what', '')}".lower():
@@ -248,7 +241,7 @@ def run(folder: Path, show: Callable[[str], None] = print) -> list[dict[str, Any
         row: dict[str, Any] = {"case": name, "tolerance": allowed, "error": None, "problem": None}
         try:
             arrays = load(folder / f"{name}.npz")
-            row["error"] = check_alignment(entry, arrays, size) if alignment else check(entry, arrays, folder)
+            row["error"] = check_alignment(entry, arrays, folder) if alignment else check(entry, arrays, folder)
         except UNRUNNABLE as problem:
             row["problem"] = f"{type(problem).__name__}: {problem}"
         row["passed"] = row["error"] is not None and row["error"] <= row["tolerance"]

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from alignscale.analysis.alignment import Map, exact, moments
 
 STRIDES = {"conv3": [1, 2, 2], "conv7": [1, 1, 1, 2, 1, 2, 1], "imagenet_conv7": [4, 2, 1, 2, 1, 2, 1]}
+TRAINED = {"score": "normal", "control": "control_shuffled"}
+"""The weights that each kind of score is of."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -37,28 +39,34 @@ def read(name: str, array: np.ndarray) -> Tensor:
     return values.reshape({"W_ih": (-1, 1), "W_ho": (1, -1)}.get(name, values.shape))
 
 
-def check_alignment(entry: dict[str, Any], arrays: Arrays, images: tuple[int, int] = (16, 16)) -> float:
+def load(path: Path) -> Arrays:
+    """All arrays of an .npz file; pickles are refused."""
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def check_alignment(entry: dict[str, Any], arrays: Arrays, folder: Path) -> float:
     """The largest error of an alignment case in units of what is allowed: 1e-5, or 5 standard errors of the mean.
 
-    images: height and width at the bottom layer, for a file that stores no noise. Every number that the file holds
-    is compared; raises CaseError where it lacks what that takes.
+    Every score that the file holds is compared; raises CaseError where it lacks what that takes. Where it stores no
+    noise, the maps have the size of the folder's images.npz.
     """
     name = re.split(r"[:\s,]", entry["net"])[0]
     if name not in STRIDES:
         raise CaseError(f"net {entry['net']!r}: expected one of {', '.join(STRIDES)}")
-    kinds = [kind for kind in ("score", "control") if {f"{kind}_mean", f"fixed_{kind}"} & arrays.keys()]
+    kinds = [kind for kind in TRAINED if {f"{kind}_mean", f"fixed_{kind}"} & arrays.keys()]
     if not kinds:
         raise CaseError("expected score_mean or fixed_score, found neither")
-    errors, size = [], images
+    errors = []
+    bottom = arrays["fixed_noise0"] if "fixed_noise0" in arrays else load(folder / "images.npz")["images"]
+    size: tuple[int, int] = bottom.shape[1:3]
     for layer, stride in enumerate(STRIDES[name]):
-        if f"fixed_noise{layer}" in arrays:
-            size = arrays[f"fixed_noise{layer}"].shape[1:3]
         at = Map.same(size, stride)
         size = at.outputs
         start = weight(arrays, f"init_W{layer}")
         target = weight(arrays, f"align_W{layer}") - start
         for kind in kinds:
-            change = weight(arrays, (f"normal_W{layer}" if kind == "score" else f"control_shuffled_W{layer}")) - start
+            change = weight(arrays, f"{TRAINED[kind]}_W{layer}") - start
             if f"{kind}_mean" in arrays:
                 error = exact(change, target, at).value - arrays[f"{kind}_mean"][layer]
                 errors.append(abs(error) / (5 * standard_error(arrays, kind, layer)))
@@ -74,7 +82,7 @@ def check_alignment(entry: dict[str, Any], arrays: Arrays, images: tuple[int, in
 def needed(arrays: Arrays, name: str) -> np.ndarray:
     """An array of the file. Raises CaseError where it has none of that name."""
     if name not in arrays:
-        raise CaseError(f"expected {name} in the file, found {', '.join(sorted(arrays))}")
+        raise CaseError(f"expected {name} in the file, found none")
     return arrays[name]
 
 

@@ -33,6 +33,7 @@ class Verdict:
 
 
 Judged = tuple[bool | None, str]
+UNPAIRED = "no {} beside a backprop run that finished"
 
 
 def _gap(runs: Sequence[Run], rule: str) -> float | None:
@@ -63,7 +64,7 @@ def _narrow_and_wide(data: Result, points: float) -> Judged:
     for rule in ALIGN:
         first, last = (_gap(_of_width(data, width), rule) for width in (found[0], found[-1]))
         if first is None or last is None:
-            return None, f"no {rule} beside a backprop run that finished"
+            return None, UNPAIRED.format(rule)
         holds = holds and abs(last) <= max(points, 0.0) and (len(found) == 1 or abs(last) <= max(abs(first), 1.0))
         words.append(f"{rule} {first:+.1f} points at width {found[0]}, {last:+.1f} at width {found[-1]}")
     return holds, f"Gap to backprop: {'; '.join(words)} (within {points:g} at the widest, and not growing)."
@@ -86,7 +87,10 @@ def _small_rates(data: Result) -> Judged:
     for chosen in (rates[:middle], rates[-middle:]):
         pairs = [(rule, rate) for rule in ALIGN for rate in chosen]
         gaps = [_gap([run for run in runs if _option(run, option) == rate], rule) for rule, rate in pairs]
-        halves.append(spread(None if gap is None else abs(gap) for gap in gaps).mean or 0.0)
+        half = spread(None if gap is None else abs(gap) for gap in gaps).mean
+        if half is None:
+            return None, UNPAIRED.format("Align rule")
+        halves.append(half)
     return halves[0] <= halves[1], (
         f"Mean absolute gap at width {width}: {halves[0]:.1f} points over rates {rates[0]:g} to {rates[middle - 1]:g}, "
         f"{halves[1]:.1f} over {rates[-middle]:g} to {rates[-1]:g} (rates at which backprop diverged are left out)."
@@ -104,7 +108,7 @@ def _low_data(data: Result) -> Judged:
             runs = [run for run in _of_width(data, width) if (_option(run, option) or float("inf")) == size]
             gap = _gap(runs, rule)
             if gap is None:
-                return None, f"no {rule} beside a backprop run that finished"
+                return None, UNPAIRED.format(rule)
             gaps.append(gap)
         holds = holds and gaps[0] >= max(gaps[1] - 1.0, -1.0)
         words.append(f"{rule} {gaps[0]:+.1f} points with the fewest, {gaps[1]:+.1f} with the most")
