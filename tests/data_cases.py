@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+ROOT = Path(__file__).parents[1]
 Pixels = NDArray[np.uint8]
 Split = tuple[Pixels, list[int]]
 
@@ -23,6 +26,20 @@ def examples(count: int, shape: tuple[int, ...], classes: int, seed: int) -> Spl
 
 def splits(train: int, test: int, shape: tuple[int, ...], classes: int) -> dict[str, Split]:
     return {"train": examples(train, shape, classes, 0), "test": examples(test, shape, classes, 1)}
+
+
+def pack_digits(folder: Path, *options: str) -> None:
+    """Both splits of the digits, by tools/make_shards.py."""
+    digits = ["--source", "digits", "--splits", "train,test", "--out", str(folder), "--quiet", *options]
+    subprocess.run([sys.executable, "tools/make_shards.py", *digits], cwd=ROOT, check=True, timeout=120)
+
+
+def digit_shards(folder: Path) -> list[str]:
+    """The digits as one tar shard a split; the options that train on them."""
+    pack_digits(folder)
+    ((train,), (test,)) = (list(folder.glob(f"{split}*.tar")) for split in ("train", "test"))
+    options = ["data=webdataset", "data.channels=1", "data.size=8", "data.workers=0"]
+    return [*options, f"data.urls={train}", f"data.test_urls={test}"]
 
 
 def _string(value: bytes) -> bytes:

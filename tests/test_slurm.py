@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_cases import digit_shards
 from run_cases import same, weights
 from slurm_cluster import Cluster
 
@@ -56,6 +57,21 @@ def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     done = submit(cluster, folder, *TWO_NODES, "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
     return weights(run_of(folder))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options of a short training on shards."""
+    return [*digit_shards(tmp_path_factory.mktemp("digits")), "epochs=1", "optim.lr=0.1"]
+
+
+@pytest.fixture(scope="module")
+def alone(digits: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What one process makes of it."""
+    folder = tmp_path_factory.mktemp("alone")
+    words = [sys.executable, "launch/train.py", f"run.dir={folder}", *NET, *digits]
+    subprocess.run(words, cwd=ROOT, check=True, timeout=200)
+    return weights(folder)
 
 
 def command(folder: Path, *options: str) -> list[str]:
@@ -126,13 +142,6 @@ def run_of(folder: Path) -> Path:
     return run
 
 
-def alone(folder: Path, *options: str) -> dict[str, torch.Tensor]:
-    subprocess.run(
-        [sys.executable, "launch/train.py", f"run.dir={folder}", *NET, *options], cwd=ROOT, check=True, timeout=200
-    )
-    return weights(folder)
-
-
 def check_close(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     for name, found in weights(run_of(folder)).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5)
@@ -147,18 +156,25 @@ def restarts(cluster: Cluster, job: str) -> int:
     return int(cluster.state(job, "Restarts") or 0)
 
 
-def test_two_nodes_with_two_tasks_train_to_the_result_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
-    options = ["epochs=1", "optim.lr=0.1", *ZERO]
-    done = submit(cluster, tmp_path, "cluster.nodes=2", "cluster.tasks_per_node=2", "--wait", *options)
+def test_two_nodes_with_two_tasks_train_on_their_own_copies_to_the_result_of_one_process(
+    cluster: Cluster, tmp_path: Path, digits: list[str], alone: dict[str, torch.Tensor]
+) -> None:
+    tasks = ["cluster.nodes=2", "cluster.tasks_per_node=2", f"cluster.stage={tmp_path}/$SLURMD_NODENAME"]
+    done = submit(cluster, tmp_path, *tasks, "--wait", *digits, *ZERO)
     assert done.returncode == 0, done.stdout + done.stderr
-    check_close(tmp_path, alone(tmp_path / "alone", "epochs=1", "optim.lr=0.1"))
+    check_close(tmp_path, alone)
+    said = "".join(path.read_text() for path in (tmp_path / "jobs").glob("*_log.err"))
+    copies = re.findall(rf"^staged .* to {tmp_path}/(node\d)/", said, re.MULTILINE)
+    assert sorted(copies) == ["node1", "node2"]  # once a node, not once a rank
 
 
-def test_sbatch_with_torchrun_trains_to_the_result_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
-    job = sbatch(cluster, tmp_path, "--nodes=2", "epochs=1", "optim.lr=0.1", *ZERO)
+def test_sbatch_with_torchrun_trains_to_the_result_of_one_process(
+    cluster: Cluster, tmp_path: Path, digits: list[str], alone: dict[str, torch.Tensor]
+) -> None:
+    job = sbatch(cluster, tmp_path, "--nodes=2", *digits, *ZERO)
     cluster.until(lambda: cluster.state(job) in {"COMPLETED", "FAILED"}, 200)
     assert cluster.state(job) == "COMPLETED", (tmp_path / "out").read_text()
-    check_close(tmp_path, alone(tmp_path / "alone", "epochs=1", "optim.lr=0.1"))
+    check_close(tmp_path, alone)
 
 
 def test_a_sweep_is_one_array_with_one_report_and_only_lost_members_go_again(cluster: Cluster, tmp_path: Path) -> None:

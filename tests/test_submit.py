@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from _stage import copy_of, copy_once
-from data_cases import write_image_folder
+from data_cases import digit_shards, pack_digits, write_image_folder
 from run_cases import weights
 
 ROOT = Path(__file__).parents[1]
@@ -64,22 +64,8 @@ def test_a_failed_job_ends_with_its_status_and_a_sweep_reports_the_others(tmp_pa
     assert [one["diverged_at"] is None for one in runs] == [True, False]
 
 
-def packed(folder: Path, *options: str) -> None:
-    digits = ["--source", "digits", "--splits", "train,test", "--out", str(folder), "--quiet"]
-    made = run("tools/make_shards.py", *digits, *options)
-    assert made.returncode == 0, made.stderr
-
-
-def shards(folder: Path) -> list[str]:
-    packed(folder)
-    names = {split: sorted(path.name for path in folder.glob(f"{split}*.tar")) for split in ("train", "test")}
-    assert min(map(len, names.values())) == 1
-    options = ["data=webdataset", "data.channels=1", "data.size=8", "data.workers=0"]
-    return [*options, f"data.urls={folder / names['train'][0]}", f"data.test_urls={folder / names['test'][0]}"]
-
-
 def beton(folder: Path) -> list[str]:
-    packed(folder, "--ffcv")
+    pack_digits(folder, "--ffcv")
     options = ["data=ffcv", "data.size=8", "data.workers=1"]
     return [*options, f"data.path={folder / 'train.beton'}", f"data.test_path={folder / 'test.beton'}"]
 
@@ -104,7 +90,7 @@ def spoil(folder: Path) -> None:
         os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
-@pytest.mark.parametrize("make", [shards, cached, pytest.param(beton, marks=pytest.mark.ffcv)])
+@pytest.mark.parametrize("make", [digit_shards, cached, pytest.param(beton, marks=pytest.mark.ffcv)])
 def test_data_are_read_from_a_nodes_own_disk(tmp_path: Path, make: Callable[[Path], list[str]]) -> None:
     shared, own = tmp_path / "shared", tmp_path / "own"
     options = make(shared)
