@@ -171,7 +171,7 @@ class Learner:
             if self.errors is not None:
                 errors.append(self.loss.error(output.logits.detach(), batch.targets, batch.size))
             counts.append(right(output.logits, batch.targets))
-        own = [torch.stack(losses).sum().item(), torch.stack(counts).sum().item()]
+        own = torch.stack([torch.stack(losses).sum().double(), torch.stack(counts).sum().double()]).tolist()
         own = own if self.mesh.width.ranks.first else [0.0, 0.0]  # the same examples on all ranks of a network
         value, count, *sums = self.mesh.everyone.totals([*own, *flags], self.encoding.device)
         if math.isfinite(value):

@@ -7,15 +7,17 @@ that a machine whose speed drifts spoils neither. Every contender uses the same 
     python tools/bench_step.py --net conv3 --width 512 --threads 1
     python tools/bench_step.py --net mlp --width 2048 --depth 4 --rules align_ada,align_zero,readout_only
     python tools/bench_step.py --net mlp --width 4096 --depth 4 --batch 256 --jacobian live,gates,explicit
+    python tools/bench_step.py --device cuda --precision bf16 --net mlp --width 8192 --depth 8 --batch 1024 \
+        --jacobian live,gates,explicit --tier device,host,disk
     torchrun --nproc-per-node=2 tools/bench_step.py --distributed --net mlp --width 1024 --depth 4 --stages 0,3
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,24 +30,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from argument_types import names, numbers, positive, shape, speeds
 from cached_step import cached_step
 from plain_step import plain_step
+from step_work import clocked, operations, peak_rate
 
 from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.config import JACOBIANS
 from alignscale.distributed import joined
-from alignscale.engine import LocalEngine, make_optimizer
-from alignscale.environment import keep_freed_memory
+from alignscale.environment import device_called, hardware, keep_freed_memory
 from alignscale.files import write_atomic
-from alignscale.frozen import Fixed, initialise
 from alignscale.jacobian.cache import Cache
 from alignscale.jacobian.form import DTYPES
-from alignscale.nets import build
-from alignscale.rules import RULES, make_rule
+from alignscale.learner import PRECISIONS, Learner
+from alignscale.rules import RULES
 from alignscale.types import Batch
 
 SHAPES = {"mlp": (1, 8, 8), "conv3": (1, 8, 8), "conv7": (3, 16, 16), "imagenet_conv7": (3, 224, 224), "rnn": (1, 8, 8)}
 WARM_UP = 3
-Contender = tuple[str, str | None]
-"""A rule, or the plain step, and the form of the frozen Jacobian where it reads one."""
+TIERS = ("device", "host", "disk")
+Contender = tuple[str, str | None, str | None]
+"""A rule, or the plain step; the form of the frozen Jacobian where it reads one, and the tier of a cache."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
 
@@ -67,13 +69,10 @@ def depth_of(config: NetConfig) -> int:
     )
 
 
-def rule_step(config: NetConfig, rule: str, batch: Batch, classes: int, fused: bool = True) -> Callable[[], None]:
+def rule_step(learner: Learner, batch: Batch, fused: bool = True) -> Callable[[], None]:
     """One step of our engine, as the training loop makes it."""
-    net = build(config, tuple(batch.images.shape[1:]), classes)
-    initialise(net, 0)
-    module = make_rule(net, Fixed.from_seed(net, 0), RULES[rule].options(name=rule))
-    engine = LocalEngine(module, make_optimizer(SGDConfig(lr=1e-3), module.parameters()))
-    for group in engine.optimizer.param_groups:
+    engine = learner.engine
+    for group in engine.optimizer.param_groups:  # type: ignore[attr-defined]
         group["fused"] = fused
 
     def step() -> None:
@@ -84,7 +83,9 @@ def rule_step(config: NetConfig, rule: str, batch: Batch, classes: int, fused: b
     return step
 
 
-def measure(steps: dict[Contender, Callable[[], None]], repeats: int) -> dict[Contender, list[float]]:
+def measure(
+    steps: dict[Contender, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[Contender, list[float]]:
     """Seconds of every contender in every round."""
     for step in steps.values():
         for _ in range(WARM_UP):
@@ -94,9 +95,7 @@ def measure(steps: dict[Contender, Callable[[], None]], repeats: int) -> dict[Co
     for number in range(repeats):
         turn = number % len(contenders)
         for name in contenders[turn:] + contenders[:turn]:
-            begin = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clocked(steps[name], device))
     return seconds
 
 
@@ -133,49 +132,71 @@ def distributed(arguments: argparse.Namespace) -> int:
 def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what the command line asks for; the plain step and backprop come first."""
     config = net_config(arguments.net, arguments.width, arguments.depth, arguments.norm)
+    device, (dtype, _) = device_called(arguments.device), PRECISIONS[arguments.precision]
     batch = batch_of(arguments)
+    batch = dataclasses.replace(batch, images=batch.images.to(device, dtype), targets=batch.targets.to(device))
+    shape = tuple(batch.images.shape[1:])
     if config.norm == "batch" and set(arguments.jacobian) - {"live"}:
         raise ConfigError(f"--jacobian {','.join(arguments.jacobian)}: expected --norm none, found norm batch")
     wanted = ["backprop", *[rule for rule in arguments.rules if rule != "backprop"]]
     fused = not arguments.unfused
-    steps: dict[Contender, Callable[[], None]] = {("plain", None): plain_step(config, batch, arguments.classes, fused)}
+    plain = plain_step(config, batch, arguments.classes, fused, dtype)
+    steps: dict[Contender, Callable[[], None]] = {("plain", None, None): plain}
+    frozen: dict[Contender, float] = {}
     predicted: dict[Contender, float] = {}
     with ExitStack() as held:
         for rule in wanted:
             forms = arguments.jacobian if RULES[rule].reads_jacobian else [None]
             for form in forms:
                 if form in (None, "live"):
-                    steps[rule, form] = rule_step(config, rule, batch, arguments.classes, fused)
+                    learner = Learner(
+                        config, shape, arguments.classes, rule, SGDConfig(lr=1e-3), device=device,
+                        precision=arguments.precision,
+                    )  # fmt: skip
+                    steps[rule, form, None] = rule_step(learner, batch, fused)
+                    if form == "live":
+                        initial_pass = functools.partial(learner.fixed.frozen.trace, batch.images)
+                        initial_pass()
+                        passes = [clocked(initial_pass, device) for _ in range(arguments.repeats)]
+                        frozen[rule, form, None] = statistics.median(passes)
                     continue
-                how = (form, arguments.dtype, arguments.tier, batch, arguments.classes, held, fused)
-                steps[rule, form], cache = cached_step(config, rule, *how)
-                predicted |= predictions(cache, rule, form)
-        seconds = measure(steps, arguments.repeats)
+                for tier in arguments.tier:
+                    how = (form, arguments.dtype, tier, batch, arguments.classes, held, fused, arguments.precision)
+                    steps[rule, form, tier], cache = cached_step(config, rule, *how)
+                    predicted |= predictions(cache, rule, form, tier)
+        seconds = measure(steps, arguments.repeats, device)
+    machine = {**hardware(device), "precision": arguments.precision, "peak_tflops": peak_rate(device, dtype) / 1e12}
+    made = {name: operations(learner.net, batch.images, name[0], name[1], arguments.classes) for name in steps}
+    rates = {name: flop and flop / statistics.median(seconds[name]) / 1e12 for name, flop in made.items()}
     return [
         {
             "net": arguments.net,
             "width": arguments.width,
             "depth": depth_of(config),
             "batch": arguments.batch,
-            "threads": torch.get_num_threads(),
-            "rule": name,
-            "jacobian": form,
-            "seconds_median": statistics.median(seconds[name, form]),
-            "ratio_to_backprop": ratio(seconds[name, form], seconds["backprop", None]),
-            "ratio_to_plain": ratio(seconds[name, form], seconds["plain", None]),
-            "predicted_seconds": predicted.get((name, form)),
+            **machine,
+            "rule": name[0],
+            "jacobian": name[1],
+            "tier": name[2],
+            "seconds_median": statistics.median(seconds[name]),
+            "ratio_to_backprop": ratio(seconds[name], seconds["backprop", None, None]),
+            "ratio_to_plain": ratio(seconds[name], seconds["plain", None, None]),
+            "predicted_seconds": predicted.get(name),
+            "frozen_pass_seconds": frozen.get(name),
+            "images_per_second": arguments.batch / statistics.median(seconds[name]),
+            "tflops": rates[name],
         }
-        for name, form in steps
+        for name in steps
     ]
 
 
-def predictions(cache: Cache, rule: str, form: str) -> dict[Contender, float]:
+def predictions(cache: Cache, rule: str, form: str, tier: str) -> dict[Contender, float]:
     """Seconds that the cost model gives for a form in its cache, for live and for backprop."""
     planner, chosen = cache.planner, cache.chosen()
     return {
-        ("backprop", None): planner.backprop,
-        (rule, "live"): planner.step(None, "host"),
-        (rule, form): planner.step(chosen, cache.tier_of(chosen)),
+        ("backprop", None, None): planner.backprop,
+        (rule, "live", None): planner.step(None, "host"),
+        (rule, form, tier): planner.step(chosen, cache.tier_of(chosen)),
     }
 
 
@@ -186,18 +207,26 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 
 def table(measured: list[dict[str, Any]]) -> str:
     """The rows as aligned text, beside the public code's figures where the network is theirs."""
-    lines = [f"{'rule':28s} {'jacobian':>8s} {'ms':>9s} {'/ backprop':>10s} {'/ plain':>8s} {'predicted':>10s}"]
+    head = (
+        f"{'rule':25s} {'jacobian':>8s} {'tier':>6s} {'ms':>9s} {'/ backprop':>10s} {'/ plain':>8s} {'predicted':>9s}"
+    )
+    lines = [f"{head} {'frozen':>7s} {'examples/s':>10s} {'TFLOP/s':>8s} {'of peak':>7s}"]
     for row in measured:
-        guess = f"{1000 * row['predicted_seconds']:.2f}" if row["predicted_seconds"] else "-"
-        lines.append(
-            f"{row['rule']:28s} {row['jacobian'] or '-':>8s} {1000 * row['seconds_median']:9.2f} "
-            f"{row['ratio_to_backprop']:10.3f} {row['ratio_to_plain']:8.3f} {guess:>10s}"
+        guess, initial = (
+            f"{1000 * row[key]:.2f}" if row[key] else "-" for key in ("predicted_seconds", "frozen_pass_seconds")
         )
+        rate, share = (f"{row['tflops']:.3f}", f"{row['tflops'] / row['peak_tflops']:.0%}") if row["tflops"] else "--"
+        lines.append(
+            f"{row['rule']:25s} {row['jacobian'] or '-':>8s} {row['tier'] or '-':>6s} "
+            f"{1000 * row['seconds_median']:9.2f} {row['ratio_to_backprop']:10.3f} {row['ratio_to_plain']:8.3f} "
+            f"{guess:>9s} {initial:>7s} {row['images_per_second']:10.0f} {rate:>8s} {share:>7s}"
+        )
+    lines.append(f"peak: {measured[0]['peak_tflops']:.3f} TFLOP/s in a large product of matrices in this precision")
     errors = [abs(row["predicted_seconds"] / row["seconds_median"] - 1) for row in measured if row["predicted_seconds"]]
     if errors:
         lines.append(f"median error of the predictions: {statistics.median(errors):.0%}")
     first = measured[0]
-    if [first[key] for key in ("net", "width", "batch", "threads")] == ["conv3", 512, 50, 1]:
+    if [first[key] for key in ("net", "width", "batch", "threads", "device")] == ["conv3", 512, 50, 1, "cpu"]:
         lines.append("\nbeside the paper's public TensorFlow code (its times are from another machine):")
         lines += [
             f"{row['rule']:28s} ours {1000 * row['seconds_median']:7.1f} ms, "
@@ -225,7 +254,9 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
         "--jacobian", type=names(tuple(JACOBIANS)), default=["live"], help="live, or from a temporary cache"
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of an explicit Jacobian")
-    parser.add_argument("--tier", choices=("device", "host", "disk"), default="host", help="where a cache is kept")
+    parser.add_argument("--tier", type=names(TIERS), default=["host"], help="where a cache is kept")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the computation")
     parser.add_argument("--norm", choices=("none", "batch"), help="by default the net's own")
     parser.add_argument("--unfused", action="store_true", help="torch's plain SGD in place of its fused one, for all")
     parser.add_argument("--threads", type=positive, help="by default torch's own number")
@@ -257,7 +288,7 @@ def main() -> int:
     first = measured[0]
     print(
         f"{first['net']}, width {first['width']}, {first['depth']} hidden layers, batch {first['batch']}, "
-        f"{first['threads']} threads, medians of {arguments.repeats} rounds"
+        f"{first['device']}, {first['precision']}, {first['threads']} threads, medians of {arguments.repeats} rounds"
     )
     print(table(measured))
     if arguments.json:

@@ -23,20 +23,22 @@ SETS = 2
 
 def cached_step(
     config: NetConfig, rule: str, form: str, dtype: str, tier: str, batch: Batch, classes: int, held: ExitStack,
-    fused: bool,
+    fused: bool, precision: str = "fp32", lr: float = 1e-3,
 ) -> tuple[Callable[[], None], Cache]:  # fmt: skip
     """One step, and the cache. held: is given the cache's folder, which ends with it."""
     folder = held.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
     options = TrainConfig(
-        RULES[rule].options(name=rule), config, DataConfig("bench"), SGDConfig(lr=1e-3), MSEConfig(),
+        RULES[rule].options(name=rule), config, DataConfig("bench"), SGDConfig(lr=lr), MSEConfig(),
         jacobian=replace(JACOBIANS[form], dtype=dtype, tier=tier, dir=str(Path(folder) / "cache")),
-        calibration=CalibrationConfig(2), batch_size=len(batch.images),
+        calibration=CalibrationConfig(2), batch_size=len(batch.images), precision=precision,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     count = SETS * len(batch.images)
     images = torch.rand(count, *batch.images.shape[1:], generator=generator)
     train = Examples.whole(images, torch.arange(count) % classes, classes, "bench")
-    learner = Learner(config, train.shape, classes, options.rule, options.optim)
+    learner = Learner(
+        config, train.shape, classes, options.rule, options.optim, precision=precision, device=batch.images.device
+    )
     for group in learner.engine.optimizer.param_groups:  # type: ignore[attr-defined]
         group["fused"] = fused
     cache = cache_of(options, learner, train)

@@ -18,20 +18,32 @@ from alignscale.types import Batch
 Plain = tuple[list[Tensor], Callable[[Tensor], Tensor]]
 
 
-def plain_step(config: NetConfig, batch: Batch, classes: int, fused: bool = True) -> Callable[[], None]:
-    """One backprop step by autograd on weights of its own. Raises ConfigError for a network it has no code for."""
+def plain_step(
+    config: NetConfig, batch: Batch, classes: int, fused: bool = True, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """One backprop step by autograd on weights of its own, on the device of ``batch``, under autocast to ``dtype``.
+
+    Raises ConfigError for a network it has no code for.
+    """
     torch.manual_seed(0)
     makers: dict[type[NetConfig], Callable[[Any, tuple[int, ...], int], Plain]]
     makers = {MLPConfig: plain_mlp, ConvConfig: plain_conv, RNNConfig: plain_rnn}
     if type(config) not in makers or config.activation != "relu" or config.norm == "calibrated":
         raise ConfigError(f"net={config.name}: the plain step has mlp, conv and rnn with relu, norm none or batch")
-    weights, forward = makers[type(config)](config, tuple(batch.images.shape[1:]), classes)
+    images, device = batch.images.float(), batch.images.device
+    images = images.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else images
+    with torch.device(device):
+        weights, forward = makers[type(config)](config, tuple(images.shape[1:]), classes)
     for weight in weights:
+        if weight.dim() == 4 and device.type == "cuda":
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         weight.requires_grad_()
     optimizer = torch.optim.SGD(weights, 1e-3, fused=fused)
 
     def step() -> None:
-        loss = F.mse_loss(forward(batch.images), batch.targets)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = forward(images)
+        loss = F.mse_loss(logits.float(), batch.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -72,11 +72,10 @@ class Costs:
         times = []
         flop = 0.0
         for layer, shape in zip(net.layers, inputs, strict=True):
-            steps = shape[0] if net.recurrent and len(shape) > 1 else 1
             key = (layer.shape, shape, getattr(layer, "stride", 0))
             known[key] = known.get(key) or _layer_times(layer, shape, batch, device, dtype)
             times.append(known[key])
-            flop += batch * _flop(layer, shape) * (steps if isinstance(layer, Linear) else 1)
+            flop += batch * layer_flop(layer, shape)
         compute, transpose, gradient = zip(*times, strict=True)
         parameters = sum(one.numel() for layer in net.layers for one in layer.held if one is not None)
         update = 4 * 4 * parameters / machine.memory  # weight and gradient read, weight written, gradient written
@@ -109,20 +108,24 @@ def _disk(folder: Path, content: Tensor) -> tuple[float, float]:
         return written - begin, time.perf_counter() - written
 
 
-def _flop(layer: Layer, inputs: tuple[int, ...]) -> float:
-    """Of one example's forward pass through a layer."""
-    places = layer.outputs[1] * layer.outputs[2] if isinstance(layer, Conv) else 1
+def layer_flop(layer: Layer, inputs: tuple[int, ...]) -> float:
+    """Of one example's forward pass through a layer. inputs: the shape of what it reads, (T, F) for a sequence."""
+    places = layer.outputs[1] * layer.outputs[2] if isinstance(layer, Conv) else _steps(layer, inputs)
     return 2.0 * layer.shape[0] * layer.fan_in * places
+
+
+def _steps(layer: Layer, inputs: tuple[int, ...]) -> int:
+    return inputs[0] if isinstance(layer, Linear) and len(inputs) > 1 else 1
 
 
 def _layer_times(
     layer: Layer, inputs: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float, float]:
     """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment."""
-    steps = inputs[0] if isinstance(layer, Linear) and len(inputs) > 1 else 1
+    steps = _steps(layer, inputs)
     rows = max(1, min(layer.shape[0], SAMPLE_BYTES // (layer.fan_in * dtype.itemsize)))
     part = layer.shape[0] / rows
-    examples = max(1, min(batch, int(SAMPLE_FLOP * part / _flop(layer, inputs) / steps)))
+    examples = max(1, min(batch, int(SAMPLE_FLOP * part / layer_flop(layer, inputs))))
     weight = torch.randn(rows, *layer.shape[1:], device=device, dtype=dtype)
     shape = (examples * steps, inputs[-1]) if isinstance(layer, Linear) else (examples, *inputs)
     a = torch.randn(shape, device=device, dtype=dtype)

@@ -49,6 +49,8 @@ class Store:
         Raises CacheError where a file or a row is missing, damaged or of other examples.
         """
         self.net, self.form, self.device = net, form, device
+        self.pinned = device.type == "cuda"
+        self.copies = torch.cuda.Stream(device) if self.pinned else None
         lacking = missing(folder, wanted, views)
         if lacking:
             shard, view, _ = lacking[0]
@@ -100,11 +102,23 @@ class Store:
                 yield waiting[0], self._joined(waiting[1], waiting[2].result())
 
     def _fetched(self, parts: list[Batch]) -> list[Rows]:
-        return [self.fetch(one) for one in parts]
+        """Rows of the parts on the device: on a GPU by a stream of their own, which does not wait for the step's."""
+        if self.copies is None:
+            return [self.fetch(one) for one in parts]
+        with torch.cuda.stream(self.copies):
+            placed = [self._sent(self.fetch(one)) for one in parts]
+        self.copies.synchronize()  # in this thread; the rows are there when the step asks for them
+        return placed
+
+    def _sent(self, rows: Rows) -> Rows:
+        return {
+            name: (one if one.is_cuda else one.pin_memory()).to(self.device, non_blocking=True)
+            for name, one in rows.items()
+        }
 
     def of(self, batch: Batch) -> Batch:
         """A batch with what the cache holds of it. Raises CacheError if that is nothing."""
-        return self._joined([batch], [self.fetch(batch)])[0]
+        return self._joined([batch], self._fetched([batch]))[0]
 
     def fetch(self, batch: Batch) -> Rows:
         """A batch's rows; of explicit Jacobians that are where they are used, the whole table and the places in it."""
@@ -123,7 +137,7 @@ class Store:
             at[own] = self.starts[place] + found
         result: Rows = {}
         for name, table in self.tables.items():
-            result[name] = table if self.stays and name.startswith(EXPLICIT) else _take(table, at)
+            result[name] = table if self.stays and name.startswith(EXPLICIT) else _take(table, at, self.pinned)
         if self._on_disk:
             result |= self._from_disk(at)
         if self.stays:
@@ -140,7 +154,8 @@ class Store:
         for place, tensors in self.files.items():
             own = (at >= self.starts[place]) & (at < self.starts[place] + len(self.rows[place]))
             where = self.inside[place][at[own] - self.starts[place]]
-            found = {name: _take(tensor, where) for name, tensor in tensors.items()} if own.any() or not result else {}
+            any_own = own.any() or not result
+            found = {name: _take(one, where, self.pinned) for name, one in tensors.items()} if any_own else {}
             if own.all():
                 return found
             for name, part in found.items():
@@ -149,8 +164,10 @@ class Store:
         return result
 
     def _joined(self, batches: list[Batch], rows: list[Rows]) -> list[Batch]:
-        placed = [{name: one.to(self.device, non_blocking=True) for name, one in each.items()} for each in rows]
-        pairs = zip(batches, placed, strict=True)
+        if self.copies is not None:
+            for one in (tensor for each in rows for tensor in each.values()):  # whose memory the step still reads
+                one.record_stream(torch.cuda.current_stream(self.device))
+        pairs = zip(batches, rows, strict=True)
         return [replace(batch, cached=self.form.cached(self.net, each, batch.images)) for batch, each in pairs]
 
 
@@ -192,9 +209,15 @@ def _matching(path: Path, rows: Tensor, sums: Tensor, wanted: tuple[Tensor, Tens
     return at.numpy()
 
 
-def _take(tensor: Tensor, at: np.ndarray[Any, Any]) -> Tensor:
-    """The rows ``at`` of a tensor. On the CPU numpy's, which takes one thread from the step beside it, not all."""
+def _take(tensor: Tensor, at: np.ndarray[Any, Any], pinned: bool = False) -> Tensor:
+    """The rows ``at`` of a tensor. On the CPU numpy's, which takes one thread from the step beside it, not all.
+
+    pinned: a GPU makes the step, so all threads are free, and the rows go to memory that it reads by itself.
+    """
     plain = tensor.view(INTS[tensor.dtype.itemsize])
     if tensor.device.type != "cpu":
         return plain[torch.from_numpy(at).to(tensor.device)].view(tensor.dtype)
+    if pinned:
+        rows = torch.empty(len(at), *plain.shape[1:], dtype=plain.dtype, pin_memory=True)
+        return torch.index_select(plain, 0, torch.from_numpy(at), out=rows).view(tensor.dtype)
     return torch.from_numpy(plain.numpy().take(at, axis=0)).view(tensor.dtype)

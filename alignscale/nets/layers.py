@@ -39,7 +39,8 @@ class _WeightGradient(torch.autograd.Function):
         gradients = ctx.layer.weight_gradient(a, delta * scale[0] if exact else delta)
         if not exact:
             factor = scale[0] if ctx.unscale is None else scale[0] * ctx.unscale
-            gradients = tuple(None if one is None else one.to(ctx.dtype) * factor for one in gradients)
+            factor = factor.to(ctx.dtype).reshape(1)  # not a scalar, so that a product has its dtype, in one pass
+            gradients = tuple(None if one is None else one * factor for one in gradients)
         for parameter in ctx.layer.held:
             _lend(parameter, ctx.layer)
         return *gradients, None, None, None, None
@@ -154,14 +155,15 @@ class Conv(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
-        z = F.conv2d(self._pad(a), weight.to(a.dtype), stride=self.stride, padding=self.padding)
+        z = F.conv2d(_laid_out(self._pad(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
         return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None])
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
         size = [delta.shape[0], *self.padded]
         # the scale goes to the weight, and below to the gradient: they are far smaller than a batch of maps
-        signal = conv2d_input(size, _scaled(weight.to(delta.dtype), self.scale), delta, self.stride, self.padding)
+        scaled = _laid_out(_scaled(weight.to(delta.dtype), self.scale))
+        signal = conv2d_input(size, scaled, _laid_out(delta), self.stride, self.padding)
         # A negative pad crops into a contiguous tensor, which elementwise kernels read ten times faster than a view.
         return F.pad(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
@@ -170,7 +172,7 @@ class Conv(Layer):
         shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
         narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
         scaled = _scaled(delta, self.scale) if narrow else delta
-        gradient = conv2d_weight(self._pad(a), shape, scaled, self.stride, self.padding)
+        gradient = conv2d_weight(_laid_out(self._pad(a)), shape, _laid_out(scaled), self.stride, self.padding)
         return gradient if narrow else _scaled(gradient, self.scale), delta.sum((0, 2, 3))
 
     def _pad(self, a: Tensor) -> Tensor:
@@ -196,6 +198,11 @@ class State(Layer):
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Delta itself; rows that a partial batch has not used have 0."""
         return F.pad(delta, (0, 0, 0, self.shape[0] - len(delta))), None
+
+
+def _laid_out(maps: Tensor) -> Tensor:
+    """Maps (B, C, H, W) as convolutions of their device read them fastest: on a GPU channels last."""
+    return maps.contiguous(memory_format=torch.channels_last) if maps.is_cuda else maps
 
 
 def _scaled(delta: Tensor, scale: float) -> Tensor:

@@ -33,6 +33,23 @@ class Norm(nn.Module, ABC):
         """Delta after the norm -> delta before it, by the moments of the pass that left ``state``."""
 
 
+def _layout(z: Tensor) -> torch.memory_format:
+    last = z.dim() == 4 and not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _flat(z: Tensor) -> Tensor:
+    """(B, *site) -> (B, units), the units in the order that they lie in."""
+    return (z.permute(0, 2, 3, 1) if _layout(z) == torch.channels_last else z).flatten(1)
+
+
+def _like(flat: Tensor, z: Tensor) -> Tensor:
+    """(B, units) -> the shape and layout of z."""
+    if _layout(z) == torch.contiguous_format:
+        return flat.view_as(z)
+    return flat.view(z.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
 class NoNorm(Norm):
     """The identity."""
 
@@ -85,23 +102,25 @@ class BatchNorm(Norm):
     def forward(self, z: Tensor, at: int | slice = ALL) -> tuple[Tensor, NormState | None]:
         """(z - mean) / sqrt(var + eps) over axis 0."""
         if self.total is not None and self.training:
-            x, mean, inverse_std = _Synced.apply(z.flatten(1), self.total)
-            return x.view_as(z), NormState(z, mean, inverse_std)
-        x, mean, inverse_std = torch.native_batch_norm(z.flatten(1), None, None, None, None, True, 0.0, EPS)
-        return x.view_as(z), NormState(z, mean, inverse_std)
+            x, mean, inverse_std = _Synced.apply(_flat(z), self.total)
+        else:
+            x, mean, inverse_std = torch.native_batch_norm(_flat(z), None, None, None, None, True, 0.0, EPS)
+        return _like(x, z), NormState(z, mean, inverse_std)
 
     def pullback(self, delta: Tensor, state: NormState | None, at: int | slice = ALL) -> Tensor:
         """(delta - mean(delta) - x mean(delta x)) / std, means over axis 0."""
         if state is None:
             raise ValueError("BatchNorm.pullback: expected the state of a forward pass, found None")
+        maps = delta.dim() == 4  # whose units must lie in the order of z's, which is the moments'
+        flat = _flat(delta.contiguous(memory_format=_layout(state.z)) if maps else delta)
         if self.total is not None and self.training:
-            pulled = synced_pullback(delta.flatten(1), state.z.flatten(1), state.mean, state.inverse_std, self.total)
-            return pulled.view_as(delta)
+            pulled = synced_pullback(flat, _flat(state.z), state.mean, state.inverse_std, self.total)
+            return _like(pulled, state.z)
         gradient, _, _ = torch.ops.aten.native_batch_norm_backward(
-            delta.flatten(1), state.z.flatten(1), None, None, None, state.mean, state.inverse_std, True, EPS,
+            flat, _flat(state.z), None, None, None, state.mean, state.inverse_std, True, EPS,
             [True, False, False],
         )  # fmt: skip
-        return gradient.view_as(delta)
+        return _like(gradient, state.z)
 
 
 class CalibratedNorm(Norm):

@@ -129,6 +129,8 @@ def _seeds(data: Result) -> Judged:
             error = gap.std / count**0.5
             holds = holds and abs(gap.mean) <= max(2 * error, 1.0)
             words.append(f"{line.rule} {gap.mean:+.2f} ± {error:.2f}")
+    if not words:
+        return None, UNPAIRED.format("Align rule")
     return holds, f"Gap at width {width}, mean ± standard error of the seeds: {'; '.join(words)} points."
 
 
@@ -140,6 +142,8 @@ def _time(data: Result) -> Judged:
     if not base:
         return None, "no time of backprop"
     ratios = {rule: (lines[rule].step_milliseconds(width).mean or 0.0) / base for rule in ALIGN if rule in lines}
+    if not ratios:
+        return None, "no time of an Align rule"
     words = ", ".join(f"{rule} {ratio:.2f}" for rule, ratio in ratios.items())
     return all(0 < ratio <= 1.5 for ratio in ratios.values()), (
         f"Time of a step over backprop's at width {width}: {words} (at most 1.5)."

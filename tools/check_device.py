@@ -1,0 +1,171 @@
+"""Check that a device computes what the CPU computes in float64, before a long run is trusted to it.
+
+The initial weights bit by bit; one update of every rule, network and norm in fp32; in half precision the cosine with
+fp32's update at the ImageNet recipe's scale (batch 100, 1000 classes); training from caches in every form and tier.
+
+    python tools/check_device.py --device cuda
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from argument_types import names
+from cached_step import cached_step
+
+from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.environment import device_called
+from alignscale.initial import Stream, normal
+from alignscale.learner import PRECISIONS, Learner
+from alignscale.rules import RULES
+from alignscale.types import Batch
+
+CPU = torch.device("cpu")
+GROUPS = ("initial", "update", "half", "cache")
+EXACT = 1e-4
+"""Distance to float64 that sums in fp32 may have."""
+COSINES = {"fp16": 0.999, "bf16": 0.99}
+CACHES = [("gates", "fp32", 1e-3), ("explicit", "fp32", 1e-3), ("explicit", "fp16", 2e-3), ("explicit", "bf16", 2e-2),
+          ("explicit", "fp8", 0.1)]  # fmt: skip
+"""Form, dtype, and how far from float64 the change of the weights may be."""
+Finding = tuple[str, float, float, bool]
+"""What was checked, the figure, its bound, and whether the figure has to be below the bound or above."""
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """fp32 with all of its bits: TF32 keeps 10 of 23."""
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def batch_for(learner: Learner, examples: int) -> Batch:
+    """The same random examples on every device."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(examples, *learner.shape, generator=generator)
+    labels = torch.randint(learner.classes, (examples,), generator=generator)
+    encoding = learner.encoding
+    targets = encoding.loss.targets(labels.to(encoding.device), learner.classes, encoding.master)
+    return Batch(encoding.images(images), targets, [], examples)
+
+
+def update(
+    config: NetConfig, rule: str, precision: str, device: torch.device, shape: tuple[int, ...], classes: int = 10,
+    examples: int = 24,
+) -> Tensor:  # fmt: skip
+    """The gradient that the engine is given, of all weights in one row, (parameters,) float64 on the CPU."""
+    learner = Learner(config, shape, classes, rule, seed=1, precision=precision, device=device)
+    batch = batch_for(learner, examples)
+    if config.norm == "calibrated":
+        learner.calibrate_on(batch.images)
+    output = learner.engine(batch)
+    learner.engine.backward(output.surrogate)
+    return torch.cat([one.grad.flatten().double().cpu() for one in learner.rule.trained() if one.grad is not None])
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    """Relative, in the Frobenius norm; not a number wherever one of them is none."""
+    return float((found - reference).norm() / reference.norm())
+
+
+def initial(device: torch.device, rules: list[str]) -> Iterator[Finding]:
+    """Numbers, and rows of them, that differ from the CPU's."""
+    for stream, rows in itertools.product(Stream, (None, slice(3, 70))):
+        there, here = (normal(7, stream, 2, (101, 33), rows, device=one) for one in (device, CPU))
+        yield f"{stream.name.lower()}, rows {rows}", float((there.cpu() != here).sum()), 0.5, True
+
+
+def updates(device: torch.device, rules: list[str]) -> Iterator[Finding]:
+    """Every rule, network and norm beside float64 on the CPU."""
+    small: list[NetConfig] = [MLPConfig(width=40, depth=3), ConvConfig(width=12), RNNConfig(width=24)]
+    small.append(replace(NETS["conv7"], width=8))
+    for config, norm, rule in itertools.product(small, ("none", "batch", "calibrated"), rules):
+        net = replace(config, norm=norm)
+        found, reference = (
+            update(net, rule, precision, one, (2, 11, 10)) for precision, one in (("fp32", device), ("fp64", CPU))
+        )
+        yield f"{rule}, {net.name}, norm {norm}", distance(found, reference), EXACT, True
+
+
+def halves(device: torch.device, rules: list[str]) -> Iterator[Finding]:
+    """bf16 and fp16 beside fp32, at batch 100 and 1000 classes."""
+    nets = [(MLPConfig(width=512, depth=4, gain=2**0.5), (3, 16, 16))]
+    nets += [(replace(NETS["imagenet_conv7"], width=64, norm="none", gain=2**0.5), (3, 64, 64))]  # type: ignore[list-item]
+    for (config, shape), rule in itertools.product(nets, rules):
+        whole = update(config, rule, "fp32", device, shape, 1000, 100)
+        for precision, bound in COSINES.items():
+            found = update(config, rule, precision, device, shape, 1000, 100)
+            yield f"{rule}, {config.name}, {precision}", float(torch.cosine_similarity(found, whole, 0)), bound, False
+
+
+def caches(device: torch.device, rules: list[str]) -> Iterator[Finding]:
+    """Six steps from a cache beside six in float64 on the CPU."""
+    tiers = ("device", "host", "disk") if device.type == "cuda" else ("host", "disk")
+    nets: list[NetConfig] = [MLPConfig(width=40, depth=3), ConvConfig(width=12, norm="none")]
+    for config, rule in itertools.product(nets, [rule for rule in rules if RULES[rule].reads_jacobian]):
+        reference = trained(config, rule, "gates", "fp64", "host", CPU, "fp64")
+        for (form, dtype, bound), tier in itertools.product(CACHES, tiers):
+            found = trained(config, rule, form, dtype, tier, device, "fp32")
+            yield f"{rule}, {config.name}, {form} {dtype}, {tier}", distance(found, reference), bound, True
+
+
+def trained(
+    config: NetConfig, rule: str, form: str, dtype: str, tier: str, device: torch.device, precision: str
+) -> Tensor:
+    """How six steps from a cache change the weights, (parameters,) float64 on the CPU."""
+    blank = torch.zeros(24, 2, 11, 10, device=device, dtype=PRECISIONS[precision][0])
+    with ExitStack() as held:
+        step, cache = cached_step(config, rule, form, dtype, tier, Batch(blank, blank, [], 24), 10, held, False,
+                                  precision, lr=0.5)  # fmt: skip
+        weights = [layer.held[0] for layer in cache.frozen.net.layers]
+        before = [weight.detach().clone() for weight in weights]
+        for _ in range(6):
+            step()
+        pairs = zip(weights, before, strict=True)
+        return torch.cat([(now.detach() - start).flatten().double().cpu() for now, start in pairs])
+
+
+CHECKS: dict[str, Callable[[torch.device, list[str]], Iterator[Finding]]] = dict(
+    zip(GROUPS, (initial, updates, halves, caches), strict=True)
+)
+
+
+def main() -> int:
+    """Command line; 1 where something differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--groups", type=names(GROUPS), default=list(GROUPS))
+    parser.add_argument("--rules", type=names(tuple(sorted(RULES))), default=sorted(RULES))
+    arguments = parser.parse_args()
+    try:
+        device = device_called(arguments.device)
+    except ConfigError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    wrong = 0
+    for group in arguments.groups:
+        with without_tf32():
+            findings = list(CHECKS[group](device, arguments.rules))
+        bad = [one for one in findings if not (one[1] <= one[2] if one[3] else one[1] >= one[2])]
+        worst = max(findings, key=lambda one: one[1] / one[2] if one[3] else one[2] / max(one[1], 1e-9))
+        good = f"{len(findings) - len(bad)} of {len(findings)}"
+        print(f"{group}: {good} as on the CPU; the worst {worst[1]:.3g}: {worst[0]}")
+        for name, figure, bound, below in bad:
+            print(f"  {name}: {figure:.3g}, expected at {'most' if below else 'least'} {bound:g}")
+        wrong += len(bad)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
