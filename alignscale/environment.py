@@ -120,6 +120,8 @@ def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
         torch.use_deterministic_algorithms(True)
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, cuda.allow_tf32 = True, False, False, False
+    else:
+        cudnn.benchmark = True  # on a GPU each shape's fastest convolution, found when it is first met
     if threads or deterministic:
         torch.set_num_threads(threads or 1)
     try:

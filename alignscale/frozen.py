@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alignscale.distributed import ALONE, Ranks
 from alignscale.initial import VERSION, Stream, normal, quantiles
+from alignscale.nets.layers import laid_out
 from alignscale.nets.network import Deltas, Network
 from alignscale.nets.norms import ALL, CalibratedNorm
 from alignscale.parallel import Mesh, Share
@@ -116,7 +117,7 @@ class Fixed:
 
         def weights(stream: Stream) -> Weight:
             def weight(index: int) -> Tensor:
-                return initial_weight(net, seed, index, stream).to(dtype or net.layers[index].held[0].dtype)
+                return laid_out(initial_weight(net, seed, index, stream).to(dtype or net.layers[index].held[0].dtype))
 
             return keep(weight)
 

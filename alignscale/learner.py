@@ -39,6 +39,7 @@ from alignscale.evaluate import evaluate
 from alignscale.frozen import WHOLE, Fixed, calibrate, initialise
 from alignscale.loss import make_loss, right
 from alignscale.nets import build
+from alignscale.nets.layers import laid_out
 from alignscale.nets.norms import BatchNorm
 from alignscale.parallel import Mesh
 from alignscale.rules import RULES, make_rule
@@ -117,6 +118,8 @@ class Learner:
         dtype, master = PRECISIONS[precision]
         device = device_called(str(device))
         self.net = build(self.options.net, self.shape, classes, state_rows, mesh.width).to(device, master)
+        for layer in [] if isinstance(engine, DeepSpeedConfig) else self.net.layers:  # it lays weights out anew
+            layer.weight.data = laid_out(layer.weight.data)
         initialise(self.net, seed)
         self.mesh = mesh
         for norm in self.net.norms:

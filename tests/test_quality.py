@@ -57,6 +57,7 @@ OWNERS = {
     "omegaconf": ("launch/",),
     "simplejpeg": ("alignscale/data/decode.py", "tools/"),
     "submitit": ("launch/",),
+    "triton": ("alignscale/nets/kernels.py",),
     "torchvision": ("alignscale/data/torchvision.py", "tools/"),
     "urllib3": ("alignscale/data/remote.py",),
     "webdataset": ("alignscale/data/webdataset.py", "tools/"),

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from argument_types import names, numbers, positive, shape, speeds
 from cached_step import cached_step
 from plain_step import plain_step
-from step_work import clocked, operations, peak_rate
+from step_work import Contender, clocked, measure, operations, peak_rate
 
 from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.config import JACOBIANS
@@ -44,10 +44,7 @@ from alignscale.rules import RULES
 from alignscale.types import Batch
 
 SHAPES = {"mlp": (1, 8, 8), "conv3": (1, 8, 8), "conv7": (3, 16, 16), "imagenet_conv7": (3, 224, 224), "rnn": (1, 8, 8)}
-WARM_UP = 3
 TIERS = ("device", "host", "disk")
-Contender = tuple[str, str | None, str | None]
-"""A rule, or the plain step; the form of the frozen Jacobian where it reads one, and the tier of a cache."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
 
@@ -83,22 +80,6 @@ def rule_step(learner: Learner, batch: Batch, fused: bool = True) -> Callable[[]
     return step
 
 
-def measure(
-    steps: dict[Contender, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[Contender, list[float]]:
-    """Seconds of every contender in every round."""
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    contenders = list(steps)
-    seconds: dict[Contender, list[float]] = {name: [] for name in contenders}
-    for number in range(repeats):
-        turn = number % len(contenders)
-        for name in contenders[turn:] + contenders[:turn]:
-            seconds[name].append(clocked(steps[name], device))
-    return seconds
-
-
 def batch_of(arguments: argparse.Namespace) -> Batch:
     """Random images and labels, the same in every process."""
     shape = arguments.shape or SHAPES[arguments.net]
@@ -131,6 +112,7 @@ def distributed(arguments: argparse.Namespace) -> int:
 
 def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what the command line asks for; the plain step and backprop come first."""
+    torch.backends.cudnn.benchmark = True  # as torch_settings has it in training
     config = net_config(arguments.net, arguments.width, arguments.depth, arguments.norm)
     device, (dtype, _) = device_called(arguments.device), PRECISIONS[arguments.precision]
     batch = batch_of(arguments)

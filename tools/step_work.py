@@ -1,9 +1,10 @@
-"""What the steps of bench_step.py are held against: operations that a step makes, and what a device makes at most.
+"""Clocks of bench_step.py, and what its steps are held against: the operations they make, and what a device makes.
 
 A multiplication with its addition counts as two. Elementwise work, norms and the optimizer are left out, as they move
 bytes and hardly compute.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,11 @@ from alignscale.nets.network import Network
 SIDES = {"cuda": 8192, "cpu": 512}
 """Of the square matrices whose product gives a device's rate."""
 REPEATS = 10
+WARM_UP = 3
+IN_A_ROW = {"cpu": 1, "cuda": 10}
+"""Steps that are timed together: a GPU's are short, and what is fetched for the next one must not be left out."""
+Contender = tuple[str, str | None, str | None]
+"""A rule, or the plain step; the form of the frozen Jacobian where it reads one, and the tier of a cache."""
 
 
 def clocked(work: Callable[[], object], device: torch.device) -> float:
@@ -27,6 +33,29 @@ def clocked(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
+
+
+def in_a_row(step: Callable[[], None], count: int) -> None:
+    """Several steps, so that what one prepares for the next is inside of the measurement."""
+    for _ in range(count):
+        step()
+
+
+def measure(
+    steps: dict[Contender, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[Contender, list[float]]:
+    """Seconds of every contender in every round."""
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    contenders = list(steps)
+    seconds: dict[Contender, list[float]] = {name: [] for name in contenders}
+    for number in range(repeats):
+        turn = number % len(contenders)
+        for name in contenders[turn:] + contenders[:turn]:
+            row = functools.partial(in_a_row, steps[name], IN_A_ROW[device.type])
+            seconds[name].append(clocked(row, device) / IN_A_ROW[device.type])
+    return seconds
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:

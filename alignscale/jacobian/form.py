@@ -14,6 +14,7 @@ from alignscale.choices import ConfigError
 from alignscale.config import JacobianConfig
 from alignscale.jacobian.explicit import encoded
 from alignscale.jacobian.gates import pack, unpack
+from alignscale.nets.activations import gpu_kernels
 from alignscale.nets.network import Network
 from alignscale.types import Cached, Jacobian, Trace
 
@@ -98,7 +99,9 @@ class Form:
             if self.sites[site] == "explicit":
                 jacobians[site] = Jacobian(rows[f"jacobian.{site}"], rows.get(f"scale.{site}"), rows.get("at"))
             elif net.activation.binary:
-                gates[site] = unpack(rows[f"gates.{site}"], shape, images.dtype)
+                packed = rows[f"gates.{site}"]
+                as_bits = packed.is_cuda and not net.recurrent and gpu_kernels()  # which reads them as they are
+                gates[site] = packed if as_bits else unpack(packed, shape, images.dtype)
             else:
                 gates[site] = rows[f"gates.{site}"].to(images.dtype)
         if not self.inputs:

@@ -35,4 +35,6 @@ def unpack(packed: Tensor, site: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         plain = np.unpackbits(packed.numpy(), axis=1, count=units, bitorder="little")
         return torch.from_numpy(plain).to(dtype).view(len(packed), *site)
     bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.view(len(packed), -1)[:, :units].to(dtype).view(len(packed), *site)
+    gates = bits.view(len(packed), -1)[:, :units].reshape(len(packed), *site)
+    maps = len(site) == 3  # laid out as a GPU's convolutions give them
+    return (gates.contiguous(memory_format=torch.channels_last) if maps else gates).to(dtype)

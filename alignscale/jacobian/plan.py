@@ -20,32 +20,39 @@ from alignscale.jacobian.form import DTYPES, Form, bytes_of
 from alignscale.nets.layers import Conv, Layer, Linear
 from alignscale.nets.network import Network
 
-SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = 4e9, 2**26, 3
+SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = {"cpu": 4e9, "cuda": 4e11}, {"cpu": 2**26, "cuda": 2**29}, 3
+"""Operations and bytes that are timed at once: enough that starting them, and a GPU's cache, do not count."""
 PASSES = {"forward": 2.0, "pullback": 3.0}
 """Bytes that elementwise work moves, in units of a site: activation in place; signal, gate and delta."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes a second: memory (read or written), disk (read, and written to stay), link (host to device)."""
+    """Bytes a second: memory (read or written), disk (read, and written to stay), link (host to device).
+
+    beside: whether what is kept elsewhere is fetched beside the step, as for a GPU, or by what makes the step.
+    """
 
     memory: float
     disk: float
     disk_write: float
     link: float
+    beside: bool = False
 
     @classmethod
     def measured(cls, device: torch.device, folder: Path) -> "Machine":
         """This machine's, with a file of 64 MiB in ``folder`` for the disk."""
-        source, target = torch.ones(SAMPLE_BYTES, dtype=torch.uint8), torch.empty(SAMPLE_BYTES, dtype=torch.uint8)
-        memory = 2 * SAMPLE_BYTES / timed(lambda: target.copy_(source), torch.device("cpu"))
-        link = memory
-        if device.type == "cuda":
+        size, on_disk = SAMPLE_BYTES[device.type], SAMPLE_BYTES["cpu"]
+        source, target = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        memory = 2 * size / timed(lambda: target.copy_(source), torch.device("cpu"))
+        link, gpu = memory, device.type == "cuda"
+        if gpu:
             pinned, there = source.pin_memory(), source.to(device)
-            link = SAMPLE_BYTES / timed(lambda: there.copy_(pinned, non_blocking=True), device)
-            memory = 2 * SAMPLE_BYTES / timed(lambda: there.clone(), device)
-        write, read = _disk(folder, source)
-        return cls(memory, SAMPLE_BYTES / read, SAMPLE_BYTES / write, link)
+            sent = timed(lambda: there.copy_(pinned, non_blocking=True), device)
+            link = 1 / (sent / size + 2 / memory)  # rows are gathered in host memory first
+            memory = 2 * size / timed(lambda: there.clone(), device)
+        write, read = _disk(folder, source[:on_disk])
+        return cls(memory, on_disk / read, on_disk / write, link, gpu)
 
     def bandwidth(self, tier: str) -> float:
         """Of reading what is kept in ``tier``."""
@@ -54,12 +61,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that a batch takes in each layer: compute, transpose and weight gradient; and of an update."""
+    """Seconds that a batch takes in each layer: compute, transpose and weight gradient; and of an update.
+
+    cast: of all weights to half precision, which they do not have.
+    """
 
     compute: tuple[float, ...]
     transpose: tuple[float, ...]
     gradient: tuple[float, ...]
     update: float
+    cast: float
     flop_rate: float
 
     @classmethod
@@ -79,7 +90,8 @@ class Costs:
         compute, transpose, gradient = zip(*times, strict=True)
         parameters = sum(one.numel() for layer in net.layers for one in layer.held if one is not None)
         update = 4 * 4 * parameters / machine.memory  # weight and gradient read, weight written, gradient written
-        return cls(compute, transpose, gradient, update, flop / max(sum(compute), 1e-12))
+        cast = (4 + dtype.itemsize) * parameters / machine.memory if dtype.itemsize < 4 else 0.0
+        return cls(compute, transpose, gradient, update, cast, flop / max(sum(compute), 1e-12))
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -123,9 +135,9 @@ def _layer_times(
 ) -> tuple[float, float, float]:
     """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment."""
     steps = _steps(layer, inputs)
-    rows = max(1, min(layer.shape[0], SAMPLE_BYTES // (layer.fan_in * dtype.itemsize)))
+    rows = max(1, min(layer.shape[0], SAMPLE_BYTES[device.type] // (layer.fan_in * dtype.itemsize)))
     part = layer.shape[0] / rows
-    examples = max(1, min(batch, int(SAMPLE_FLOP * part / layer_flop(layer, inputs))))
+    examples = max(1, min(batch, int(SAMPLE_FLOP[device.type] * part / layer_flop(layer, inputs))))
     weight = torch.randn(rows, *layer.shape[1:], device=device, dtype=dtype)
     shape = (examples * steps, inputs[-1]) if isinstance(layer, Linear) else (examples, *inputs)
     a = torch.randn(shape, device=device, dtype=dtype)
@@ -171,11 +183,16 @@ class Planner:
     @property
     def backprop(self) -> float:
         """Seconds of a step of backprop."""
-        return self.forward + self.pullback + sum(self.costs.gradient) + self.costs.update
+        return self._own + self.costs.cast + self.pullback
+
+    @property
+    def _own(self) -> float:
+        """Seconds of what every step makes: a forward pass of the current network, weight gradients and the update."""
+        return self.forward + self.costs.cast + sum(self.costs.gradient) + self.costs.update
 
     def step(self, form: Form | None, tier: str) -> float:
         """Seconds of a step with a cache in this form and tier; None: live."""
-        own = self.forward + sum(self.costs.gradient) + self.costs.update
+        own = self._own
         if form is None:
             return own + self.forward + self.pullback
         seconds = own if form.inputs or not self.reads_inputs else own + self.forward
@@ -184,11 +201,13 @@ class Planner:
             rows = form.layout(self.net, self.classes, list(self.inputs))
             size = bytes_of({name: row for name, row in rows.items() if name.startswith("inputs")})
             seconds += self._moved(size, tier)
-        return seconds
+        fetched = self.machine.beside and tier != "device"
+        return max(seconds, self.batch * self.size(form) / self.machine.bandwidth(tier)) if fetched else seconds
 
     def _moved(self, size: int, tier: str) -> float:
-        """Seconds to fetch so many bytes an example, and to read what was fetched."""
-        return self.batch * size * (1 / self.machine.bandwidth(tier) + 2 / self.machine.memory)
+        """Seconds to fetch so many bytes an example, unless beside the step, and to read what was fetched."""
+        fetch = 0.0 if self.machine.beside else 1 / self.machine.bandwidth(tier)
+        return self.batch * size * (fetch + (1 if self.machine.beside else 2) / self.machine.memory)
 
     def _site(self, form: Form, site: int, tier: str) -> float:
         units = torch.Size(self.net.shapes[site]).numel()
@@ -211,7 +230,8 @@ class Planner:
         for site in sorted(range(len(gains)), key=lambda site: -gains[site]):
             sites = (*chosen.sites[:site], "explicit", *chosen.sites[site + 1 :])
             more = Form(sites, options.dtype, options.inputs)
-            if gains[site] > 0 and examples * self.size(more) <= capacity:
+            faster = self.step(more, tier) < self.step(chosen, tier)
+            if faster and examples * self.size(more) <= capacity:
                 chosen = more
         return chosen
 

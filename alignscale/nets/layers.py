@@ -10,7 +10,7 @@ A layer computes in the precision of what it reads; its weight and the gradient 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,12 +35,11 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         a, delta = ctx.saved_tensors
-        exact = delta.dtype == ctx.dtype
-        gradients = ctx.layer.weight_gradient(a, delta * scale[0] if exact else delta)
-        if not exact:
-            factor = scale[0] if ctx.unscale is None else scale[0] * ctx.unscale
-            factor = factor.to(ctx.dtype).reshape(1)  # not a scalar, so that a product has its dtype, in one pass
-            gradients = tuple(None if one is None else one * factor for one in gradients)
+        gradients = ctx.layer.weight_gradient(a, delta * scale[0].to(delta.dtype) if ctx.unscale is None else delta)
+        gradients = tuple(None if one is None else one.to(ctx.dtype) for one in gradients)
+        for one in gradients if ctx.unscale is not None else ():
+            if one is not None:
+                one.mul_(scale[0] * ctx.unscale)
         for parameter in ctx.layer.held:
             _lend(parameter, ctx.layer)
         return *gradients, None, None, None, None
@@ -131,7 +130,11 @@ class Linear(Layer):
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in) and (out,)."""
         delta = delta.flatten(0, -2)
-        gradient = _scaled(delta, self.scale).T @ a.flatten(0, -2)
+        scaled, a = _scaled(delta, self.scale).T, a.flatten(0, -2)
+        if delta.is_cuda and delta.dtype in (torch.float16, torch.bfloat16):  # in fp32, as it is summed
+            gradient = torch.mm(scaled, a, out_dtype=torch.float32)
+        else:
+            gradient = scaled @ a
         return gradient, None if self.held[1] is None else delta.sum(0)
 
 
@@ -155,28 +158,29 @@ class Conv(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
-        z = F.conv2d(_laid_out(self._pad(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
+        z = F.conv2d(laid_out(self._pad(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
         return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None])
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
         size = [delta.shape[0], *self.padded]
         # the scale goes to the weight, and below to the gradient: they are far smaller than a batch of maps
-        scaled = _laid_out(_scaled(weight.to(delta.dtype), self.scale))
-        signal = conv2d_input(size, scaled, _laid_out(delta), self.stride, self.padding)
-        # A negative pad crops into a contiguous tensor, which elementwise kernels read ten times faster than a view.
-        return F.pad(signal, [-n for n in self.extra]) if any(self.extra) else signal
+        scaled = laid_out(_scaled(weight.to(delta.dtype), self.scale))
+        signal = conv2d_input(size, scaled, laid_out(delta), self.stride, self.padding)
+        # cropped into a contiguous tensor, which elementwise kernels read ten times faster than a view
+        return _resized(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
     def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
         shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
         narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
         scaled = _scaled(delta, self.scale) if narrow else delta
-        gradient = conv2d_weight(_laid_out(self._pad(a)), shape, _laid_out(scaled), self.stride, self.padding)
+        gradient = conv2d_weight(laid_out(self._pad(a)), shape, laid_out(scaled), self.stride, self.padding)
         return gradient if narrow else _scaled(gradient, self.scale), delta.sum((0, 2, 3))
 
     def _pad(self, a: Tensor) -> Tensor:
-        return F.pad(a, self.extra) if any(self.extra) else a
+        padded: Tensor = _Pad.apply(a, self.extra) if any(self.extra) else a
+        return padded
 
 
 class State(Layer):
@@ -200,9 +204,31 @@ class State(Layer):
         return F.pad(delta, (0, 0, 0, self.shape[0] - len(delta))), None
 
 
-def _laid_out(maps: Tensor) -> Tensor:
-    """Maps (B, C, H, W) as convolutions of their device read them fastest: on a GPU channels last."""
-    return maps.contiguous(memory_format=torch.channels_last) if maps.is_cuda else maps
+class _Pad(torch.autograd.Function):
+    """``_resized`` by sides that are not negative, with its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, sides: tuple[int, ...]) -> Tensor:
+        ctx.sides = sides
+        return _resized(maps, sides)
+
+    @staticmethod
+    def backward(ctx: Any, *signal: Tensor) -> tuple[Tensor, None]:
+        return _resized(signal[0], [-n for n in ctx.sides]), None
+
+
+def _resized(maps: Tensor, sides: Sequence[int]) -> Tensor:
+    """Maps with columns (left, right) and rows (top, bottom) of 0 more, or fewer of their own."""
+    together = 8 // maps.element_size()
+    if not maps.is_cuda or maps.shape[1] % together:
+        return F.pad(maps, sides)
+    moved = laid_out(maps).permute(0, 2, 3, 1).view(torch.int64)  # so many channels in one move of a GPU's thread
+    return F.pad(moved, (0, 0, *sides)).view(maps.dtype).permute(0, 3, 1, 2)
+
+
+def laid_out(maps: Tensor) -> Tensor:
+    """Maps (B, C, H, W), or the weight of a convolution, as its device reads them fastest: on a GPU channels last."""
+    return maps.contiguous(memory_format=torch.channels_last) if maps.is_cuda and maps.dim() == 4 else maps
 
 
 def _scaled(delta: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignscale.choices import NetConfig
-from alignscale.nets.activations import ACTIVATIONS
+from alignscale.nets.activations import ACTIVATIONS, gpu_kernels
 from alignscale.nets.layers import Layer, Linear
 from alignscale.nets.norms import Norm, make_norm
 from alignscale.parallel import ALL_UNITS, Share, Width
@@ -26,6 +26,8 @@ NO_JACOBIANS: Jacobians = {}
 States = Sequence[NormState | None]
 WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.float32}
 """What values are widened to, exactly, where their own range is too narrow for weighted sums."""
+SUMMED = {torch.float32, torch.bfloat16, torch.float16}
+"""What a GPU's kernel sums in fp32."""
 Deltas = list[Tensor | None]
 """Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
 
@@ -37,6 +39,10 @@ def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
     """
     values, scale, rows = jacobian
     classes, site = values.shape[1], values.shape[2:]
+    if values.is_cuda and {values.dtype, error.dtype} <= SUMMED and gpu_kernels():
+        rows = torch.arange(len(error), device=error.device) if rows is None else rows
+        weights = error if scale is None else error * scale[rows]
+        return gpu_kernels().weighted_rows(values, weights, rows, error.dtype)
     if values.dtype in WIDER:
         values = values if rows is None else values.view(torch.uint8)[rows].view(values.dtype)
         scale = scale if rows is None or scale is None else scale[rows]

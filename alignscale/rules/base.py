@@ -79,8 +79,8 @@ class Rule(nn.Module, ABC):
 class LocalRule(Rule, ABC):
     """A rule that gives every layer its delta itself. No graph is kept from one layer to another.
 
-    In half precision the error is scaled by a power of 2 before the pullback, as the deltas of a wide network would
-    vanish, and the weight gradients are scaled back in the weights' precision.
+    In fp16 the error is scaled by a power of 2 before the pullback, as the deltas of a wide network would vanish, and
+    the weight gradients are scaled back in the weights' precision.
     """
 
     reads_trace: ClassVar[bool] = True
@@ -113,13 +113,13 @@ class LocalRule(Rule, ABC):
 
 
 PEAK = 16.0
-"""What the largest error of a batch is scaled to in half precision: sums over a batch stay below fp16's 65,504."""
+"""What the largest error of a batch is scaled to in fp16: sums over a batch stay below its largest number, 65,504."""
 
 
 def scaled(error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The error in ``dtype``, times a power of 2 where that is less exact, and what scales it back (None: 1)."""
-    if dtype == error.dtype:
-        return error, None
+    """The error in ``dtype``, times a power of 2 where its range is narrower, and what scales it back (None: 1)."""
+    if dtype != torch.float16 or error.dtype == dtype:
+        return error.to(dtype), None
     largest = error.abs().max() if error.numel() else error.new_ones(())
     power = torch.exp2(torch.floor(torch.log2(PEAK / largest.clamp(min=1e-30))))
     return (error * power).to(dtype), 1 / power
