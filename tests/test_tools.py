@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from width_distance import distances, slope
 
 from alignscale.choices import NETS, ConvConfig, MLPConfig, NetConfig, RNNConfig
 from alignscale.frozen import initialise
+from alignscale.initial import normal
 from alignscale.nets import build
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +74,16 @@ def test_bench_step_writes_a_row_for_each_contender(tmp_path: Path, net: str) ->
         "seconds_median",
         "ratio_to_backprop",
         "ratio_to_plain",
+        "tier",
+        "precision",
+        "images_per_second",
+        "frozen_pass_seconds",
     }
     assert all(wanted <= row.keys() for row in rows)
     assert rows[1]["ratio_to_backprop"] == 1.0
+    backprop, align = rows[1]["tflops"] * rows[1]["seconds_median"], rows[2]["tflops"] * rows[2]["seconds_median"]
+    assert 1.25 < align / backprop < 1.6  # a forward pass more than three without the first layer's pullback
+    assert 0 < rows[2]["frozen_pass_seconds"] < rows[2]["seconds_median"] * 3
 
 
 @pytest.mark.parametrize(
@@ -114,6 +123,30 @@ def test_plain_step_computes_the_same_network(config: NetConfig) -> None:
     images = torch.rand(9, *shape)
     with torch.no_grad():
         torch.testing.assert_close(forward(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+def test_check_device_finds_what_differs_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import check_device
+
+    command = ["--device", "cpu", "--groups", "initial,cache", "--rules", "align_zero"]
+    assert check_device.main(command) == 0
+    assert "cache: 20 of 20 as on the CPU" in capsys.readouterr().out
+
+    def wrong_unless_sliced(*arguments: Any, device: object) -> torch.Tensor:
+        return normal(*arguments, device="cpu") + (arguments[4] is None and device != "reference")
+
+    monkeypatch.setattr(check_device, "normal", wrong_unless_sliced)
+    monkeypatch.setattr(check_device, "CPU", "reference")
+    assert check_device.main(["--device", "cpu", "--groups", "initial"]) == 1
+    assert "initial: 8 of 16 as on the CPU" in capsys.readouterr().out
+
+
+def test_check_device_names_the_devices_there_are() -> None:
+    done = run("tools/check_device.py", "--device", "cuda:7")
+    assert done.returncode == 2
+    assert "device=cuda:7: expected auto or cpu" in done.stderr
 
 
 def test_every_net_has_a_benchmark_shape() -> None:

@@ -141,13 +141,13 @@ CHECKS: dict[str, Callable[[torch.device, list[str]], Iterator[Finding]]] = dict
 )
 
 
-def main() -> int:
+def main(command: list[str] | None = None) -> int:
     """Command line; 1 where something differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--groups", type=names(GROUPS), default=list(GROUPS))
     parser.add_argument("--rules", type=names(tuple(sorted(RULES))), default=sorted(RULES))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     try:
         device = device_called(arguments.device)
     except ConfigError as problem:
