@@ -3,13 +3,13 @@
 import gzip
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from warm import PYTHON
 
 ROOT = Path(__file__).parents[1]
 Pixels = NDArray[np.uint8]
@@ -31,7 +31,7 @@ def splits(train: int, test: int, shape: tuple[int, ...], classes: int) -> dict[
 def pack_digits(folder: Path, *options: str) -> None:
     """Both splits of the digits, by tools/make_shards.py."""
     digits = ["--source", "digits", "--splits", "train,test", "--out", str(folder), "--quiet", *options]
-    subprocess.run([sys.executable, "tools/make_shards.py", *digits], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([PYTHON, "tools/make_shards.py", *digits], cwd=ROOT, check=True, timeout=120)
 
 
 def digit_shards(folder: Path) -> list[str]:

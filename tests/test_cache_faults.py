@@ -17,6 +17,7 @@ import pytest
 import torch
 from run_cases import config, same, silent, weights
 from safetensors import safe_open
+from warm import PYTHON
 
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig, RNNConfig, SGDConfig, SyntheticConfig
 from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
@@ -138,10 +139,10 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) ->
     assert not list((tmp_path / "cache").glob("*.safetensors*"))
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def command(folder: Path, *more: str, python: str = PYTHON) -> list[str]:
     words = ["net=mlp", "net.width=256", "net.norm=calibrated", "rule=align_zero", "threads=1", "data.views=6"]
     words += ["data.shift=1", f"jacobian.dir={folder}/cache", "jacobian=explicit"]
-    return [sys.executable, "tools/cache_jacobian.py", *words, *more]
+    return [python, "tools/cache_jacobian.py", *words, *more]
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -156,7 +157,8 @@ def test_a_builder_that_is_killed_is_gone_on_with_to_the_same_files(tmp_path: Pa
     for place in ("whole", "killed"):
         (tmp_path / place).mkdir()
     assert run(command(tmp_path / "whole")).returncode == 0
-    with subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT, stdout=subprocess.PIPE, text=True) as builder:
+    words = command(tmp_path / "killed", python=sys.executable)
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as builder:
         assert builder.stdout is not None
         assert any("view 3" in line for line in builder.stdout)
         builder.send_signal(signal.SIGKILL)
@@ -169,7 +171,8 @@ def test_a_builder_that_is_killed_is_gone_on_with_to_the_same_files(tmp_path: Pa
 
 
 def test_a_second_builder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
-    with subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+    words = command(tmp_path, python=sys.executable)
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert any("caching" in line for line in first.stdout)
         first.send_signal(signal.SIGSTOP)
@@ -183,7 +186,7 @@ def test_a_second_builder_is_refused_while_the_first_goes_on(tmp_path: Path) -> 
 
 
 def test_a_full_disk_while_building_leaves_no_half_file(tmp_path: Path) -> None:
-    words = " ".join(f"'{word}'" for word in command(tmp_path / "disk"))
+    words = " ".join(f"'{word}'" for word in command(tmp_path / "disk", python=sys.executable))
     script = f"""
         mount -t tmpfs -o size=60m none {tmp_path}/disk
         head -c 1000000 /dev/zero > {tmp_path}/filler

@@ -1,10 +1,10 @@
 """Claims about what training on ImageNet is said to cost."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import PYTHON
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_table_of_the_page_is_what_the_command_prints(experiment: str) -> None:
     """By hand for 224 pixels: 2 x 512 x (27 x 56^2 + 4608 x (2 x 28^2 + 2 x 14^2 + 2 x 7^2) + 1000) = 9.80 GFLOP."""
     done = subprocess.run(
-        [sys.executable, "launch/cost.py", f"experiment={experiment}"],
+        [PYTHON, "launch/cost.py", f"experiment={experiment}"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     row = done.stdout.splitlines()[-1]

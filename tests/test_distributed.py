@@ -16,6 +16,7 @@ import pytest
 import torch
 from run_cases import same, weights
 from safetensors.torch import load_file
+from warm import PYTHON, RANKS
 
 from alignscale.checkpoint import complete
 from alignscale.choices import ConfigError, DeepSpeedConfig
@@ -30,7 +31,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCH_EXTENSIONS_DIR": EXTENSIONS,
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    **RANKS,
 }
+OWN_PYTHON = {name: value for name, value in ENVIRONMENT.items() if name not in RANKS}
 RUN = [
     "net=mlp",
     "net.width=32",
@@ -45,9 +48,9 @@ RUN = [
 LONG = ["epochs=4000", "engine=deepspeed", "engine.timeout=15"]
 
 
-def torchrun(ranks: int, *command: str, restarts: int = 0, port: int = 0) -> list[str]:
+def torchrun(ranks: int, *command: str, restarts: int = 0, python: str = PYTHON) -> list[str]:
     given = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *command]
-    return [sys.executable, "-m", "torch.distributed.run", *given]
+    return [python, "-m", "torch.distributed.run", *given]
 
 
 def run(ranks: int, *options: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
@@ -59,7 +62,7 @@ def run(ranks: int, *options: str, restarts: int = 0) -> subprocess.CompletedPro
 
 def alone(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "launch/train.py", *RUN, "threads=1", *options],
+        [PYTHON, "launch/train.py", *RUN, "threads=1", *options],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -181,7 +184,8 @@ def test_one_command_trains_on_two_ranks_to_the_result_of_one_in_one_folder(tmp_
 
 def stopped(ranks: int, folder: Path, number: int, *options: str, at: int = 30) -> subprocess.CompletedProcess[str]:
     """A run that gets a signal when it has made a checkpoint at step ``at``."""
-    command = torchrun(ranks, "launch/train.py", *RUN, "checkpoint.every_steps=10", f"run.dir={folder}", *options)
+    given = [*RUN, "checkpoint.every_steps=10", f"run.dir={folder}", *options]
+    command = torchrun(ranks, "launch/train.py", *given, python=sys.executable)
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -219,7 +223,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_to_the_same_bit
     )  # fmt: skip
     assert whole.returncode == 0, whole.stderr
     RUN_ = [*rest, *given, "checkpoint.every_steps=10", f"run.dir={tmp_path / 'run'}"]
-    command = torchrun(3, "launch/train.py", *RUN_)
+    command = torchrun(3, "launch/train.py", *RUN_, python=sys.executable)
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: len(complete(tmp_path / "run/checkpoints")) > 1)
         os.kill(children(process.pid)[1], signal.SIGUSR2)
@@ -295,8 +299,9 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
         "engine=deepspeed",
         "engine.timeout=20",
         f"run.dir={tmp_path / 'run'}",
+        python=sys.executable,
     )
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=OWN_PYTHON, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: len(complete(tmp_path / "run/checkpoints")) > 0)
         time.sleep(3)
         os.kill(children(process.pid)[2], signal.SIGSTOP)
@@ -326,11 +331,11 @@ def test_what_stops_all_ranks_is_said_once(tmp_path: Path, options: list[str], m
 def test_a_full_disk_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
     script = f"""
         mount -t tmpfs -o size=700k none {tmp_path}
-        exec {" ".join(torchrun(2, "launch/train.py", *RUN))} run.dir={tmp_path / "run"} \\
+        exec {" ".join(torchrun(2, "launch/train.py", *RUN, python=sys.executable))} run.dir={tmp_path / "run"} \\
             epochs=50 engine=deepspeed checkpoint.keep=9 log.tensorboard=false log.every_steps=1
     """
     done = subprocess.run(
-        ["unshare", "-Urm", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        ["unshare", "-Urm", "bash", "-c", script], cwd=ROOT, env=OWN_PYTHON, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode != 0

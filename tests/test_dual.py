@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from run_cases import config, same, silent, weights
+from warm import PYTHON
 
 from alignscale.choices import (
     AdamConfig,
@@ -71,12 +72,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     words = ["rule=align_zero", "net=mlp", "net.width=640", "data.train_limit=45", "batch_size=15", "epochs=60"]
     words += ["form=dual", "jacobian=explicit", f"jacobian.root={tmp_path}", "jacobian.build=true", "optim.lr=0.1"]
     words += ["optim.momentum=0.9", "checkpoint.every_steps=3", "threads=1"]
-    command = [sys.executable, "launch/train.py", *words]
+    command = [PYTHON, "launch/train.py", *words]
     assert (
         subprocess.run([*command, f"run.dir={tmp_path}/whole"], cwd=ROOT, capture_output=True, check=False).returncode
         == 0
     )
-    with subprocess.Popen([*command, f"run.dir={tmp_path}/cut"], cwd=ROOT, stdout=-3, stderr=-3) as first:
+    with subprocess.Popen(
+        [sys.executable, *command[1:], f"run.dir={tmp_path}/cut"], cwd=ROOT, stdout=-3, stderr=-3
+    ) as first:
         while first.poll() is None and not list((tmp_path / "cut").glob("checkpoints/step-*")):
             pass
         first.send_signal(signal.SIGKILL)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_cases import config, silent
+from warm import PYTHON
 
 from alignscale.checkpoint import complete
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig, MSEConfig, RNNConfig, SGDConfig, SyntheticConfig
@@ -20,7 +21,7 @@ from alignscale.train import train
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["net=mlp", "net.width=64", "epochs=5", "optim.lr=0.1", "log.progress=false", "threads=1"]
-COMMAND = [sys.executable, "launch/train.py", *SMALL]
+COMMAND = [PYTHON, "launch/train.py", *SMALL]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -62,7 +63,8 @@ def test_a_folder_in_use_by_another_run_is_refused_with_its_process(tmp_path: Pa
 
 def test_the_hold_on_a_folder_ends_with_a_killed_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen([*COMMAND, "epochs=5000", f"run.dir={folder}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    own = [sys.executable, *COMMAND[1:]]
+    process = subprocess.Popen([*own, "epochs=5000", f"run.dir={folder}"], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (folder / "checkpoints").exists():
         assert process.poll() is None
     second = run([*COMMAND, f"run.dir={folder}"])
@@ -79,7 +81,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o555)
     # root may write anywhere, but for a root without this capability
     without = ["setpriv", "--bounding-set", "-dac_override"] if os.getuid() == 0 else []
-    done = run([*without, *COMMAND, f"run.dir={tmp_path / 'closed/run'}"])
+    done = run([*without, sys.executable, *COMMAND[1:], f"run.dir={tmp_path / 'closed/run'}"])
     assert done.returncode == 2, done.stderr
     assert "expected a folder that can be written, found: [Errno 13] Permission denied" in done.stderr
     assert "choose another (run.dir or run.root, compare.folder for a comparison)" in done.stderr

@@ -17,6 +17,7 @@ import pytest
 from _hydra import entry
 from _mistakes import check
 from _options import GROUPS, register
+from warm import PYTHON
 
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
@@ -33,7 +34,7 @@ FAST = [*DATA, "net.width=4", "epochs=1", "batch_size=20", "threads=1", "log.pro
 
 def run(script: str, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, script, *options], cwd=root, capture_output=True, text=True, timeout=120, check=False
+        [PYTHON, script, *options], cwd=root, capture_output=True, text=True, timeout=120, check=False
     )
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from run_cases import config
+from warm import PYTHON
 
 from alignscale.choices import ConfigError
 from alignscale.config import LogConfig
@@ -16,7 +16,7 @@ from alignscale.metrics import Metrics
 from alignscale.validation import validate
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "launch/train.py", "net=mlp", "net.width=16", "epochs=2", "threads=1"]
+COMMAND = [PYTHON, "launch/train.py", "net=mlp", "net.width=16", "epochs=2", "threads=1"]
 
 
 def test_wandb_gets_the_rows_of_metrics_jsonl(tmp_path: Path) -> None:

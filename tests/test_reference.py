@@ -10,6 +10,7 @@ from pathlib import Path
 import check_reference
 import numpy as np
 import pytest
+from warm import PYTHON
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "tests/data/reference"
@@ -51,7 +52,7 @@ def test_one_changed_number_fails(one_case: Path) -> None:
     arrays = check_reference.load(one_case / f"{CASE}.npz")
     arrays["step20_W1"][1, 2, 3, 4] += 2e-9
     np.savez(one_case / f"{CASE}.npz", **arrays)
-    command = [sys.executable, "tools/check_reference.py", str(one_case)]
+    command = [PYTHON, "tools/check_reference.py", str(one_case)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert f"FAIL {CASE}" in done.stdout

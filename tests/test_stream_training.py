@@ -11,8 +11,9 @@ from pathlib import Path
 import make_shards
 import pytest
 from stream_cases import config, jpeg, write
-from test_distributed import ENVIRONMENT, ROOT, torchrun
+from test_distributed import ENVIRONMENT, OWN_PYTHON, ROOT, torchrun
 from test_make_shards import plant
+from warm import PYTHON
 
 from alignscale.checkpoint import complete
 from tools import evaluate as tool
@@ -32,10 +33,10 @@ def options(folder: Path, *more: str) -> list[str]:
     return [*NET, *LOG, *data, *small, *more]
 
 
-def command(ranks: int, *given: str) -> list[str]:
+def command(ranks: int, *given: str, python: str = PYTHON) -> list[str]:
     if ranks == 0:
-        return [sys.executable, "launch/train.py", *given]
-    return torchrun(ranks, "launch/train.py", *given)
+        return [python, "launch/train.py", *given]
+    return torchrun(ranks, "launch/train.py", *given, python=python)
 
 
 def run(ranks: int, *given: str) -> subprocess.CompletedProcess[str]:
@@ -85,7 +86,8 @@ def test_a_killed_run_leaves_no_worker_and_goes_on_with_the_rest_of_the_epoch(tm
     given = options(tmp_path, *OFTEN, "epochs=150", "checkpoint.every_steps=4", "evaluation.every_epochs=50")
     run(0, *given, f"run.dir={tmp_path}/whole")
     killed = tmp_path / "killed"
-    kill_after(killed, 40, subprocess.Popen(command(0, *given, f"run.dir={killed}"), cwd=ROOT, stdout=NOTHING))
+    words = command(0, *given, f"run.dir={killed}", python=sys.executable)
+    kill_after(killed, 40, subprocess.Popen(words, cwd=ROOT, stdout=NOTHING))
     deadline = time.monotonic() + 10
     while workers_of(killed):
         assert time.monotonic() < deadline
@@ -107,8 +109,9 @@ def test_two_ranks_train_as_one_process_and_a_killed_run_goes_on_on_other_ranks(
     )
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     run(0, *given, f"run.dir={alone}")
-    ranks = command(2, *given, "engine=deepspeed", "engine.timeout=30", f"run.dir={killed}")
-    kill_after(killed, 10, subprocess.Popen(ranks, cwd=ROOT, env=ENVIRONMENT, stdout=NOTHING, stderr=NOTHING))
+    words = ["engine=deepspeed", "engine.timeout=30", f"run.dir={killed}"]
+    ranks = command(2, *given, *words, python=sys.executable)
+    kill_after(killed, 10, subprocess.Popen(ranks, cwd=ROOT, env=OWN_PYTHON, stdout=NOTHING, stderr=NOTHING))
     reached = int(complete(killed / "checkpoints")[-1].name[5:])
     assert 10 <= reached < 120
     done = run(3, *given, "engine=deepspeed", f"run.dir={killed}")
@@ -150,8 +153,9 @@ def test_images_left_out_are_counted_in_the_result_and_bad_ones_end_with_one_lin
 
 def test_ctrl_c_saves_and_ends_with_workers_under_way(tmp_path: Path) -> None:
     given = options(tmp_path, "epochs=5000", "checkpoint.every_steps=5", f"run.dir={tmp_path}/run")
+    words = command(0, *given, python=sys.executable)
     process = subprocess.Popen(
-        command(0, *given), cwd=ROOT, stdout=NOTHING, stderr=subprocess.PIPE, text=True, start_new_session=True
+        words, cwd=ROOT, stdout=NOTHING, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         while not complete(tmp_path / "run/checkpoints"):

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from _stage import copy_of, copy_once
 from data_cases import digit_shards, pack_digits, write_image_folder
 from run_cases import weights
+from warm import PYTHON
 
 ROOT = Path(__file__).parents[1]
 NET = ["net=mlp", "net.width=16", "net.depth=2", "epochs=1", "log.progress=false", "threads=1"]
@@ -28,7 +28,7 @@ def submit(folder: Path, *options: str, **variables: str) -> subprocess.Complete
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=280,
+        [PYTHON, *command], cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=280,
         check=False,
     )  # fmt: skip
 

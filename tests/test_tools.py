@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from plain_step import plain_conv, plain_mlp, plain_rnn
+from warm import PYTHON
 from width_distance import distances, slope
 
 from alignscale.choices import NETS, ConvConfig, MLPConfig, NetConfig, RNNConfig
@@ -20,9 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run([PYTHON, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_distance_to_backprop_falls_with_width() -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from _runs import train_and_report
 from run_cases import config, same, silent, weights
+from warm import PYTHON
 
 from alignscale.checkpoint import complete
 from alignscale.choices import DATA, NETS, AdamConfig, MLPConfig, SGDConfig
@@ -66,7 +67,7 @@ def _steps(folder: Path) -> list[tuple[str, int]]:
 
 def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     command = [
-        sys.executable,
+        PYTHON,
         "launch/train.py",
         "net=mlp",
         "net.width=32",
@@ -77,8 +78,9 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     ]
     subprocess.run([*command, f"run.dir={tmp_path / 'whole'}"], cwd=ROOT, check=True, capture_output=True)
     process = subprocess.Popen(
-        [*command, f"run.dir={tmp_path / 'parts'}"], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+        [sys.executable, *command[1:], f"run.dir={tmp_path / 'parts'}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not complete(tmp_path / "parts/checkpoints"):
         assert time.monotonic() < deadline
