@@ -22,6 +22,8 @@ from alignscale.train import train
 ROOT = Path(__file__).parents[1]
 SMALL = ["net=mlp", "net.width=64", "epochs=5", "optim.lr=0.1", "log.progress=false", "threads=1"]
 COMMAND = [PYTHON, "launch/train.py", *SMALL]
+OWN = [sys.executable, *COMMAND[1:]]
+"""In a Python of its own, whose process id, capabilities and file systems are the command's."""
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -30,7 +32,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_when_there_is_room(tmp_path: Path) -> None:
     """On a file system of 1200 kB of its own, in a mount namespace that ends with the test."""
-    again = [*COMMAND, "optim.momentum=0.9", "checkpoint.keep=9", f"run.dir={tmp_path / 'disk/run'}"]
+    again = [*OWN, "optim.momentum=0.9", "checkpoint.keep=9", f"run.dir={tmp_path / 'disk/run'}"]
     command = " ".join(f"'{word}'" for word in again)
     script = f"""
         mount -t tmpfs -o size=1200k none {tmp_path}/disk
@@ -63,8 +65,7 @@ def test_a_folder_in_use_by_another_run_is_refused_with_its_process(tmp_path: Pa
 
 def test_the_hold_on_a_folder_ends_with_a_killed_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    own = [sys.executable, *COMMAND[1:]]
-    process = subprocess.Popen([*own, "epochs=5000", f"run.dir={folder}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*OWN, "epochs=5000", f"run.dir={folder}"], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (folder / "checkpoints").exists():
         assert process.poll() is None
     second = run([*COMMAND, f"run.dir={folder}"])
@@ -81,7 +82,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o555)
     # root may write anywhere, but for a root without this capability
     without = ["setpriv", "--bounding-set", "-dac_override"] if os.getuid() == 0 else []
-    done = run([*without, sys.executable, *COMMAND[1:], f"run.dir={tmp_path / 'closed/run'}"])
+    done = run([*without, *OWN, f"run.dir={tmp_path / 'closed/run'}"])
     assert done.returncode == 2, done.stderr
     assert "expected a folder that can be written, found: [Errno 13] Permission denied" in done.stderr
     assert "choose another (run.dir or run.root, compare.folder for a comparison)" in done.stderr
