@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import alignment
 import pytest
 import torch
 from run_cases import same, weights
@@ -159,6 +160,26 @@ def test_a_mesh_that_there_cannot_be_is_refused_with_the_valid_ones(
     with pytest.raises(ConfigError, match=message):
         check_mesh(ranks, width, units)
     check_mesh(ranks, 1, units)
+
+
+def test_alignment_is_scored_alike_from_the_checkpoints_of_any_engine(tmp_path: Path) -> None:
+    """One process, ZeRO 3 on two ranks, and two ranks of width by two of data: the same training, the same scores."""
+    given = ["epochs=3", "analysis.track_errors=true", "optim.momentum=0", "net.norm=none"]
+    ways = {
+        "alone": lambda folder: alone(*given, folder),
+        "zero": lambda folder: run(2, *given, "engine=deepspeed", "engine.zero_stage=3", folder),
+        "width": lambda folder: run(4, *given, "engine=deepspeed", "engine.zero_stage=1", "parallel.width=2", folder),
+    }
+    scores = {}
+    for name, train in ways.items():
+        done = train(f"run.dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        scores[name] = alignment.analyse(tmp_path / name, "last", replay=False, sample=50)["layers"]
+    for name in ("zero", "width"):
+        for ours, theirs in zip(scores[name], scores["alone"], strict=True):
+            assert 0 < theirs["definition"] <= 1
+            for key in ("definition", "update_cosine", "weight_change"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (name, key)
 
 
 def test_a_bad_mesh_ends_a_run_with_one_line_and_nothing_written(tmp_path: Path) -> None:

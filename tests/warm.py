@@ -6,6 +6,7 @@ look a process up by its id, limit it, stop it, or ask what it imports start a P
 
 import atexit
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -18,12 +19,12 @@ def program(kind: str) -> str:
     """The path of a program that stands for Python."""
     folder = tempfile.mkdtemp(prefix="warm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    own = Path(folder) / "python"
+    own, client = Path(folder) / "python", Path(folder) / "client.py"
     words = [sys.executable, str(HERE / "warm_python.py"), str(Path(folder) / "socket"), kind, str(os.getpid())]
-    own.write_text(
-        f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HERE)!r})\n"
-        f"import warm_python\nsys.exit(warm_python.client({words!r}))\n"
+    client.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport warm_python\nsys.exit(warm_python.client({words!r}))\n"
     )
+    own.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {client} "$@"\n')  # a path may have a space
     own.chmod(0o755)
     return str(own)
 
