@@ -158,8 +158,8 @@ def _check_explicit(config: TrainConfig, train: Split) -> None:
     size = logits * steps * net.width * DTYPES[options.dtype].itemsize
     raise ConfigError(
         f"jacobian=explicit: net=rnn has a Jacobian for each step: {logits} logits x {steps} steps x {net.width} units "
-        f"in {options.dtype} are {size / 1e6:,.3g} MB an example, {size * len(train) / 1e9:,.3g} GB for {len(train):,}, "
-        "and cost more to read than to compute; expected live or gates"
+        f"in {options.dtype} are {size / 1e6:,.3g} MB an example, {size * len(train) / 1e9:,.3g} GB for {len(train):,},"
+        " and cost more to read than to compute; expected live or gates"
     )
 
 
