@@ -6,11 +6,12 @@ pass its network card (twice that for a sum). Norm batch's moments and the loss 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from alignscale.choices import NetConfig
+from alignscale.config import TrainConfig
 from alignscale.nets import Network, build
 from alignscale.nets.layers import Conv
 
@@ -42,6 +43,14 @@ class Plan:
     inputs: str = "whole"
     itemsize: int = 4
     states: int = 0
+
+
+def plan_of(config: TrainConfig, shape: tuple[int, ...], classes: int, width: int, data: int, itemsize: int) -> Plan:
+    """The plan of a run on ``width`` x ``data`` ranks, its Jacobian live."""
+    inputs = config.jacobian.inputs if config.jacobian.inputs == "recomputed" else config.parallel.inputs
+    stage = getattr(config.engine, "zero_stage", 1)
+    ranks = (width, data, stage)
+    return Plan(config.net, shape, classes, config.batch_size, config.rule.name, *ranks, "live", inputs, itemsize)
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,12 @@ def wire(plan: Plan) -> tuple[float, int]:
         one.bytes * (2 if one.call == "all_reduce" else 1) * (ranks[one.over] - 1) / ranks[one.over] for one in found
     )
     return moved, sum(one.messages for one in found)
+
+
+def wires(plan: Plan) -> dict[str, float]:
+    """The bytes of ``wire`` for backprop, and for the plan's rule with each form of the Jacobian."""
+    forms = {form: wire(replace(plan, jacobian=form))[0] for form in ("live", "gates", "explicit")}
+    return {"backprop": wire(replace(plan, rule="backprop"))[0], **forms}
 
 
 def seconds(plan: Plan, flops: float, bandwidth: float, latency: float) -> float:

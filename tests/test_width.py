@@ -1,9 +1,12 @@
 """Claims about sharing a network's width out over ranks: real processes of torchrun, gloo and DeepSpeed."""
 
 import json
+import math
+import re
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ from safetensors.torch import load_file
 from test_distributed import ENVIRONMENT, ROOT, alone, check_equal, result, run, stopped, torchrun
 
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig
+from alignscale.jacobian.form import Form
+from alignscale.jacobian.plan import Costs, Machine, Planner
+from alignscale.nets import build
 from alignscale.parallel import check_mesh
-from alignscale.traffic import Plan, exchanges, flop, memory, seconds
+from alignscale.traffic import Plan, exchanges, flop, memory, seconds, wires
 from tools import evaluate as tool
 from tools import show_checkpoint
 
@@ -180,6 +186,31 @@ def test_alignment_is_scored_alike_from_the_checkpoints_of_any_engine(tmp_path: 
             assert 0 < theirs["definition"] <= 1
             for key in ("definition", "update_cosine", "weight_change"):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (name, key)
+
+
+def test_the_cost_model_counts_what_ranks_tell_each_other(tmp_path: Path) -> None:
+    words = ["net=mlp", "net.width=64", "parallel.width=2", "engine=deepspeed", "jacobian=auto", "threads=1"]
+    done = subprocess.run(
+        torchrun(2, "tools/cache_jacobian.py", "--plan", *words, f"jacobian.dir={tmp_path / 'cache'}"),
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"disk \S+ \(writing \S+\), network [\d.]+ a rank", done.stdout), done.stdout
+    plan = Plan(MLPConfig(width=64, depth=2), (1, 8, 8), 10, 50, "align_ada", width=2)
+    told = wires(plan)
+    assert told["live"] > told["backprop"] == told["gates"] > told["explicit"] > 0
+    machine = Machine(1e10, 1e9, 1e9, 1e10, network=1e3)
+    net = build(plan.net, plan.shape, plan.classes)
+    layers = len(net.layers)
+    costs = Costs((1.0,) * layers, (1.0,) * layers, (1.0,) * layers, 1.0, 0.0, 1.0)
+    inputs = [(64,)] * layers
+    apart, alone_ = (
+        Planner(net, inputs, 10, 50, replace(machine, network=speed), costs, 4, False, told)
+        for speed in (1e3, math.inf)
+    )
+    for name, form in (("live", None), *((kind, Form((kind,) * 2, "fp32", None)) for kind in ("gates", "explicit"))):
+        assert apart.step(form, "host") - alone_.step(form, "host") == pytest.approx(told[name] / 1e3)
+    assert apart.backprop - alone_.backprop == pytest.approx(told["backprop"] / 1e3)
 
 
 def test_a_bad_mesh_ends_a_run_with_one_line_and_nothing_written(tmp_path: Path) -> None:

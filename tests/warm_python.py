@@ -149,6 +149,7 @@ def run(request: dict[str, Any]) -> None:
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
     elif argv[0] == "-m":
         sys.argv, sys.path[0] = argv[1:], str(Path.cwd())
+        sys.modules.pop(argv[1], None)  # or runpy warns of it
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = argv, str(Path(argv[0]).resolve().parent)

@@ -8,6 +8,7 @@ Only what is missing is made, so a command that was stopped is given again. ``--
 form with its size, the time to make it, the time of a training step with it, and whether it fits.
 """
 
+import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,8 @@ def table(cache: Cache) -> str:
     speeds = (
         f"memory {machine.memory / 1e9:.1f}, disk {machine.disk / 1e9:.2f} (writing {machine.disk_write / 1e9:.2f})"
     )
+    if machine.network < math.inf:
+        speeds += f", network {machine.network / 1e9:.2f} a rank"
     lines = [
         f"{cache.folder}: {cache.examples:,} examples, batch {planner.batch} on each rank",
         f"measured: {planner.costs.flop_rate / 1e9:.0f} GFLOP/s; GB/s: {speeds}",

@@ -23,10 +23,11 @@ from alignscale.jacobian import build
 from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form, Layout, bytes_of
 from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, folder_of, identity, made, seal
-from alignscale.jacobian.plan import Costs, Machine, Planner
+from alignscale.jacobian.plan import Planner
 from alignscale.jacobian.store import Store, Wanted, missing
 from alignscale.nets import build as build_net
 from alignscale.parallel import Mesh
+from alignscale.traffic import plan_of, wires
 from alignscale.types import Batch
 
 CHUNK, CHUNK_BYTES = 250, 2**28
@@ -150,19 +151,15 @@ class Cache:
 
     @cached_property
     def planner(self) -> Planner:
-        """The cost model, with this machine's measured speeds: the first rank's, for all."""
+        """The cost model, with this machine's measured speeds."""
         config, net, encoding = self.config, self.frozen.net, self.encoding
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         part = max(-(-config.batch_size // config.accumulation // self.mesh.data.size), 1)
 
-        def measured() -> tuple[Machine, Costs]:
-            machine = Machine.measured(encoding.device, self.folder.parent)
-            costs = Costs.measured(net, self.input_shapes, part, encoding.device, encoding.dtype, machine)
-            return machine, costs
-
-        machine, costs = self.mesh.everyone.of_first(measured)
-        size = encoding.dtype.itemsize
-        return Planner(net, self.input_shapes, self.train.classes, part, machine, costs, size, self.inputs)
+        ranks = (self.mesh.width.ranks.size, self.mesh.data.size)
+        told = wires(plan_of(config, self.train.shape, self.train.classes, *ranks, encoding.dtype.itemsize))
+        where = (encoding.device, encoding.dtype, self.folder.parent, self.mesh.everyone)
+        return Planner.measured(net, self.input_shapes, self.train.classes, part, *where, told, self.inputs)
 
     def chosen(self) -> Form:
         """The form that the options name; of ``auto`` the one that the cost model finds fastest, which may be live."""

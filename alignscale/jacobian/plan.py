@@ -5,32 +5,37 @@ timed on this machine at the shapes of the network, for as many examples and row
 what moves bytes is counted and divided by measured bandwidths. Thread scheduling, caches and overlap are left out.
 """
 
+import copy
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from alignscale.distributed import Ranks
 from alignscale.jacobian.form import DTYPES, Form, bytes_of
 from alignscale.nets.layers import Conv, Layer, Linear
 from alignscale.nets.network import Network
 
 SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = {"cpu": 4e9, "cuda": 4e11}, {"cpu": 2**26, "cuda": 2**29}, 3
 """Operations and bytes that are timed at once: enough that starting them, and a GPU's cache, do not count."""
+NETWORK_BYTES = 2**24
 PASSES = {"forward": 2.0, "pullback": 3.0}
 """Bytes that elementwise work moves, in units of a site: activation in place; signal, gate and delta."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes a second: memory (read or written), disk (read, and written to stay), link (host to device).
+    """Bytes a second: memory (read or written), disk (read, and written to stay), link (host to device), network.
 
-    beside: whether what is kept elsewhere is fetched beside the step, as for a GPU, or by what makes the step.
+    network: past each rank's card in a gather of all ranks; without end for one. beside: whether what is kept elsewhere
+    is fetched beside the step, as for a GPU, or by what makes the step.
     """
 
     memory: float
@@ -38,6 +43,7 @@ class Machine:
     disk_write: float
     link: float
     beside: bool = False
+    network: float = math.inf
 
     @classmethod
     def measured(cls, device: torch.device, folder: Path) -> "Machine":
@@ -106,6 +112,15 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(found[1:])
 
 
+def _network(ranks: Ranks, device: torch.device) -> float:
+    """Bytes a second that pass a rank's card while all gather a part of each; the first rank's figure."""
+    if ranks.size == 1:
+        return math.inf
+    part = torch.ones(NETWORK_BYTES // ranks.size, dtype=torch.uint8, device=device)
+    moved = len(part) * (ranks.size - 1)
+    return ranks.objects(moved / timed(lambda: ranks.gather(part), device))[0]
+
+
 def _disk(folder: Path, content: Tensor) -> tuple[float, float]:
     """Seconds to write and to read ``content``, past the kernel's memory of it."""
     with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -134,6 +149,9 @@ def _layer_times(
     layer: Layer, inputs: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float, float]:
     """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment."""
+    if isinstance(layer, Linear):
+        layer = copy.copy(layer)
+        layer.total = None  # the other ranks are not here to sum with
     steps = _steps(layer, inputs)
     rows = max(1, min(layer.shape[0], SAMPLE_BYTES[device.type] // (layer.fan_in * dtype.itemsize)))
     part = layer.shape[0] / rows
@@ -164,6 +182,27 @@ class Planner:
     costs: Costs
     itemsize: int
     reads_inputs: bool
+    wires: Mapping[str, float]
+    """Bytes that pass a rank's network card in a step of backprop, and of the rule with each form."""
+
+    @classmethod
+    def measured(
+        cls, net: Network, inputs: Sequence[tuple[int, ...]], classes: int, batch: int, device: torch.device,
+        dtype: torch.dtype, folder: Path, ranks: Ranks, wires: Mapping[str, float], reads_inputs: bool,
+    ) -> "Planner":  # fmt: skip
+        """With the speeds of the first rank's machine, for all. A collective of ``ranks``."""
+
+        def work() -> tuple[Machine, Costs]:
+            machine = Machine.measured(device, folder)
+            return machine, Costs.measured(net, inputs, batch, device, dtype, machine)
+
+        machine, costs = ranks.of_first(work)
+        machine = replace(machine, network=_network(ranks, device))
+        return cls(net, inputs, classes, batch, machine, costs, dtype.itemsize, reads_inputs, wires)
+
+    def _exchanged(self, what: str) -> float:
+        """Seconds of what ranks tell each other, not overlapped."""
+        return self.wires[what] / self.machine.network
 
     def _sites(self, passes: float) -> float:
         """Seconds of elementwise work at all sites."""
@@ -183,7 +222,7 @@ class Planner:
     @property
     def backprop(self) -> float:
         """Seconds of a step of backprop."""
-        return self._own + self.costs.cast + self.pullback
+        return self._own + self.costs.cast + self.pullback + self._exchanged("backprop")
 
     @property
     def _own(self) -> float:
@@ -194,13 +233,15 @@ class Planner:
         """Seconds of a step with a cache in this form and tier; None: live."""
         own = self._own
         if form is None:
-            return own + self.forward + self.pullback
+            return own + self.forward + self.pullback + self._exchanged("live")
         seconds = own if form.inputs or not self.reads_inputs else own + self.forward
         seconds += sum(self._site(form, site, tier) for site in range(len(self.net.shapes)))
         if form.inputs:
             rows = form.layout(self.net, self.classes, list(self.inputs))
             size = bytes_of({name: row for name, row in rows.items() if name.startswith("inputs")})
             seconds += self._moved(size, tier)
+        explicit = all(site == "explicit" for site in form.sites)
+        seconds += self._exchanged("explicit" if explicit else "gates")
         fetched = self.machine.beside and tier != "device"
         return max(seconds, self.batch * self.size(form) / self.machine.bandwidth(tier)) if fetched else seconds
 
