@@ -254,21 +254,9 @@ class Cache:
         layout = self.layout(found)
         tiers = self._placed(layout)
         views, device, net = self.config.data.views, self.encoding.device, self.frozen.net
-        return everyone.together(
-            lambda: Store(
-                self.folder,
-                net,
-                found,
-                self.wanted,
-                views,
-                tiers,
-                device,
-                options.verify,
-                layout,
-                seal(about, found),
-                everyone.still,
-            )
-        )
+        which = (self.folder, net, found, self.wanted, views, tiers, device)
+        checks = (options.verify, layout, seal(about, found), everyone.still)
+        return everyone.together(lambda: Store(*which, *checks))
 
     def _placed(self, layout: Layout) -> dict[str, str]:
         assert self.beside  # a collective, before what one rank may fail in
