@@ -125,6 +125,12 @@ def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
         )
     if "explicit" in forms and net.blocks == "public":
         yield "net.blocks=public: its last gate is the current network's; expected theory with explicit Jacobians"
+    if "explicit" in forms and isinstance(net, RNNConfig):
+        yield (
+            "jacobian=explicit: net=rnn has a Jacobian for each step, "
+            f"classes x steps x {net.width} numbers an example ({10 * 8 * net.width:,} for 10 classes and 8 steps), "
+            "which costs more to read than to compute; expected live or gates"
+        )
     gates = "gates" in (options.layers or [options.name]) and net.activation != "relu"
     if gates and options.dtype not in ("fp64", "fp32", "bf16"):
         yield f"jacobian.dtype={options.dtype}: expected fp32 or bf16 for the gates of {net.activation}"

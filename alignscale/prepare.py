@@ -24,7 +24,6 @@ from alignscale.environment import available_memory, device_called, keep_freed_m
 from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
 from alignscale.jacobian.cache import Cache
-from alignscale.jacobian.form import DTYPES
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.moments import calibrated
 from alignscale.nets import build
@@ -58,7 +57,6 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     folder = run_folder(config)
     train = splits["train"]
     ranks.together(lambda: _check_memory(config, train, device, mesh.width))
-    _check_explicit(config, train)
     plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     learner = make_learner(config, train, device, engine, mesh)
     if config.form == "dual":
@@ -148,21 +146,6 @@ def _check_memory(config: TrainConfig, train: Split, device: torch.device, width
         )
 
 
-def _check_explicit(config: TrainConfig, train: Split) -> None:
-    """Refuse a recurrent network's explicit Jacobian, by its size, which the data say."""
-    options, net = config.jacobian, config.net
-    if not isinstance(net, RNNConfig) or "explicit" not in (options.name, *options.layers):
-        return
-    steps = train.shape[-2]
-    logits = train.classes * (steps if net.readout == "every" else 1)
-    size = logits * steps * net.width * DTYPES[options.dtype].itemsize
-    raise ConfigError(
-        f"jacobian=explicit: net=rnn has a Jacobian for each step: {logits} logits x {steps} steps x {net.width} units "
-        f"in {options.dtype} are {size / 1e6:,.3g} MB an example, {size * len(train) / 1e9:,.3g} GB for {len(train):,},"
-        " and cost more to read than to compute; expected live or gates"
-    )
-
-
 def _derived(run: Run) -> str:
     config, learner, train = run.config, run.learner, run.splits["train"]
     made_with = run.about["made_with"]
@@ -229,7 +212,6 @@ def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
     check_data(config, {"train": len(train)})
     mesh = Mesh.of(ranks, config.parallel.width, config.net.width)
     ranks.together(lambda: _check_memory(config, train, device, mesh.width))
-    _check_explicit(config, train)
     learner = make_learner(config, train, device, ENGINES["local"], mesh)
     cache = cache_of(config, learner, train)
     if config.net.norm == "calibrated":

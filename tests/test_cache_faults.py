@@ -120,6 +120,7 @@ def test_a_manifest_says_what_the_cache_is(cache: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "found"), [
     ({"net": MLPConfig(norm="batch")}, "jacobian=gates: expected net.norm=none or calibrated, found batch"),
+    ({"net": RNNConfig(width=64), "cached": "explicit"}, r"steps x 64 numbers an example \(5,120 for 10 classes and 8"),
     ({"net": ConvConfig(norm="none", blocks="public"), "cached": "explicit"}, "net.blocks=public"),
     ({"jacobian": replace(JACOBIANS["live"], layers=["gates"])}, "expected none with jacobian=live"),
     ({"jacobian": replace(JACOBIANS["gates"], dtype="fp8"), "net": MLPConfig(activation="tanh")}, "the gates of tanh"),
@@ -128,13 +129,6 @@ def test_a_manifest_says_what_the_cache_is(cache: Path) -> None:
 def test_options_that_exclude_one_another_are_refused(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         validate(options(tmp_path, **changes))
-
-
-def test_a_recurrent_network_s_explicit_jacobian_is_refused_with_its_size(tmp_path: Path) -> None:
-    found = "4 logits x 4 steps x 64 units in fp32 are 0.0041 MB an example, 0.000438 GB for 107"
-    with pytest.raises(ConfigError, match=f"jacobian=explicit: net=rnn has a Jacobian for each step: {found}"):
-        train(options(tmp_path, True, "explicit", net=RNNConfig(width=64)), silent)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
