@@ -103,15 +103,19 @@ class StreamedConfig(DataConfig):
     View 0 of an example, which evaluation takes, is the central square of its image scaled until the shorter side has
     ``resize`` pixels. In any other view a random part of the image, of ``scale`` of its area and 3/4 to 4/3 as wide as
     high, is scaled to the square, and with ``flip`` mirrored half of the time. ``views``: 0 is another view in each
-    epoch; otherwise epoch t trains on view t mod ``views``. ``transform``: the name of one of torchvision's transforms,
-    such as TrivialAugmentWide or RandAugment, that is applied to all views but 0. ``streams``: places in the data that
-    are read from in turn; ``block``: so many neighbours are mixed in each. ``workers``: processes that read and decode
-    (0: this one); ``worker_restarts``: how often one that was killed is started again.
+    epoch; otherwise epoch t trains on view t mod ``views``. ``first_size``: training begins with squares of so many
+    pixels, which grow to ``size`` from epoch growth[0] to epoch growth[1], in steps of 32 (0: ``size`` throughout).
+    ``transform``: the name of one of torchvision's transforms, such as TrivialAugmentWide or RandAugment, that is
+    applied to all views but 0. ``streams``: places in the data that are read from in turn; ``block``: so many
+    neighbours are mixed in each. ``workers``: processes that read and decode (0: this one); ``worker_restarts``: how
+    often one that was killed is started again.
     """
 
     name: str
     size: int = 224
     resize: int = 256
+    first_size: int = 0
+    growth: list[int] = field(default_factory=lambda: [0, 0])
     channels: int = 3
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     transform: str = ""
@@ -122,6 +126,14 @@ class StreamedConfig(DataConfig):
     views: int = 0
     flip: bool = True
     normalisation: str = "imagenet"
+
+    def pixels(self, view: int) -> int:
+        """The size of the squares of a view, which is that of epoch view - 1 where they grow."""
+        begin, end = self.growth
+        if not self.first_size or not 0 < view <= end:
+            return self.size
+        grown = self.first_size + max(view - 1 - begin, 0) / (end - begin) * (self.size - self.first_size)
+        return min(max(round(grown / 32) * 32, self.first_size), self.size)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from alignscale.choices import (
     AddConfig,
+    ConvConfig,
     CrossEntropyConfig,
     FFCVConfig,
     MLPConfig,
@@ -27,6 +28,7 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
         yield f"data.shape={shape}: expected [channels, height, width]"
     if isinstance(data, StreamedConfig):
         yield from _streamed_conflicts(data)
+        yield from _growth_conflicts(config, data)
     elif data.views == 0:
         yield "data.views=0: expected at least 1; another view in each epoch is for data that is streamed"
     elif (data.shift > 0 or data.flip) != (data.views > 1):
@@ -75,7 +77,7 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
             f"log.alignment_every={config.log.alignment_every}: it needs the errors summed in training; expected "
             "analysis.track_errors=true, or log.alignment_every=0"
         )
-    if config.analysis.track_errors and (data.views > 1 or config.form == "dual"):
+    if config.analysis.track_errors and (data.views != 1 or config.form == "dual"):
         yield (
             f"analysis.track_errors=true, data.views={data.views}, form={config.form}: an example's errors are summed "
             "over one view of it, and the weights compared; expected data.views=1 and form=primal"
@@ -153,3 +155,20 @@ def _streamed_conflicts(data: StreamedConfig) -> Iterator[str]:
     for option in ("path", "test_path") if isinstance(data, FFCVConfig) else ():
         if not getattr(data, option):
             yield f"data.{option}: expected an FFCV file, as train.beton, found nothing; tools/make_shards.py makes it"
+
+
+def _growth_conflicts(config: TrainConfig, data: StreamedConfig) -> Iterator[str]:
+    if not data.first_size and not any(data.growth):
+        return
+    begin, end = [*data.growth, 0, 0][:2]
+    grows = len(data.growth) == 2 and 0 <= begin < end <= config.epochs
+    wrong = {
+        f"data.growth=[from, to], epochs from 0 to epochs={config.epochs} of which the first is less": not grows,
+        f"data.first_size from 1 to data.size={data.size}": not 0 < data.first_size <= data.size,
+        f"data.views=0, as each epoch's view has a size, found {data.views}": data.views != 0,
+        f"a convolutional network, found net={config.net.name}": not isinstance(config.net, ConvConfig),
+        "net.norm=none or batch, as calibrated is made for one size": config.net.norm == "calibrated",
+        "a rule whose feedback is made for any size": config.rule.name == "direct_feedback_alignment",
+    }
+    named = f"data.first_size={data.first_size}, data.growth={data.growth}: expected "
+    yield from (named + what for what, is_so in wrong.items() if is_so)

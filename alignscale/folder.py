@@ -17,14 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from alignscale.choices import (
-    DATA,
-    ENGINES,
-    LOSSES,
-    NETS,
-    OPTIMS,
-    ConfigError,
-)
+from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, ConfigError
 from alignscale.choices_schedule import SCHEDULES
 from alignscale.config import TrainConfig, as_dict, defining, refuse_difference, without_display
 from alignscale.environment import hardware, source, source_diff, versions
@@ -107,12 +100,8 @@ def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> 
 def read_config(folder: Path) -> TrainConfig:
     """The configuration of the run in ``folder``. Raises ConfigError if there is none, or not one of this version."""
     path = folder / "config.yaml"
-    chosen: dict[str, dict[str, Any]] = {"net": NETS, "data": DATA, "optim": OPTIMS, "loss": LOSSES}
-    chosen |= {
-        "schedule": SCHEDULES,
-        "engine": ENGINES,
-        "rule": {name: rule.options(name=name) for name, rule in RULES.items()},
-    }
+    chosen: dict[str, Any] = {"net": NETS, "data": DATA, "optim": OPTIMS, "loss": LOSSES, "schedule": SCHEDULES}
+    chosen |= {"engine": ENGINES, "rule": {name: rule.options(name=name) for name, rule in RULES.items()}}
     try:
         if (folder / "result.json").exists() and not path.exists():
             raise TypeError("a comparison's folder, which holds runs' folders")

@@ -11,11 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
-from alignscale.choices import (
-    AddConfig,
-    ConfigError,
-    RNNConfig,
-)  # fmt: skip
+from alignscale.choices import AddConfig, ConfigError, RNNConfig
 from alignscale.config import TrainConfig, as_dict
 from alignscale.conflicts import conflicts
 from alignscale.results import flatten
@@ -51,6 +47,7 @@ AT_LEAST = {
     **dict.fromkeys(("accumulation", "batch_size", "epochs", "checkpoint.keep", "data.shape", "data.size"), 1),
     **dict.fromkeys(("data.test", "data.train", "evaluation.batch_size", "evaluation.every_epochs"), 1),
     **dict.fromkeys(("data.block", "data.resize", "data.steps", "data.streams"), 1),
+    **dict.fromkeys(("data.first_size", "data.growth"), 0),
     **dict.fromkeys(("data.retries", "data.skip", "data.views", "data.workers", "data.worker_restarts"), 0),
     **dict.fromkeys(("log.every_steps", "net.depth", "net.strides", "net.width", "parallel.width"), 1),
     **dict.fromkeys(("calibration.examples", "data.classes"), 2),

@@ -32,9 +32,13 @@ def forward_flops(config: TrainConfig, size: int, channels: int) -> int:
 
 
 def cost(config: TrainConfig) -> dict[str, float]:
-    """FLOPs an image and in all, images a second that keep one GPU busy, hours on 1 and on 8."""
-    size = config.data.size if isinstance(config.data, StreamedConfig) else 224
-    forward = forward_flops(config, size, 3)
+    """FLOPs an image and in all, images a second that keep one GPU busy, hours on 1 and on 8.
+
+    Those of an image are the mean over the epochs, whose images may grow.
+    """
+    data = config.data
+    sizes = [data.pixels(epoch + 1) if isinstance(data, StreamedConfig) else 224 for epoch in range(config.epochs)]
+    forward = sum(forward_flops(config, size, 3) * sizes.count(size) for size in set(sizes)) / config.epochs
     step = forward * PASSES.get(config.rule.name, 3)
     total = step * IMAGES * config.epochs
     rate = UTILISATION * PEAK[config.precision] / step

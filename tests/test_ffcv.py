@@ -78,6 +78,20 @@ def test_every_view_of_every_image_shows_what_the_same_view_of_the_shards_does(f
 
 
 @needs_ffcv
+def test_images_grow_with_the_epochs_and_show_what_the_shards_do(folder: Path) -> None:
+    urls = {"urls": f"{folder}/train-{{000000..000002}}.tar", "test_urls": f"{folder}/val-000000.tar"}
+    grown = {**SIZES, "first_size": 16, "growth": [0, 1]}
+    other = load(WebDatasetConfig(**urls, **grown, workers=0))["train"]  # type: ignore[arg-type]
+    split = load(config(folder, first_size=16, growth=[0, 1]))["train"]
+    places = torch.tensor([5, 0, 9])
+    wanted = (2, 1, 1, 0, 1)
+    for ours, theirs in zip(images(split, *wanted, places=places), images(other, *wanted, places=places), strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().mean(dim=(1, 2, 3)).max() < 12
+    assert [one.shape[-1] for one in images(split, *wanted, places=places)] == [24, 16, 16, 24, 16]
+
+
+@needs_ffcv
 def test_a_view_is_the_same_in_any_batch_and_at_any_time(split: Split) -> None:
     first, again = images(split, 3, 3)
     order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(0))

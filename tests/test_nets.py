@@ -94,6 +94,29 @@ def test_convolutions_pad_as_tensorflow_s_same(height: int, stride: int) -> None
     close(ours, oracle.layer(0, layer.weight, layer.bias, a.flatten(1)), 1e-13)
 
 
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (1, 5), (13, 6)])
+def test_a_network_for_maps_of_one_size_works_and_is_pulled_back_through_at_any(size: tuple[int, int]) -> None:
+    options, shape = ConvConfig(width=3, strides=[2, 1, 3], norm="none"), (2, *size)
+    grown, made = (build(options, of, 5, 1).double() for of in ((2, 10, 10), shape))
+    for one in (grown, made):
+        for number, parameter in enumerate(one.parameters()):
+            parameter.data = normal(*parameter.shape, seed=number)
+    images, error = normal(4, *shape), normal(4, 5, seed=9)
+    grown.trace(normal(4, 2, 10, 10))
+    found, wanted = ([one.trace(images), one] for one in (grown, made))
+    assert torch.equal(found[0].logits, wanted[0].logits)
+    deltas = [
+        net.pullback(error, net.gates(trace), trace.norms, lambda index, net=net: net.layers[index].weight)
+        for trace, net in (found, wanted)
+    ]
+    for ours, theirs in zip(*deltas, strict=True):
+        assert torch.equal(ours, theirs)
+    theirs = torch.autograd.grad((error * grown(images)).sum(), list(grown.parameters()))
+    ours = torch.autograd.grad(grown.surrogate(found[0], deltas[0]), list(grown.parameters()))
+    for our, their in zip(ours, theirs, strict=True):
+        close(our, their, 1e-12)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_s_transpose_is_the_adjoint_of_its_forward_map(name: str) -> None:
     layer, shape = LAYERS[name]

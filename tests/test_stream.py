@@ -173,6 +173,20 @@ def test_epochs_have_views_of_their_own_and_view_0_is_the_central_square(tmp_pat
     assert np.abs(ours.numpy() - theirs).max() < 1.5 / 255
 
 
+def test_images_grow_with_the_epochs_and_are_those_of_the_size_that_they_have(tmp_path: Path) -> None:
+    grown = {"size": 112, "resize": 128, "first_size": 40, "growth": [1, 3]}
+    data = config(tmp_path, workers=0, **grown)
+    assert [data.pixels(view) for view in range(7)] == [112, 40, 40, 64, 112, 112, 112]
+    found = batches(data, 0, 20)
+    assert [parts[0].images.shape[-2:] for parts in found] == [(n, n) for n in (40, 40, 64, 112) for _ in range(5)]
+    assert same(batches(config(tmp_path, workers=2, **grown), 3), batches(data, 3, 10))
+    for epoch, size in enumerate((40, 40, 64, 112)):
+        fixed = config(tmp_path, workers=0, size=size, resize=128)
+        assert same(batches(fixed, 5 * epoch, 5 * epoch + 5), found[5 * epoch :][:5])
+    test = load(data)["test"]
+    assert encoding(data, test).batch(test, torch.tensor([0]), 0).images.shape[-1] == 112
+
+
 def write_one(folder: Path, content: bytes) -> Path:
     path = folder / "one.img"
     path.write_bytes(content)

@@ -104,8 +104,9 @@ def test_two_ranks_train_as_one_process_and_a_killed_run_goes_on_on_other_ranks(
     made = ["--root", str(tmp_path / "tree"), "--out", str(tmp_path), "--shard-size", "10", "--quiet", "--workers", "1"]
     assert make_shards.main(made) == 0
     urls = [f"data.urls={tmp_path}/train-{{000000..000002}}.tar", f"data.test_urls={tmp_path}/val-000000.tar"]
+    grown = ["data.first_size=16", "data.growth=[1,10]"]  # 16 pixels before epoch 2, where it may be killed
     given = options(
-        tmp_path / "none", *OFTEN, *urls, "epochs=40", "checkpoint.every_steps=5", "evaluation.every_epochs=20"
+        tmp_path / "none", *OFTEN, *urls, *grown, "epochs=40", "checkpoint.every_steps=5", "evaluation.every_epochs=20"
     )
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     run(0, *given, f"run.dir={alone}")

@@ -15,6 +15,7 @@ from alignscale.choices import (
     RuleConfig,
     SGDConfig,
     SyntheticConfig,
+    WebDatasetConfig,
 )
 from alignscale.choices_schedule import StepConfig
 from alignscale.config import TrainConfig, difference, digest, run_name
@@ -89,6 +90,43 @@ def change(path: str, value: object) -> Callable[[TrainConfig], None]:
 def test_wrong_value_is_named_with_the_valid_ones(path: str, value: object, message: str) -> None:
     options = config()
     change(path, value)(options)
+    with pytest.raises(ConfigError, match=message):
+        validate(options)
+
+
+@pytest.mark.parametrize(
+    ("data", "other", "message"),
+    [
+        ({"first_size": 230}, {}, "expected data.first_size from 1 to data.size=224"),
+        ({"first_size": 0}, {}, "expected data.first_size from 1 to data.size=224"),
+        (
+            {"growth": [3, 3]},
+            {},
+            r"data.growth=\[3, 3\]: expected data.growth=\[from, to\], epochs from 0 to epochs=10",
+        ),
+        ({"growth": [3, 11]}, {}, r"data.growth=\[3, 11\]: expected .* epochs=10 of which the first is less"),
+        ({"growth": [3]}, {}, r"data.growth=\[3\]: expected"),
+        ({"views": 2}, {}, "expected data.views=0, as each epoch's view has a size, found 2"),
+        ({}, {"net": NETS["mlp"]}, "expected a convolutional network, found net=mlp"),
+        ({}, {"net.norm": "calibrated"}, "expected net.norm=none or batch"),
+        (
+            {},
+            {"rule": RuleConfig(name="direct_feedback_alignment")},
+            "expected a rule whose feedback is made for any size",
+        ),
+        ({}, {"analysis.track_errors": True}, "data.views=0, form=primal: .* expected data.views=1"),
+    ],
+)
+def test_images_that_grow_are_refused_where_something_is_made_for_one_size(
+    data: dict[str, object], other: dict[str, object], message: str
+) -> None:
+    grown = {"urls": "a.tar", "test_urls": "b.tar", "first_size": 128, "growth": [2, 8], **data}
+    options = config()
+    options.data = WebDatasetConfig(urls="a.tar", test_urls="b.tar", first_size=128, growth=[2, 8])
+    validate(options)
+    options.data = WebDatasetConfig(**grown)  # type: ignore[arg-type]
+    for path, value in other.items():
+        change(path, value)(options)
     with pytest.raises(ConfigError, match=message):
         validate(options)
 

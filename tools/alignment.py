@@ -69,7 +69,7 @@ def replayed(found: Restored) -> Changes:
     frozen, net = learner.fixed.frozen, learner.net
     weights = [torch.nn.Parameter(frozen.weight(index).clone()) for index, _ in enumerate(net.layers)]
     optimizer = make_optimizer(config.optim, weights)
-    plan = Plan(len(train), config.batch_size, config.seed)
+    plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     whole = plan.steps_per_epoch * config.epochs
     batches = stream(train, plan, learner.encoding, 0, found.step, config.accumulation, config.data.views)
     for step, parts in batches:

@@ -74,9 +74,9 @@ class Split(ABC):
         """What pixels are divided by to be in [0, 1]."""
 
     @property
-    @abstractmethod
     def lost(self) -> frozenset[str]:
-        """The keys of the examples that this process had to leave out of its batches so far."""
+        """The keys of the examples that this process had to leave out of its batches so far: none, as a rule."""
+        return frozenset()
 
     @property
     @abstractmethod
@@ -164,11 +164,6 @@ class Examples(Split):
     def scale(self) -> float:
         """255 for bytes."""
         return pixel_scale(self.images)
-
-    @property
-    def lost(self) -> frozenset[str]:
-        """None: what is in memory is whole."""
-        return frozenset()
 
     @property
     def shards(self) -> list[tuple[str, int]]:

@@ -33,8 +33,9 @@ from ffcv.pipeline import compiler  # noqa: E402
 from ffcv.reader import Reader  # noqa: E402
 
 from alignscale.choices import ConfigError, FFCVConfig  # noqa: E402
-from alignscale.data.examples import DataError, Encoding, Split, Wanted  # noqa: E402
+from alignscale.data.examples import DataError, Encoding, Wanted  # noqa: E402
 from alignscale.data.plan import Layout  # noqa: E402
+from alignscale.data.streamed import Streamed  # noqa: E402
 from alignscale.data.views import ATTEMPTS  # noqa: E402
 from alignscale.files import staged  # noqa: E402
 from alignscale.initial import Stream  # noqa: E402
@@ -85,9 +86,10 @@ def box(row: int, view: int, height: int, width: int, low: float, high: float, c
 class _Decoder(ResizedCropRGBImageDecoder):  # type: ignore[misc]
     """FFCV's decoder with a crop that follows from row and view."""
 
-    def __init__(self, config: FFCVConfig) -> None:
-        super().__init__((config.size, config.size))
-        self.config = config
+    def __init__(self, size: int, centre: float, low: float, high: float, flip: bool) -> None:
+        super().__init__((size, size))
+        self.crop = low, high, centre
+        self.mirror = 0.5 if flip else 0.0
 
     @property
     def get_crop_generator(self) -> None:
@@ -95,10 +97,9 @@ class _Decoder(ResizedCropRGBImageDecoder):  # type: ignore[misc]
 
     def generate_code(self) -> Callable[..., Any]:
         """What FFCV compiles."""
-        config, read, numbers = self.config, self.memory_read, compiler.Compiler.get_iterator()
+        read, numbers = self.memory_read, compiler.Compiler.get_iterator()
         decoded, resized = compiler.Compiler.compile(imdecode), compiler.Compiler.compile(resize_crop)
-        low, high, centre, jpeg = *config.scale, config.size / config.resize, IMAGE_MODES["jpg"]
-        mirror = 0.5 if config.flip else 0.0
+        low, high, centre, mirror, jpeg = *self.crop, self.mirror, IMAGE_MODES["jpg"]
 
         def decode(batch_indices: Any, storage: Any, metadata: Any, state: Any) -> Any:
             destination, buffers = storage
@@ -156,17 +157,16 @@ class _Ahead(EpochIterator):  # type: ignore[misc]
 
 
 @cache
-def _loader(path: str, size: int, resize: int, low: float, high: float, flip: bool, threads: int) -> Any:
+def _loader(path: str, size: int, centre: float, low: float, high: float, flip: bool, threads: int) -> Any:
     """One for each file and kind of crop."""
-    config = FFCVConfig(size=size, resize=resize, scale=[low, high], flip=flip)
     return Loader(
         path, batch_size=1, num_workers=threads, os_cache=True, drop_last=False,
-        pipelines={"image": [_Decoder(config)], "label": None},
+        pipelines={"image": [_Decoder(size, centre, low, high, flip)], "label": None},
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class FFCV(Split):
+class FFCV(Streamed):
     """The examples in ``rows`` (N,) of the file at ``path``."""
 
     config: FFCVConfig
@@ -176,11 +176,6 @@ class FFCV(Split):
     rows: Tensor
     sums: Any
     skipped: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(3, size, size)."""
-        return 3, self.config.size, self.config.size
 
     @property
     def digest(self) -> str:
@@ -199,16 +194,6 @@ class FFCV(Split):
         return Layout((len(self),), self.config.streams, self.config.block)
 
     @property
-    def scale(self) -> float:
-        """They are bytes."""
-        return 255.0
-
-    @property
-    def lost(self) -> frozenset[str]:
-        """None is left out."""
-        return frozenset()
-
-    @property
     def shards(self) -> list[tuple[str, int]]:
         """The file."""
         return [(Path(self.path).stem, len(self))]
@@ -217,27 +202,29 @@ class FFCV(Split):
         """The file's name and the row in it."""
         return [f"{Path(self.path).stem}/{row}" for row in self.rows[places].tolist()]
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Not to be had without reading everything: raises ConfigError."""
-        raise ConfigError("data.normalisation=channel: expected imagenet or none with data that is streamed")
-
     def part(self, places: Tensor, counted: bool = True) -> "FFCV":
         """The examples at ``places``, which keep their keys."""
         return replace(self, labels=self.labels[places], rows=self.rows[places])
 
     def batches(self, wanted: Iterable[Wanted], encoding: Encoding) -> Generator[Batch, None, None]:
         """Decoded ahead by FFCV's threads."""
-        source = iter(wanted)
-        while asked := list(itertools.islice(source, AT_ONCE)):
-            yield from self._decoded(asked, encoding)
+        for shape, some in itertools.groupby(wanted, lambda one: self.shape_in(one.view)):
+            while asked := list(itertools.islice(some, AT_ONCE)):
+                yield from self._decoded(asked, encoding, shape)
 
-    def _decoded(self, asked: list[Wanted], encoding: Encoding) -> Generator[Batch, None, None]:
+    def _decoded(self, asked: list[Wanted], encoding: Encoding, shape: tuple[int, ...]) -> Generator[Batch, None, None]:
         options = self.config
         threads = max(
             min(options.workers, len(os.sched_getaffinity(0)), getattr(numba.config, "NUMBA_NUM_THREADS", 1)), 1
         )
         loader = _loader(
-            self.path, options.size, options.resize, options.scale[0], options.scale[1], options.flip, threads
+            self.path,
+            shape[-1],
+            options.size / options.resize,
+            options.scale[0],
+            options.scale[1],
+            options.flip,
+            threads,
         )
         indices = [(self.rows[one.places] + VIEW * one.view).numpy() for one in asked]
         full = [index for index in indices if len(index)]  # a rank may have none of a small batch
@@ -245,7 +232,7 @@ class FFCV(Split):
         found = _Ahead(loader, _Order(full, loader.batch_size))
         try:
             for one in asked:
-                images = torch.empty(0, *self.shape, dtype=torch.uint8)
+                images = torch.empty(0, *shape, dtype=torch.uint8)
                 if len(one.places):
                     (pixels,) = next(found)
                     images = torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous()  # the buffer is written to again

@@ -25,11 +25,12 @@ from webdataset.shardlists import expand_urls
 
 from alignscale.choices import ConfigError, WebDatasetConfig
 from alignscale.data import decode, workers
-from alignscale.data.examples import DataError, Encoding, Split, Wanted
+from alignscale.data.examples import DataError, Encoding, Wanted
 from alignscale.data.manifest import Manifest, place_of
 from alignscale.data.plan import Layout, even_batches
 from alignscale.data.remote import Remote, is_remote
 from alignscale.data.shards import Damaged, Shards
+from alignscale.data.streamed import Streamed
 from alignscale.data.views import Crops
 from alignscale.files import staged
 from alignscale.initial import Stream, philox
@@ -40,7 +41,7 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class WebDataset(Split):
+class WebDataset(Streamed):
     """The examples at ``places`` (N,) of those in ``shards``, in key order."""
 
     config: WebDatasetConfig
@@ -50,11 +51,6 @@ class WebDataset(Split):
     places: Tensor
     skipped: int = 0
     missing: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(channels, size, size)."""
-        return self.config.channels, self.config.size, self.config.size
 
     @property
     def digest(self) -> str:
@@ -73,11 +69,6 @@ class WebDataset(Split):
     def layout(self) -> Layout:
         """That of the shards."""
         return Layout(tuple(count for _, count in self.shards), self.config.streams, self.config.block)
-
-    @property
-    def scale(self) -> float:
-        """They are bytes."""
-        return 255.0
 
     @property
     def lost(self) -> frozenset[str]:
@@ -99,10 +90,6 @@ class WebDataset(Split):
             name = self.files.manifest.shards[shard].file.removesuffix(".tar")
             found.append(f"{name}/{place - self.files.starts[shard]}")
         return found
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Not to be had without reading everything: raises ConfigError."""
-        raise ConfigError("data.normalisation=channel: expected imagenet or none with data that is streamed")
 
     def part(self, places: Tensor, counted: bool = True) -> "WebDataset":
         """The examples at ``places``, which keep their keys."""
@@ -126,9 +113,10 @@ class WebDataset(Split):
         with closing(found):
             for (count, damaged), slot in found:
                 one, chunks = asked[0]
+                shape = self.shape_in(one.view)
                 if chunk == 0:
-                    images = torch.empty(len(one.places), *self.shape, dtype=torch.uint8)
-                read = torch.from_numpy(slot[: count * math.prod(self.shape)]).view(count, *self.shape)
+                    images = torch.empty(len(one.places), *shape, dtype=torch.uint8)
+                read = torch.from_numpy(slot[: count * math.prod(shape)]).view(count, *shape)
                 images[start : start + count] = read  # the slot is written to again
                 kept += [start + place for place in range(count) if str(place) not in damaged]
                 if damaged:
@@ -174,7 +162,8 @@ class _Reader:
         rows = torch.tensor(places, dtype=torch.int64)
         draws = self.crops.of(rows, view).tolist() if view else [[]] * len(places)
         damaged = {}
-        images = slot[: len(places) * math.prod(self.split.shape)].reshape(len(places), *self.split.shape)
+        shape = self.split.shape_in(view)
+        images = slot[: len(places) * math.prod(shape)].reshape(len(places), *shape)
         for index, (place, content) in enumerate(zip(places, files.read(places), strict=True)):
             try:
                 if isinstance(content, Damaged):
@@ -183,7 +172,7 @@ class _Reader:
                 top, left, high, wide, mirrored = self.crops.box(
                     draws[index], *(pixels.shape[0], pixels.shape[1]), view
                 )
-                pixels = decode.scaled(pixels[top : top + high, left : left + wide], options.size)
+                pixels = decode.scaled(pixels[top : top + high, left : left + wide], shape[-1])
                 pixels = pixels[:, ::-1] if mirrored else pixels
                 if view and self.transform:
                     seed = int(philox((place, view, 2, int(Stream.VIEW)), 0)[0])

@@ -71,7 +71,9 @@ class LayeredNet(Network):
         """The transpose of the mean over positions."""
         if self.flat:
             return signal
-        _, height, width = self.direct_shapes[-1]
+        last = self.layers[self.readout - 1]
+        assert isinstance(last, Conv)
+        _, height, width = last.outputs
         return (signal / (height * width))[:, :, None, None].expand(-1, -1, height, width)
 
 

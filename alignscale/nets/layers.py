@@ -76,10 +76,7 @@ class Layer(nn.Module, ABC):
         self.scale = deviation if ntk else 1.0
         self.weight = nn.Parameter(torch.zeros(self.shape))
         self.bias = nn.Parameter(torch.zeros(self.shape[0])) if bias else None
-        self.held = (
-            self.weight,
-            self.bias,
-        )  # for who must not ask for them as attributes, which ZeRO 3 watches
+        self.held = (self.weight, self.bias)  # for who must not ask for them as attributes, which ZeRO 3 watches
 
     def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
@@ -139,18 +136,25 @@ class Linear(Layer):
 
 
 class Conv(Layer):
-    """weight (out, in, k, k) on maps (B, in, H, W) with TensorFlow's SAME padding: outputs are ceil(H / stride)."""
+    """weight (out, in, k, k) on maps (B, in, H, W) with TensorFlow's SAME padding: outputs are ceil(H / stride).
+
+    ``transpose`` is that of the last maps' size, which ``fit`` takes.
+    """
 
     def __init__(
         self, inputs: tuple[int, ...], out: int, stride: int, gain: float, parameterisation: str,
         share: Share | None = None,
     ) -> None:  # fmt: skip
         """Inputs: (C, H, W) of what the layer reads; out: of its channels on all ranks."""
-        channels, height, width = inputs
-        super().__init__((out, channels, 3, 3), True, gain, parameterisation, share)
-        rows, columns = _same_padding(height, 3, stride), _same_padding(width, 3, stride)
-        self.outputs = (out, -(-height // stride), -(-width // stride))
+        super().__init__((out, inputs[0], 3, 3), True, gain, parameterisation, share)
         self.stride = stride
+        self.fit(inputs)
+
+    def fit(self, inputs: tuple[int, ...]) -> None:
+        """Take maps of ``inputs`` (C, H, W) from now on."""
+        channels, height, width = self.inputs = inputs
+        rows, columns = _same_padding(height, 3, self.stride), _same_padding(width, 3, self.stride)
+        self.outputs = (self.whole[0], -(-height // self.stride), -(-width // self.stride))
         symmetric = rows[0] == rows[1] and columns[0] == columns[1]
         self.padding = (rows[0], columns[0]) if symmetric else (0, 0)
         self.extra = (0, 0, 0, 0) if symmetric else (*columns, *rows)
@@ -158,6 +162,8 @@ class Conv(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
+        if a.shape[1:] != self.inputs:
+            self.fit(tuple(a.shape[1:]))
         z = F.conv2d(laid_out(self._pad(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
         return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None])
 
