@@ -12,6 +12,7 @@ import make_shards
 import numpy as np
 import pytest
 import torch
+from data_cases import write_cifar10, write_mnist
 from stream_cases import encoded, jpeg, photograph
 
 from alignscale.choices import ConfigError, FFCVConfig, MLPConfig, MSEConfig, SGDConfig, WebDatasetConfig
@@ -166,6 +167,26 @@ def test_the_file_holds_the_jpegs_untouched_and_what_ffcv_cannot_decode_as_pixel
         path.read_bytes() for path in (folder / "tree/train").rglob("*.JPEG") if path.stem not in ("005", "006")
     )
     assert np.asarray(photograph(6)).tobytes() in [content for mode, content in stored if mode == 1]
+
+
+@needs_ffcv
+@pytest.mark.parametrize("name", ["cifar10", "kmnist"])
+def test_archives_are_read_back_from_ffcv_files_as_they_are_from_their_own(name: str, tmp_path: Path) -> None:
+    written = write_cifar10(tmp_path) if name == "cifar10" else write_mnist(tmp_path, "KMNIST")
+    command = ["--source", name, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--splits", "train,test"]
+    assert make_shards.main([*command, "--no-verify", "--ffcv", "--quiet", "--workers", "1"]) == 0
+    size = written["train"][0].shape[-1]
+    paths = {"path": f"{tmp_path}/out/train.beton", "test_path": f"{tmp_path}/out/test.beton"}
+    split = load(FFCVConfig(**paths, size=size, resize=size, normalisation="none"))["test"]
+    (pixels,) = images(split, 0)
+    pixels = pixels.round().to(torch.uint8)
+    grey = written["test"][0].shape[1] == 1
+    assert not grey or torch.equal(pixels, pixels[:, :1].expand(-1, 3, -1, -1))
+    found = Counter(
+        (image[: 1 if grey else 3].numpy().tobytes(), int(label))
+        for image, label in zip(pixels, split.labels, strict=True)
+    )
+    assert found == Counter((image.tobytes(), label) for image, label in zip(*written["test"], strict=True))
 
 
 @needs_ffcv

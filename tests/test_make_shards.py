@@ -1,3 +1,4 @@
+import functools
 import io
 import resource
 import signal
@@ -13,13 +14,17 @@ import make_shards
 import numpy as np
 import pytest
 import simplejpeg
+import torch
+from data_cases import write_cifar10, write_mnist
 from PIL import Image
 from stream_cases import encoded, jpeg, photograph, server
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from alignscale.choices import DATA, WebDatasetConfig
+from alignscale.choices import DATA, MSEConfig, WebDatasetConfig
 from alignscale.data import load
+from alignscale.data.examples import Encoding
 from alignscale.data.manifest import Manifest
+from alignscale.loss import make_loss
 
 TOOL = Path(__file__).parents[1] / "tools/make_shards.py"
 CLASSES = ["-z", "a..b.c", 'café "x"', "n01440764"]
@@ -195,10 +200,27 @@ def test_digits_go_in_without_loss(tmp_path: Path) -> None:
     assert found == Counter((image.tobytes(), int(label)) for image, label in zip(images, digits.labels, strict=True))
 
 
-def load_config(name: str):
-    from alignscale.choices import DATA
-
-    return DATA[name]
+@pytest.mark.parametrize("name", ["cifar10", "kmnist"])
+def test_archives_are_read_back_from_their_shards_as_they_are_from_their_files(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = write_cifar10 if name == "cifar10" else functools.partial(write_mnist, name="KMNIST")
+    written = write(tmp_path / "data")
+    given = ["--source", name, "--splits", "train,test"]
+    assert "verify=false" in refused(capsys, tmp_path / "data", tmp_path / "out", *given)
+    made(tmp_path / "data", tmp_path / "out", *given, "--no-verify")
+    channels, size = (3, 32) if name == "cifar10" else (1, 28)
+    (several, one) = (f"{tmp_path}/out/train-{{000000..000003}}.tar", f"{tmp_path}/out/test-{{000000..000001}}.tar")
+    data = WebDatasetConfig(
+        urls=several, test_urls=one, size=size, resize=size, channels=channels, workers=0, normalisation="none"
+    )
+    for split, found in load(data).items():
+        code = Encoding(make_loss(MSEConfig()), torch.float64, torch.float64, torch.device("cpu")).of(data, found)
+        pixels = (code.batch(found, torch.arange(len(found)), 0).images * 255).round().to(torch.uint8)
+        images, labels = written[split]
+        read = Counter((image.numpy().tobytes(), int(label)) for image, label in zip(pixels, found.labels, strict=True))
+        assert read == Counter((image.tobytes(), label) for image, label in zip(images, labels, strict=True))
+        assert found.classes == 10
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_the_command_goes_on(tree: Path, tmp_path: Path) -> None:

@@ -91,8 +91,12 @@ def main() -> int:
             elif arguments.memory:
                 from _loaders.training import memory
 
-                found["memory"] = memory(setting, arguments.memory)
-                print("resident MB after each epoch:", *(f"{size:.0f}" for size in found["memory"]))
+                names = [name for name in ("webdataset", "ffcv") if name in arguments.loaders]
+                found["memory"] = {name: memory(setting, name, arguments.memory) for name in names}
+                for name, sizes in found["memory"].items():
+                    print(
+                        f"{name}: MB of 2 ranks and their workers after each epoch:", *(f"{one:.0f}" for one in sizes)
+                    )
             else:
                 found["loaders"] = rows(setting, arguments.loaders, arguments.epochs)
                 print(f"{arguments.images} images, {arguments.workers} workers, medians of {arguments.epochs} epochs")
@@ -114,7 +118,9 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_positive, default=100)
     parser.add_argument("--epochs", type=_positive, default=5, help="measured, after one to warm up")
     parser.add_argument("--training", action="store_true", help="time training with one worker instead")
-    parser.add_argument("--memory", type=int, default=0, metavar="EPOCHS", help="memory over so many epochs instead")
+    parser.add_argument(
+        "--memory", type=int, default=0, metavar="EPOCHS", help="memory of training over so many epochs instead"
+    )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="keep the images there; by default removed again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(command)

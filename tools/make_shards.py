@@ -68,7 +68,7 @@ def _make(arguments: argparse.Namespace) -> None:
     classes = None
     with _alone(out):
         for split in arguments.splits:
-            found = source(arguments.source, arguments.root, split)
+            found = source(arguments.source, arguments.root, split, not arguments.no_verify)
             classes = found.classes if classes is None else classes
             if list(found.classes) != list(classes):
                 other = ", ".join(sorted(set(found.classes) ^ set(classes))[:3])
@@ -101,6 +101,9 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", choices=SOURCES, default="imagefolder")
     parser.add_argument("--root", default="data", help="where the source is; imagefolder: above train/<class>/*")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="cifar10, kmnist: take any files, as data.verify=false"
+    )
     parser.add_argument("--out", type=Path, help="folder for the shards")
     parser.add_argument("--splits", type=_splits, default=["train", "val"], help="train,val by default; or test")
     parser.add_argument("--ffcv", action="store_true", help="pack <split>.beton from the shards as well")

@@ -1,14 +1,18 @@
 """Training on streamed beside training on synthetic data, and the memory of many epochs."""
 
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from _loaders.loaders import Setting, _split
-from alignscale.choices import ConvConfig, MSEConfig, SGDConfig, SyntheticConfig
+from alignscale.choices import ConfigError, ConvConfig, MSEConfig, SGDConfig, SyntheticConfig
 from alignscale.data import load
 from alignscale.data.examples import Split, stream
 from alignscale.data.plan import Plan
@@ -53,13 +57,55 @@ def _epoch(learner: Learner, split: Split, number: int) -> float:
     return (time.perf_counter() - begin) / (4 * STEP)
 
 
-def memory(setting: Setting, epochs: int) -> list[float]:
-    """Resident MB of this process after each epoch of streaming; its workers end with the epoch."""
-    from _loaders.loaders import timed
+RANKS = 2
+"""Of the training whose memory is measured."""
 
-    sizes = []
-    for number in range(epochs):
-        timed(setting, "webdataset", number)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        sizes.append(pages * 4096 / 1e6)
+
+def memory(setting: Setting, name: str, epochs: int) -> list[float]:
+    """MB after each epoch of training on ``name`` under torchrun: proportional set sizes of all its processes."""
+    folder = setting.folder.absolute()
+    places = {
+        "webdataset": {
+            "urls": "::".join(setting.shards),
+            "manifest": f"{folder}/train.manifest.json",
+            "test_urls": f"{folder}/val-000000.tar",
+            "test_manifest": f"{folder}/val.manifest.json",
+        },
+        "ffcv": {"path": f"{folder}/train.beton", "test_path": f"{folder}/val.beton"},
+    }[name]
+    with tempfile.TemporaryDirectory() as run:
+        given = [f"data={name}", *(f"data.{option}={place}" for option, place in places.items())]
+        given += [f"data.workers={setting.workers}", f"batch_size={setting.batch}"]
+        net = ["net=imagenet_conv7", "net.width=4", "net.norm=none", "optim.lr=1e-3", "log.progress=false"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        command += ["launch/train.py", *given, *net, f"epochs={epochs}", "evaluation.batch_size=4", f"run.dir={run}"]
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
+        sizes: list[float] = []
+        while process.poll() is None:
+            time.sleep(0.2)
+            rows = Path(run, "metrics.jsonl")
+            ended = rows.read_text().count('"kind": "epoch"') if rows.exists() else 0
+            if len(sizes) < ended < epochs:  # the last one's processes are about to end
+                sizes += [sum(map(_proportional, _family(process.pid)))] * (ended - len(sizes))
+        if process.returncode:
+            raise ConfigError(f"{' '.join(command)}: expected status 0, found {process.returncode}")
     return sizes
+
+
+def _family(parent: int) -> list[int]:
+    """A process and all that it started."""
+    found = [parent]
+    for number in found:
+        with suppress(OSError):
+            for task in Path(f"/proc/{number}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def _proportional(number: int) -> float:
+    """The proportional set size of a process in MB, 0 for one that has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{number}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1000
+    return 0.0

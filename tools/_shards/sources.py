@@ -56,11 +56,14 @@ class Source:
         return encoded(pixels.transpose(1, 2, 0), "PNG")
 
 
-def source(kind: str, root: str, split: str) -> Source:
-    """The images of a split. Raises ConfigError or DataError for what is not there or not as expected."""
+def source(kind: str, root: str, split: str, verify: bool = True) -> Source:
+    """The images of a split. Raises ConfigError or DataError for what is not there or not as expected.
+
+    verify: CIFAR's and KMNIST's files must have the published checksums.
+    """
     if kind == "imagefolder":
         return _folder(Path(root).expanduser(), split)
-    options = DATA["digits"] if kind == "digits" else ArchiveConfig(name=kind, root=root)
+    options = DATA["digits"] if kind == "digits" else ArchiveConfig(name=kind, root=root, verify=verify)
     examples = load(options)["train" if split == "train" else "test"]
     assert isinstance(examples, Examples)
     items = [Item(f"{kind} {split} {row}", int(label), row) for row, label in enumerate(examples.labels)]
