@@ -41,6 +41,9 @@ def lacks_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+RANKS = {"test_distributed", "test_slurm", "test_stream_training", "test_width"}
+"""Files whose tests start several processes that wait for one another."""
+
 # Each mark's requirement: a reason to skip, or None. A mark that is not here needs nothing.
 REQUIREMENTS: dict[str, Callable[[], str | None]] = {
     "browser": lambda: lacks_program("chromium", "chromedriver"),
@@ -56,8 +59,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
+        # of two workers (pytest -n 2) one has all that starts ranks or a cluster, which fill the machine by themselves
+        several = item.path.stem in RANKS
+        item.add_marker(pytest.mark.xdist_group("ranks" if several else item.path.stem))
         for mark in REQUIREMENTS.keys() & {marker.name for marker in item.iter_markers()}:
             item.user_properties.append(("group", mark))  # goes into the junit file, where CI reads it
             if reason := REQUIREMENTS[mark]():

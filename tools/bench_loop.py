@@ -8,6 +8,7 @@ The start: the command in a process of its own, until its first training row is 
 
     python tools/bench_loop.py
     python tools/bench_loop.py --batch 128 --shape 3 32 32 --views 10 --json loop.json
+    python tools/bench_loop.py --width 512 --alignment-every 100 --starts 0    # what live alignment adds
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
-from alignscale.config import EvaluationConfig, LogConfig, RunConfig, TrainConfig
+from alignscale.config import AnalysisConfig, EvaluationConfig, LogConfig, RunConfig, TrainConfig
 from alignscale.files import write_atomic
 from alignscale.learner import Learner
 from alignscale.rules import RULES
@@ -36,16 +37,18 @@ from alignscale.train import train
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def loop(batch: int, shape: list[int], views: int, steps: int, every: int, folder: Path) -> dict[str, Any]:
+def loop(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Milliseconds around a step: median and mean over one long epoch."""
+    batch, shape, views, steps = options.batch, options.shape, options.views, options.steps
     moves = {"views": views, "shift": 4, "flip": True} if views > 1 else {}
     config = TrainConfig(
         rule=RULES["align_ada"].options(name="align_ada"),
-        net=MLPConfig(width=64, depth=1),
-        data=SyntheticConfig(shape=shape, train=batch * steps, test=batch, **moves),  # type: ignore[arg-type]
+        net=MLPConfig(width=options.width, depth=options.depth),
+        data=SyntheticConfig(shape=shape, train=batch * steps, test=batch, **moves),
         optim=SGDConfig(lr=1e-3),
         evaluation=EvaluationConfig(batch_size=batch),
-        log=LogConfig(every_steps=every),
+        log=LogConfig(every_steps=options.log_every, alignment_every=options.alignment_every),
+        analysis=AnalysisConfig(track_errors=options.alignment_every > 0),
         run=RunConfig(dir=str(folder)),
         epochs=max(2, views),
         batch_size=batch,
@@ -73,6 +76,7 @@ def loop(batch: int, shape: list[int], views: int, steps: int, every: int, folde
         "around_ms_median": statistics.median(around),
         "around_ms_mean": statistics.fmean(around),
         "update_ms_median": statistics.median(inside),
+        "around_percent_of_update": 100 * statistics.fmean(around) / statistics.fmean(inside),
     }
 
 
@@ -98,6 +102,9 @@ def main() -> int:
     parser.add_argument("--shape", type=int, nargs=3, default=[3, 32, 32], metavar=("C", "H", "W"))
     parser.add_argument("--views", type=int, default=1, help="more than 1 adds shifts and flips")
     parser.add_argument("--steps", type=int, default=400, help="steps in an epoch")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=1, help="hidden layers")
+    parser.add_argument("--alignment-every", type=int, default=0, metavar="N", help="steps; 0: never")
     parser.add_argument("--log-every", type=int, default=10, help="steps between two rows of the metrics")
     parser.add_argument("--step-ms", type=float, default=50.0, help="the step that the loop's cost is compared with")
     parser.add_argument("--starts", type=int, default=5)
@@ -106,19 +113,21 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        found = loop(options.batch, options.shape, options.views, options.steps, options.log_every, place / "loop")
+        found = loop(options, place / "loop")
         seconds = [start(place / f"start-{number}", ["net=mlp"]) for number in range(options.starts)]
     found |= {
         "around_percent": 100 * found["around_ms_mean"] / options.step_ms,
         "step_ms": options.step_ms,
-        "start_seconds_median": statistics.median(seconds),
+        "start_seconds_median": statistics.median(seconds) if seconds else None,
         "start_seconds": seconds,
     }
     print(
         f"around a step: {found['around_ms_median']:.3f} ms (median), {found['around_ms_mean']:.3f} ms (mean), "
-        f"{found['around_percent']:.2f} % of a step of {options.step_ms:g} ms"
+        f"{found['around_percent']:.2f} % of a step of {options.step_ms:g} ms, {found['around_percent_of_update']:.2f} "
+        f"% of this network's own of {found['update_ms_median']:.1f} ms"
     )
-    print(f"start to first step: {found['start_seconds_median']:.2f} s (median of {options.starts})")
+    if seconds:
+        print(f"start to first step: {found['start_seconds_median']:.2f} s (median of {options.starts})")
     if options.json:
         write_atomic(options.json, (json.dumps(found, indent=1) + "\n").encode())
     return 0

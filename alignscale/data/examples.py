@@ -64,9 +64,9 @@ class Split(ABC):
         """Of each example, (N,) int64: equal when it is the same."""
 
     @property
-    @abstractmethod
     def layout(self) -> Layout | None:
-        """How the examples lie, for the plan."""
+        """How the examples lie, for the plan: None where they can be had in any order."""
+        return None
 
     @property
     @abstractmethod
@@ -155,10 +155,6 @@ class Examples(Split):
         """Number and CRC-32 of the examples: equal when two runs saw the same data."""
         sums = [zlib.crc32(part.contiguous().numpy().data) for part in (self.images, self.labels, self.rows)]
         return f"{len(self)}-" + "".join(f"{one:08x}" for one in sums)
-
-    @property
-    def layout(self) -> None:
-        """They can be had in any order."""
 
     @property
     def scale(self) -> float:

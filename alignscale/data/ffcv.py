@@ -30,6 +30,7 @@ from ffcv.libffcv import imdecode, resize_crop  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline import compiler  # noqa: E402
+from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.reader import Reader  # noqa: E402
 
 from alignscale.choices import ConfigError, FFCVConfig  # noqa: E402
@@ -83,17 +84,34 @@ def box(row: int, view: int, height: int, width: int, low: float, high: float, c
     return (height - tall) // 2, (width - wide) // 2, tall, wide, coin
 
 
+@numba.njit
+def _planes(pixels: Any, mirrored: bool, planes: Any) -> None:
+    """Pixels (size, size, 3) -> planes (3, size, size), in loops that a compiler turns into moves of many bytes."""
+    size = len(pixels)
+    rows, line = pixels.reshape(size, 3 * size), np.empty(size, np.uint8)
+    for y in range(size):
+        for channel in range(3):
+            for x in range(size):
+                line[x] = rows[y, 3 * x + channel]
+            for x in range(size):
+                planes[channel, y, x] = line[size - 1 - x] if mirrored else line[x]
+
+
 class _Decoder(ResizedCropRGBImageDecoder):  # type: ignore[misc]
-    """FFCV's decoder with a crop that follows from row and view."""
+    """FFCV's decoder with a crop that follows from row and view, and channels first."""
 
     def __init__(self, size: int, centre: float, low: float, high: float, flip: bool) -> None:
         super().__init__((size, size))
         self.crop = low, high, centre
         self.mirror = 0.5 if flip else 0.0
 
-    @property
-    def get_crop_generator(self) -> None:
-        """None: FFCV's own draw is not asked."""
+    def declare_state_and_memory(self, previous_state: Any) -> Any:
+        """FFCV's, and the channels of each image."""
+        state, memory = super().declare_state_and_memory(previous_state)
+        shape = (3, *self.output_size)
+        return replace(state, shape=shape), (AllocationQuery(shape, state.dtype), *memory)
+
+    get_crop_generator = None  # FFCV's own draw is not asked
 
     def generate_code(self) -> Callable[..., Any]:
         """What FFCV compiles."""
@@ -102,7 +120,7 @@ class _Decoder(ResizedCropRGBImageDecoder):  # type: ignore[misc]
         low, high, centre, mirror, jpeg = *self.crop, self.mirror, IMAGE_MODES["jpg"]
 
         def decode(batch_indices: Any, storage: Any, metadata: Any, state: Any) -> Any:
-            destination, buffers = storage
+            destination, squares, buffers = storage
             for place in numbers(len(batch_indices)):
                 row, view = batch_indices[place] % VIEW, batch_indices[place] // VIEW
                 field = metadata[row]
@@ -114,9 +132,8 @@ class _Decoder(ResizedCropRGBImageDecoder):  # type: ignore[misc]
                 else:
                     pixels = content.reshape(height, width, 3)
                 top, left, tall, wide, coin = box(row, view, height, width, low, high, centre)
-                resized(pixels, top, top + tall, left, left + wide, destination[place])
-                if coin < mirror:
-                    destination[place] = destination[place, :, ::-1].copy()
+                resized(pixels, top, top + tall, left, left + wide, squares[place])
+                _planes(squares[place], coin < mirror, destination[place])
             return destination[: len(batch_indices)]
 
         decode.is_parallel = True  # type: ignore[attr-defined]
@@ -213,19 +230,10 @@ class FFCV(Streamed):
                 yield from self._decoded(asked, encoding, shape)
 
     def _decoded(self, asked: list[Wanted], encoding: Encoding, shape: tuple[int, ...]) -> Generator[Batch, None, None]:
-        options = self.config
-        threads = max(
-            min(options.workers, len(os.sched_getaffinity(0)), getattr(numba.config, "NUMBA_NUM_THREADS", 1)), 1
-        )
-        loader = _loader(
-            self.path,
-            shape[-1],
-            options.size / options.resize,
-            options.scale[0],
-            options.scale[1],
-            options.flip,
-            threads,
-        )
+        options, most = self.config, getattr(numba.config, "NUMBA_NUM_THREADS", 1)
+        crop = (options.size / options.resize, *options.scale, options.flip)
+        threads = max(min(options.workers, len(os.sched_getaffinity(0)), most), 1)
+        loader = _loader(self.path, shape[-1], *crop, threads)
         indices = [(self.rows[one.places] + VIEW * one.view).numpy() for one in asked]
         full = [index for index in indices if len(index)]  # a rank may have none of a small batch
         loader.batch_size = max(map(len, full), default=1)
@@ -233,9 +241,8 @@ class FFCV(Streamed):
         try:
             for one in asked:
                 images = torch.empty(0, *shape, dtype=torch.uint8)
-                if len(one.places):
-                    (pixels,) = next(found)
-                    images = torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous()  # the buffer is written to again
+                if len(one.places):  # a buffer that is written to again: the encoding makes numbers of it
+                    images = torch.as_tensor(next(found)[0])
                 yield encoding.encoded(self, images, one)
         except StopIteration:
             raise RuntimeError(f"{self.path}: FFCV stopped decoding: {found.problem!r}") from found.problem
