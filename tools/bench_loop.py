@@ -76,7 +76,9 @@ def loop(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "around_ms_median": statistics.median(around),
         "around_ms_mean": statistics.fmean(around),
         "update_ms_median": statistics.median(inside),
-        "around_percent_of_update": 100 * statistics.fmean(around) / statistics.fmean(inside),
+        "alignment_percent": 100 * (statistics.fmean(around) - statistics.median(around)) / statistics.fmean(inside)
+        if options.alignment_every
+        else None,
     }
 
 
@@ -123,9 +125,13 @@ def main() -> int:
     }
     print(
         f"around a step: {found['around_ms_median']:.3f} ms (median), {found['around_ms_mean']:.3f} ms (mean), "
-        f"{found['around_percent']:.2f} % of a step of {options.step_ms:g} ms, {found['around_percent_of_update']:.2f} "
-        f"% of this network's own of {found['update_ms_median']:.1f} ms"
+        f"{found['around_percent']:.2f} % of a step of {options.step_ms:g} ms"
     )
+    if options.alignment_every:
+        print(
+            f"alignment, and metrics, every {options.alignment_every} steps: {found['alignment_percent']:.2f} % of "
+            f"updates of {found['update_ms_median']:.1f} ms"
+        )
     if seconds:
         print(f"start to first step: {found['start_seconds_median']:.2f} s (median of {options.starts})")
     if options.json:
