@@ -12,6 +12,7 @@ from alignscale.choices import StreamedConfig
 from alignscale.config import TrainConfig
 from alignscale.nets import build
 from alignscale.nets.layers import Conv
+from alignscale.validation import validate
 
 IMAGES, CLASSES = 1_281_167, 1000
 """ImageNet's training set."""
@@ -49,6 +50,7 @@ def cost(config: TrainConfig) -> dict[str, float]:
 @entry("train")
 def main(config: TrainConfig) -> None:
     """Print the cost as a row of a table."""
+    validate(config)
     found = cost(config)
     print("| run | GFLOP forward | GFLOP a step | EFLOP in all | images/s, 1 GPU | 8 GPUs | hours, 1 GPU | 8 GPUs |")
     print("|---|---|---|---|---|---|---|---|")

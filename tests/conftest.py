@@ -59,12 +59,13 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of two workers (pytest -n 2) one has all that starts ranks or a cluster, which fill the machine by themselves."""
+    item.add_marker(pytest.mark.xdist_group("ranks" if item.path.stem in RANKS else item.path.stem))
+
+
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
-        # of two workers (pytest -n 2) one has all that starts ranks or a cluster, which fill the machine by themselves
-        several = item.path.stem in RANKS
-        item.add_marker(pytest.mark.xdist_group("ranks" if several else item.path.stem))
         for mark in REQUIREMENTS.keys() & {marker.name for marker in item.iter_markers()}:
             item.user_properties.append(("group", mark))  # goes into the junit file, where CI reads it
             if reason := REQUIREMENTS[mark]():

@@ -20,3 +20,13 @@ def test_the_table_of_the_page_is_what_the_command_prints(experiment: str) -> No
     assert row in (ROOT / "docs/streaming.md").read_text().splitlines()
     by_hand = 2 * 512 * (27 * 56**2 + 4608 * 2 * (28**2 + 14**2 + 7**2) + 1000) / 1e9
     assert experiment == "imagenet_modern" or f"| {by_hand:.2f} |" in row
+
+
+def test_options_that_training_would_refuse_are_refused() -> None:
+    done = subprocess.run(
+        [PYTHON, "launch/cost.py", "experiment=imagenet_modern", "data.growth=[3]"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: data.first_size=128, data.growth=[3]: expected data.growth=[from, to]")
