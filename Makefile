@@ -26,7 +26,7 @@ demo:
 
 test:
 	@tools/setup.sh all
-	$(python) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(python) -m pytest -n 2 $(ARGS)
 
 lint:
 	@tools/setup.sh all

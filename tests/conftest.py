@@ -8,9 +8,11 @@ import sysconfig
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 
 def lacks_program(*names: str) -> str | None:
@@ -59,9 +61,16 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Of two workers (pytest -n 2) one has all that starts ranks or a cluster, which fill the machine by themselves."""
-    item.add_marker(pytest.mark.xdist_group("ranks" if item.path.stem in RANKS else item.path.stem))
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return "ranks" if stem in RANKS else stem
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
