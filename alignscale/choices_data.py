@@ -132,8 +132,8 @@ class StreamedConfig(DataConfig):
         begin, end = self.growth
         if not self.first_size or not 0 < view <= end:
             return self.size
-        grown = self.first_size + max(view - 1 - begin, 0) / (end - begin) * (self.size - self.first_size)
-        return min(max(round(grown / 32) * 32, self.first_size), self.size)
+        more = max(view - 1 - begin, 0) / (end - begin) * (self.size - self.first_size)
+        return min(self.first_size + round(more / 32) * 32, self.size)
 
 
 @dataclass

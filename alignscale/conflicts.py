@@ -28,7 +28,7 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
         yield f"data.shape={shape}: expected [channels, height, width]"
     if isinstance(data, StreamedConfig):
         yield from _streamed_conflicts(data)
-        yield from _growth_conflicts(config, data)
+        yield from growth_conflicts(config, data)
     elif data.views == 0:
         yield "data.views=0: expected at least 1; another view in each epoch is for data that is streamed"
     elif (data.shift > 0 or data.flip) != (data.views > 1):
@@ -157,13 +157,13 @@ def _streamed_conflicts(data: StreamedConfig) -> Iterator[str]:
             yield f"data.{option}: expected an FFCV file, as train.beton, found nothing; tools/make_shards.py makes it"
 
 
-def _growth_conflicts(config: TrainConfig, data: StreamedConfig) -> Iterator[str]:
+def growth_conflicts(config: TrainConfig, data: StreamedConfig) -> Iterator[str]:
+    """What is wrong with images that grow, in words."""
     if not data.first_size and not any(data.growth):
         return
-    begin, end = [*data.growth, 0, 0][:2]
-    grows = len(data.growth) == 2 and 0 <= begin < end <= config.epochs
+    grows = len(data.growth) == 2 and 0 <= data.growth[0] < data.growth[1] < config.epochs
     wrong = {
-        f"data.growth=[from, to], epochs from 0 to epochs={config.epochs} of which the first is less": not grows,
+        f"data.growth=[from, to], 0 <= from < to < epochs={config.epochs}": not grows,
         f"data.first_size from 1 to data.size={data.size}": not 0 < data.first_size <= data.size,
         f"data.views=0, as each epoch's view has a size, found {data.views}": data.views != 0,
         f"a convolutional network, found net={config.net.name}": not isinstance(config.net, ConvConfig),

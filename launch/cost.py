@@ -8,11 +8,11 @@ import math
 import torch
 from _hydra import entry
 
-from alignscale.choices import StreamedConfig
+from alignscale.choices import ConfigError, StreamedConfig
 from alignscale.config import TrainConfig
+from alignscale.conflicts import growth_conflicts
 from alignscale.nets import build
 from alignscale.nets.layers import Conv
-from alignscale.validation import validate
 
 IMAGES, CLASSES = 1_281_167, 1000
 """ImageNet's training set."""
@@ -50,7 +50,8 @@ def cost(config: TrainConfig) -> dict[str, float]:
 @entry("train")
 def main(config: TrainConfig) -> None:
     """Print the cost as a row of a table."""
-    validate(config)
+    for conflict in growth_conflicts(config, config.data) if isinstance(config.data, StreamedConfig) else ():
+        raise ConfigError(conflict)
     found = cost(config)
     print("| run | GFLOP forward | GFLOP a step | EFLOP in all | images/s, 1 GPU | 8 GPUs | hours, 1 GPU | 8 GPUs |")
     print("|---|---|---|---|---|---|---|---|")

@@ -62,7 +62,7 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
     """Of two workers (pytest -n 2) one has all that starts ranks or a cluster, which fill the machine by themselves."""
 
     class Scheduling(LoadScopeScheduling):
@@ -70,7 +70,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
             stem = Path(nodeid.partition("::")[0]).stem
             return "ranks" if stem in RANKS else stem
 
-    return Scheduling(config, log)
+    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _report.claims import verdict
+
+from alignscale.results import read_result
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
@@ -89,3 +92,18 @@ def test_the_pages_are_built_without_a_warning(tmp_path: Path) -> None:
     for page in (REPOSITORY / "docs").glob("*.md"):
         built = tmp_path / ("" if page.stem == "index" else page.stem) / "index.html"
         assert "<h1" in built.read_text()
+
+
+ROW = re.compile(r"^\| \[\w+\]\(configs/experiment/(\w+)\.yaml\) \| (.*) \| (\d+) \| (\d+) \|", re.MULTILINE)
+
+
+def test_the_table_of_experiments_says_what_their_numbers_do() -> None:
+    """Each row's verdict, seeds and runs follow from the JSON that it links."""
+    rows = ROW.findall((REPOSITORY / "README.md").read_text())
+    assert {name for name, *_ in rows} == {path.stem for path in (REPOSITORY / "docs/experiments").glob("*.json")}
+    words = {True: "holds here", False: "does not hold here", None: "cannot be judged"}
+    for name, said, seeds, runs in rows:
+        data = read_result(REPOSITORY / f"docs/experiments/{name}.json")
+        found = verdict(data)
+        assert said == f"**{words[found.holds]}**: {found.claim}. {found.evidence}"
+        assert (int(seeds), int(runs)) == (len({run["seed"] for run in data["runs"]}), len(data["runs"]))

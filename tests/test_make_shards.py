@@ -207,7 +207,8 @@ def test_archives_are_read_back_from_their_shards_as_they_are_from_their_files(
     write = write_cifar10 if name == "cifar10" else functools.partial(write_mnist, name="KMNIST")
     written = write(tmp_path / "data")
     given = ["--source", name, "--splits", "train,test"]
-    assert "verify=false" in refused(capsys, tmp_path / "data", tmp_path / "out", *given)
+    assert "set --no-verify for files" in refused(capsys, tmp_path / "data", tmp_path / "out", *given)
+    assert "found digits" in refused(capsys, tmp_path, tmp_path / "out", "--source", "digits", "--no-verify")
     made(tmp_path / "data", tmp_path / "out", *given, "--no-verify")
     channels, size = (3, 32) if name == "cifar10" else (1, 28)
     (several, one) = (f"{tmp_path}/out/train-{{000000..000003}}.tar", f"{tmp_path}/out/test-{{000000..000001}}.tar")

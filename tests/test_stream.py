@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from stream_cases import CLASSES, config, encoded, jpeg, photograph, server, write
 
-from alignscale.choices import ConfigError, DataConfig, MSEConfig
+from alignscale.choices import ConfigError, DataConfig, MSEConfig, WebDatasetConfig
 from alignscale.config import digest
 from alignscale.data import decode, load
 from alignscale.data.examples import DataError, Encoding, Split, stream
@@ -176,11 +176,17 @@ def test_epochs_have_views_of_their_own_and_view_0_is_the_central_square(tmp_pat
 def test_images_grow_with_the_epochs_and_are_those_of_the_size_that_they_have(tmp_path: Path) -> None:
     grown = {"size": 112, "resize": 128, "first_size": 40, "growth": [1, 3]}
     data = config(tmp_path, workers=0, **grown)
-    assert [data.pixels(view) for view in range(7)] == [112, 40, 40, 64, 112, 112, 112]
+    assert [data.pixels(view) for view in range(7)] == [112, 40, 40, 72, 112, 112, 112]
+    for first, size in ((112, 224), (48, 224), (90, 100), (224, 224)):
+        sizes = [WebDatasetConfig(size=size, first_size=first, growth=[2, 8]).pixels(epoch + 1) for epoch in range(12)]
+        assert sizes == sorted(sizes)
+        assert sizes[:3] == [first] * 3
+        assert sizes[8:] == [size] * 4
+        assert all((one - first) % 32 == 0 or one == size for one in sizes)
     found = batches(data, 0, 20)
-    assert [parts[0].images.shape[-2:] for parts in found] == [(n, n) for n in (40, 40, 64, 112) for _ in range(5)]
+    assert [parts[0].images.shape[-2:] for parts in found] == [(n, n) for n in (40, 40, 72, 112) for _ in range(5)]
     assert same(batches(config(tmp_path, workers=2, **grown), 3), batches(data, 3, 10))
-    for epoch, size in enumerate((40, 40, 64, 112)):
+    for epoch, size in enumerate((40, 40, 72, 112)):
         fixed = config(tmp_path, workers=0, size=size, resize=128)
         assert same(batches(fixed, 5 * epoch, 5 * epoch + 5), found[5 * epoch :][:5])
     test = load(data)["test"]

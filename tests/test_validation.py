@@ -102,9 +102,9 @@ def test_wrong_value_is_named_with_the_valid_ones(path: str, value: object, mess
         (
             {"growth": [3, 3]},
             {},
-            r"data.growth=\[3, 3\]: expected data.growth=\[from, to\], epochs from 0 to epochs=10",
+            r"data.growth=\[3, 3\]: expected data.growth=\[from, to\], 0 <= from < to < epochs=10",
         ),
-        ({"growth": [3, 11]}, {}, r"data.growth=\[3, 11\]: expected .* epochs=10 of which the first is less"),
+        ({"growth": [3, 10]}, {}, r"data.growth=\[3, 10\]: expected .* < to < epochs=10"),
         ({"growth": [3]}, {}, r"data.growth=\[3\]: expected"),
         ({"views": 2}, {}, "expected data.views=0, as each epoch's view has a size, found 2"),
         ({}, {"net": NETS["mlp"]}, "expected a convolutional network, found net=mlp"),

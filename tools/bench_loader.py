@@ -92,6 +92,8 @@ def main() -> int:
                 from _loaders.training import memory
 
                 names = [name for name in ("webdataset", "ffcv") if name in arguments.loaders]
+                if not names:
+                    raise ConfigError("--loaders: expected webdataset or ffcv with --memory, found neither")
                 found["memory"] = {name: memory(setting, name, arguments.memory) for name in names}
                 for name, sizes in found["memory"].items():
                     print(
@@ -119,7 +121,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=_positive, default=5, help="measured, after one to warm up")
     parser.add_argument("--training", action="store_true", help="time training with one worker instead")
     parser.add_argument(
-        "--memory", type=int, default=0, metavar="EPOCHS", help="memory of training over so many epochs instead"
+        "--memory", type=_epochs, default=0, metavar="EPOCHS", help="memory of training over so many epochs instead"
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="keep the images there; by default removed again")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -129,6 +131,14 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _epochs(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(
+            f"expected at least 2 epochs, as the last one's end is not seen, found {text!r}"
+        )
     return int(text)
 
 

@@ -60,6 +60,8 @@ def _index(arguments: argparse.Namespace) -> None:
 def _make(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         raise ConfigError("--out: expected a folder for the shards, found none")
+    if arguments.no_verify and arguments.source not in ("cifar10", "kmnist"):
+        raise ConfigError(f"--no-verify: expected --source cifar10 or kmnist, found {arguments.source}")
     if arguments.ffcv and importlib.util.find_spec("ffcv") is None:
         raise ConfigError("--ffcv: expected the package, found none; pip install 'alignscale[ffcv]' (docs/shards.md)")
     out: Path = arguments.out.expanduser()

@@ -1,8 +1,9 @@
 """Splits in FFCV files, decoded by FFCV's own threads, in the order and the views of the plan.
 
-It stands alone because FFCV compiles what it runs, for some 9 s at each first use: one loader a file serves all batches
-of a process. FFCV is told rows, and draws its crops from a generator of its own; here a row comes with a view, and the
-crop is a function of both, the same one as for shards. Normalisation is left to the device, as with all bytes.
+It stands alone because FFCV compiles what it runs, for some 9 s at each first use: one loader serves all batches of a
+process that are of one file and one size. FFCV is told rows, and draws its crops from a generator of its own; here a
+row comes with a view, and the crop is a function of both, the same one as for shards. Normalisation is left to the
+device, as with all bytes.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from queue import Empty
 from types import SimpleNamespace
@@ -173,7 +174,7 @@ class _Ahead(EpochIterator):  # type: ignore[misc]
                 self.output_queue.get(timeout=0.05)
 
 
-@cache
+@lru_cache(4)
 def _loader(path: str, size: int, centre: float, low: float, high: float, flip: bool, threads: int) -> Any:
     """One for each file and kind of crop."""
     return Loader(

@@ -23,8 +23,7 @@ class Streamed(Split, ABC):
 
     def shape_in(self, view: int) -> tuple[int, ...]:
         """Of an example in ``view``."""
-        size = self.config.pixels(view)
-        return self.config.channels, size, size
+        return self.config.channels, *[self.config.pixels(view)] * 2
 
     @property
     def scale(self) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 
 from alignscale.parallel import Share
 
@@ -159,20 +159,21 @@ class Conv(Layer):
         self.padding = (rows[0], columns[0]) if symmetric else (0, 0)
         self.extra = (0, 0, 0, 0) if symmetric else (*columns, *rows)
         self.padded = (channels, height + self.extra[2] + self.extra[3], width + self.extra[0] + self.extra[1])
+        edges = (size + 2 * side for size, side in zip(self.padded[1:], self.padding, strict=True))
+        self.rest = [
+            (edge - 3) % self.stride for edge in edges
+        ]  # rows and columns that no window of the kernel reaches
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
-        if a.shape[1:] != self.inputs:
-            self.fit(tuple(a.shape[1:]))
-        z = F.conv2d(laid_out(self._pad(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
+        z = F.conv2d(laid_out(self._padded(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
         return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None])
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
-        size = [delta.shape[0], *self.padded]
         # the scale goes to the weight, and below to the gradient: they are far smaller than a batch of maps
         scaled = laid_out(_scaled(weight.to(delta.dtype), self.scale))
-        signal = conv2d_input(size, scaled, laid_out(delta), self.stride, self.padding)
+        signal = F.conv_transpose2d(laid_out(delta), scaled, None, self.stride, self.padding, self.rest)
         # cropped into a contiguous tensor, which elementwise kernels read ten times faster than a view
         return _resized(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
@@ -181,10 +182,12 @@ class Conv(Layer):
         shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
         narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
         scaled = _scaled(delta, self.scale) if narrow else delta
-        gradient = conv2d_weight(laid_out(self._pad(a)), shape, laid_out(scaled), self.stride, self.padding)
+        gradient = conv2d_weight(laid_out(self._padded(a)), shape, laid_out(scaled), self.stride, self.padding)
         return gradient if narrow else _scaled(gradient, self.scale), delta.sum((0, 2, 3))
 
-    def _pad(self, a: Tensor) -> Tensor:
+    def _padded(self, a: Tensor) -> Tensor:
+        if a.shape[1:] != self.inputs:
+            self.fit(tuple(a.shape[1:]))
         padded: Tensor = _Pad.apply(a, self.extra) if any(self.extra) else a
         return padded
 

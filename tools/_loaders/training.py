@@ -62,7 +62,7 @@ RANKS = 2
 
 
 def memory(setting: Setting, name: str, epochs: int) -> list[float]:
-    """MB after each epoch of training on ``name`` under torchrun: proportional set sizes of all its processes."""
+    """MB after each epoch but the last of training on ``name``: of all processes of torchrun, by proportional size."""
     folder = setting.folder.absolute()
     places = {
         "webdataset": {
@@ -81,12 +81,16 @@ def memory(setting: Setting, name: str, epochs: int) -> list[float]:
         command += ["launch/train.py", *given, *net, f"epochs={epochs}", "evaluation.batch_size=4", f"run.dir={run}"]
         process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
         sizes: list[float] = []
-        while process.poll() is None:
-            time.sleep(0.2)
-            rows = Path(run, "metrics.jsonl")
-            ended = rows.read_text().count('"kind": "epoch"') if rows.exists() else 0
-            if len(sizes) < ended < epochs:  # the last one's processes are about to end
-                sizes += [sum(map(_proportional, _family(process.pid)))] * (ended - len(sizes))
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                rows = Path(run, "metrics.jsonl")
+                ended = rows.read_text().count('"kind": "epoch"') - 1 if rows.exists() else 0  # with one of the start
+                if len(sizes) < ended < epochs:  # the last one's processes are about to end
+                    sizes += [sum(map(_proportional, _family(process.pid)))] * (ended - len(sizes))
+        finally:
+            process.terminate()
+            process.wait()
         if process.returncode:
             raise ConfigError(f"{' '.join(command)}: expected status 0, found {process.returncode}")
     return sizes
@@ -96,7 +100,7 @@ def _family(parent: int) -> list[int]:
     """A process and all that it started."""
     found = [parent]
     for number in found:
-        with suppress(OSError):
+        with suppress(FileNotFoundError, ProcessLookupError):
             for task in Path(f"/proc/{number}/task").iterdir():
                 found += [int(child) for child in (task / "children").read_text().split()]
     return found
@@ -104,8 +108,8 @@ def _family(parent: int) -> list[int]:
 
 def _proportional(number: int) -> float:
     """The proportional set size of a process in MB, 0 for one that has ended."""
-    with suppress(OSError):
+    with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path(f"/proc/{number}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
-                return int(line.split()[1]) / 1000
+                return int(line.split()[1]) * 1024 / 1e6
     return 0.0

@@ -64,7 +64,10 @@ def source(kind: str, root: str, split: str, verify: bool = True) -> Source:
     if kind == "imagefolder":
         return _folder(Path(root).expanduser(), split)
     options = DATA["digits"] if kind == "digits" else ArchiveConfig(name=kind, root=root, verify=verify)
-    examples = load(options)["train" if split == "train" else "test"]
+    try:
+        examples = load(options)["train" if split == "train" else "test"]
+    except DataError as problem:
+        raise DataError(str(problem).replace("data.verify=false", "--no-verify")) from problem
     assert isinstance(examples, Examples)
     items = [Item(f"{kind} {split} {row}", int(label), row) for row, label in enumerate(examples.labels)]
     names = [str(label) for label in range(examples.classes)]
