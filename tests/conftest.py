@@ -43,7 +43,7 @@ def lacks_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-RANKS = {"test_distributed", "test_slurm", "test_stream_training", "test_width"}
+RANKS = {"test_distributed", "test_stream_training", "test_width"}
 """Files whose tests start several processes that wait for one another."""
 
 # Each mark's requirement: a reason to skip, or None. A mark that is not here needs nothing.
@@ -63,7 +63,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
-    """Of two workers (pytest -n 2) one has all that starts ranks or a cluster, which fill the machine by themselves."""
+    """Of two workers (pytest -n 2) one has all that starts ranks, which fill the machine alone; others go by file."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
