@@ -159,8 +159,6 @@ def _streamed_conflicts(data: StreamedConfig) -> Iterator[str]:
 
 def growth_conflicts(config: TrainConfig, data: StreamedConfig) -> Iterator[str]:
     """What is wrong with images that grow, in words."""
-    if not data.first_size and not any(data.growth):
-        return
     grows = len(data.growth) == 2 and 0 <= data.growth[0] < data.growth[1] < config.epochs
     wrong = {
         f"data.growth=[from, to], 0 <= from < to < epochs={config.epochs}": not grows,
@@ -171,4 +169,4 @@ def growth_conflicts(config: TrainConfig, data: StreamedConfig) -> Iterator[str]
         "a rule whose feedback is made for any size": config.rule.name == "direct_feedback_alignment",
     }
     named = f"data.first_size={data.first_size}, data.growth={data.growth}: expected "
-    yield from (named + what for what, is_so in wrong.items() if is_so)
+    yield from (named + what for what, is_so in wrong.items() if is_so and (data.first_size or any(data.growth)))

@@ -138,8 +138,15 @@ class Ranks:
             problem.args = (f"rank {self.rank}: {problem}",)
             problem.of_one_rank = True  # type: ignore[attr-defined]
             return problem
-        failed = self._stored("failed")
+        until = time.monotonic() + BEAT
+        while not (failed := self._stored("failed")) and time.monotonic() < until:
+            time.sleep(0.05)  # a rank that failed by itself says so before it ends, one that was killed does not
         if failed:
+            until = time.monotonic() + 3 * BEAT
+            with suppress(RuntimeError):  # the store may be this process's: all others are to have read it by its end
+                self.store.add("told", 1)
+                while self.first and self.store.add("told", 0) < self.size - 1 and time.monotonic() < until:
+                    time.sleep(0.05)
             return RankError(failed, told=True)
         where, _ = self.whereabouts()
         cause = " ".join(str(problem).split())[:160]
@@ -156,12 +163,8 @@ class Ranks:
             heard[rank] = (float(when), place)
         newest = max(when for when, _ in heard.values())
         late = {rank: f"rank {rank} at {heard[rank][1]}" for rank in heard if newest - heard[rank][0] > 3 * BEAT}
-        words = (
-            f"last heard of: {', '.join(late.values())}"
-            if late
-            else f"all are alive, this one at {heard[self.rank][1]}"
-        )
-        return words, min(heard.keys() - late.keys())
+        alive = f"all are alive, this one at {heard[self.rank][1]}"
+        return f"last heard of: {', '.join(late.values())}" if late else alive, min(heard.keys() - late.keys())
 
     def _stored(self, key: str) -> str | None:
         try:

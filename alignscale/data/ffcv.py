@@ -232,9 +232,8 @@ class FFCV(Streamed):
 
     def _decoded(self, asked: list[Wanted], encoding: Encoding, shape: tuple[int, ...]) -> Generator[Batch, None, None]:
         options, most = self.config, getattr(numba.config, "NUMBA_NUM_THREADS", 1)
-        crop = (options.size / options.resize, *options.scale, options.flip)
         threads = max(min(options.workers, len(os.sched_getaffinity(0)), most), 1)
-        loader = _loader(self.path, shape[-1], *crop, threads)
+        loader = _loader(self.path, shape[-1], options.size / options.resize, *options.scale, options.flip, threads)
         indices = [(self.rows[one.places] + VIEW * one.view).numpy() for one in asked]
         full = [index for index in indices if len(index)]  # a rank may have none of a small batch
         loader.batch_size = max(map(len, full), default=1)

@@ -159,10 +159,8 @@ class Conv(Layer):
         self.padding = (rows[0], columns[0]) if symmetric else (0, 0)
         self.extra = (0, 0, 0, 0) if symmetric else (*columns, *rows)
         self.padded = (channels, height + self.extra[2] + self.extra[3], width + self.extra[0] + self.extra[1])
-        edges = (size + 2 * side for size, side in zip(self.padded[1:], self.padding, strict=True))
-        self.rest = [
-            (edge - 3) % self.stride for edge in edges
-        ]  # rows and columns that no window of the kernel reaches
+        sizes = zip(self.padded[1:], self.padding, strict=True)
+        self.rest = [(size + 2 * side - 3) % self.stride for size, side in sizes]  # lines that no window reaches
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
