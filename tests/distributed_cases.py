@@ -165,24 +165,27 @@ def train(case: Case, made: Learner) -> list[float]:
 
 
 def row(case: Case, ranks: Ranks) -> dict[str, Any]:
-    """The case with DeepSpeed on all ranks, beside the same in this process alone."""
-    alone = learner(case, EngineConfig("local"), Ranks())
-    own = case.options == "own-moments"  # each rank's are those of a part of the batch
-    expected = train(dataclasses.replace(case, parts=ranks.size) if own else case, alone)
+    """The case with DeepSpeed on all ranks, beside the same in the first one's process alone."""
     zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 else {}
     engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3, offload=case.options == "offload")
     made = learner(case, engine, ranks)
     collective_bytes.reset()
     found = train(case, made)
     counted = dict(collective_bytes.COUNTED)
-    weights, wanted = made.engine.state()["model"], alone.engine.state()["model"]
-    distance = apart(weights, wanted) if ranks.first else 0.0
+    weights = made.engine.state()["model"]
     scores = made.evaluate(examples(case).images, examples(case).labels, 20)
-    same = alone.evaluate(examples(case).images, examples(case).labels, 20)
     first = made.encoding.batch(examples(case), torch.arange(20), 0)
-    cosine = max(abs(a - b) for a, b in zip(made.cosines(first), alone.cosines(first), strict=True))
+    cosines, psi = made.cosines(first), padded(made, ranks.size)
+    if not ranks.first:
+        return {}
+    alone = learner(case, EngineConfig("local"), Ranks())
+    own = case.options == "own-moments"  # each rank's are those of a part of the batch
+    expected = train(dataclasses.replace(case, parts=ranks.size) if own else case, alone)
+    same = alone.evaluate(examples(case).images, examples(case).labels, 20)
+    cosine = max(abs(a - b) for a, b in zip(cosines, alone.cosines(first), strict=True))
+    distance = apart(weights, alone.engine.state()["model"])
     return {
-        "case": str(case), "ranks": ranks.size, "psi": padded(made, ranks.size),
+        "case": str(case), "ranks": ranks.size, "psi": psi,
         "loss": max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)),
         "weights": distance, "accuracy": [scores["accuracy"], same["accuracy"]], "cosine": cosine,
         "evaluation_loss": abs(scores["loss"] - same["loss"]) / same["loss"],

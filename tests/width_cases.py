@@ -59,18 +59,20 @@ def table() -> list[Case]:
 def row(case: Case, ranks: Ranks, width: int) -> dict[str, Any]:
     """The case with the width shared out, beside the same in this process alone."""
     alone = learner(case, EngineConfig("local"), Ranks())
-    expected = train(case, alone)
     settings = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 else {}
     engine = DeepSpeedConfig(zero_stage=case.stage, extra=settings, offload=case.options == "offload")
     made = learner(case, engine, ranks, width)
     start = all(ranks.objects(own_rows(made, alone)))
     found = train(case, made)
-    weights, wanted = made.engine.state()["model"], alone.engine.state()["model"]
-    distance = apart(weights, wanted) if ranks.first else 0.0
-    data = examples(case)
-    scores, same = (one.evaluate(data.images, data.labels, 20) for one in (made, alone))
+    data, weights = examples(case), made.engine.state()["model"]
     first = made.encoding.batch(data, torch.arange(20), 0)
-    cosine = max(abs(a - b) for a, b in zip(made.cosines(first), alone.cosines(first), strict=True))
+    scores, cosines = made.evaluate(data.images, data.labels, 20), made.cosines(first)
+    if not ranks.first:
+        return {}
+    expected = train(case, alone)
+    same = alone.evaluate(data.images, data.labels, 20)
+    cosine = max(abs(a - b) for a, b in zip(cosines, alone.cosines(first), strict=True))
+    distance = apart(weights, alone.engine.state()["model"])
     return {
         "case": str(case), "ranks": ranks.size, "width": width, "start": start,
         "loss": max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)),
