@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _loaders.data import make_data
 from _loaders.loaders import BARE, LOADERS, Setting, rounds
+from argument_types import positive
 
 from alignscale.choices import ConfigError
 from alignscale.files import write_atomic
@@ -115,31 +116,17 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     """The command line; every wrong value is refused with the valid ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loaders", type=_names, default=list(LOADERS), help="some of: " + "; ".join(LOADERS))
-    parser.add_argument("--images", type=_positive, default=1000)
-    parser.add_argument("--workers", type=_positive, default=2)
-    parser.add_argument("--batch", type=_positive, default=100)
-    parser.add_argument("--epochs", type=_positive, default=5, help="measured, after one to warm up")
+    parser.add_argument("--images", type=positive, default=1000)
+    parser.add_argument("--workers", type=positive, default=2)
+    parser.add_argument("--batch", type=positive, default=100)
+    parser.add_argument("--epochs", type=positive, default=5, help="measured, after one to warm up")
     parser.add_argument("--training", action="store_true", help="time training with one worker instead")
     parser.add_argument(
-        "--memory", type=_epochs, default=0, metavar="EPOCHS", help="memory of training over so many epochs instead"
+        "--memory", type=positive, default=0, metavar="EPOCHS", help="memory of training over so many epochs instead"
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="keep the images there; by default removed again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(command)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
-def _epochs(text: str) -> int:
-    if not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(
-            f"expected at least 2 epochs, as the last one's end is not seen, found {text!r}"
-        )
-    return int(text)
 
 
 def _names(text: str) -> list[str]:

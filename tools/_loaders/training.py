@@ -62,11 +62,14 @@ RANKS = 2
 
 
 def memory(setting: Setting, name: str, epochs: int) -> list[float]:
-    """MB after each epoch but the last of training on ``name``: of all processes of torchrun, by proportional size."""
+    """MB after each epoch of training on ``name``: of all processes of torchrun, by their proportional set sizes.
+
+    It trains an epoch more, after whose end the processes end too.
+    """
     folder = setting.folder.absolute()
     places = {
         "webdataset": {
-            "urls": "::".join(setting.shards),
+            "urls": "::".join(str(Path(shard).absolute()) for shard in setting.shards),
             "manifest": f"{folder}/train.manifest.json",
             "test_urls": f"{folder}/val-000000.tar",
             "test_manifest": f"{folder}/val.manifest.json",
@@ -78,7 +81,14 @@ def memory(setting: Setting, name: str, epochs: int) -> list[float]:
         given += [f"data.workers={setting.workers}", f"batch_size={setting.batch}"]
         net = ["net=imagenet_conv7", "net.width=4", "net.norm=none", "optim.lr=1e-3", "log.progress=false"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        command += ["launch/train.py", *given, *net, f"epochs={epochs}", "evaluation.batch_size=4", f"run.dir={run}"]
+        command += [
+            "launch/train.py",
+            *given,
+            *net,
+            f"epochs={epochs + 1}",
+            "evaluation.batch_size=4",
+            f"run.dir={run}",
+        ]
         process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
         sizes: list[float] = []
         try:
@@ -86,7 +96,7 @@ def memory(setting: Setting, name: str, epochs: int) -> list[float]:
                 time.sleep(0.2)
                 rows = Path(run, "metrics.jsonl")
                 ended = rows.read_text().count('"kind": "epoch"') - 1 if rows.exists() else 0  # with one of the start
-                if len(sizes) < ended < epochs:  # the last one's processes are about to end
+                if len(sizes) < ended <= epochs:
                     sizes += [sum(map(_proportional, _family(process.pid)))] * (ended - len(sizes))
         finally:
             process.terminate()
