@@ -23,7 +23,7 @@ from alignscale.jacobian.form import DTYPES, Form, bytes_of
 from alignscale.nets.layers import Conv, Layer, Linear
 from alignscale.nets.network import Network
 
-SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = {"cpu": 4e9, "cuda": 4e11}, {"cpu": 2**26, "cuda": 2**29}, 3
+SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = {"cpu": 2e10, "cuda": 4e12}, {"cpu": 2**26, "cuda": 2**29}, 5
 """Operations and bytes that are timed at once: enough that starting them, and a GPU's cache, do not count."""
 NETWORK_BYTES = 2**24
 PASSES = {"forward": 2.0, "pullback": 3.0}
