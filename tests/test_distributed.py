@@ -75,10 +75,11 @@ def result(folder: Path) -> dict[str, Any]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
     """The rows of tests/distributed_cases.py for a number of ranks, made once."""
     found: dict[int, list[dict[str, Any]]] = {}
+    folder = tmp_path_factory.mktemp("rows")
 
     def of(ranks: int, *options: str) -> list[dict[str, Any]]:
         if ranks not in found:
-            path = tmp_path_factory.mktemp("rows") / "rows.json"
+            path = folder / f"{ranks}.json"
             done = subprocess.run(
                 torchrun(ranks, "tests/distributed_cases.py", str(path), *options),
                 cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=3000, check=False,

@@ -13,6 +13,7 @@ from typing import Any
 import alignment
 import pytest
 import torch
+from cases import RULE_NAMES
 from run_cases import same, weights
 from safetensors.torch import load_file
 from test_distributed import ENVIRONMENT, ROOT, alone, check_equal, result, run, stopped, torchrun
@@ -34,13 +35,14 @@ DEEP = ["engine=deepspeed", "net.width=33", "net.depth=3"]
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[dict[str, Any]]]:
     """The rows of tests/width_cases.py for a number of ranks, made once."""
     found: dict[int, list[dict[str, Any]]] = {}
+    folder = tmp_path_factory.mktemp("rows")
 
-    def of(ranks: int, widths: str) -> list[dict[str, Any]]:
+    def of(ranks: int, widths: str, *options: str) -> list[dict[str, Any]]:
         if ranks not in found:
-            path = tmp_path_factory.mktemp("rows") / "rows.json"
+            path = folder / f"{ranks}.json"
             done = subprocess.run(
-                torchrun(ranks, "tests/width_cases.py", str(path), widths),
-                cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False,
+                torchrun(ranks, "tests/width_cases.py", str(path), widths, *options),
+                cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=3000, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-5000:]
             found[ranks] = json.loads(path.read_text())
@@ -49,6 +51,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[
     return of
 
 
+STAGES = [f"zero{stage}" for stage in range(4)]
 MESHES = pytest.mark.parametrize(("ranks", "widths"), [(2, "2"), (4, "2,4")])
 
 
@@ -56,9 +59,21 @@ MESHES = pytest.mark.parametrize(("ranks", "widths"), [(2, "2"), (4, "2,4")])
 @MESHES
 def test_every_rule_net_and_stage_trains_to_the_unsharded_result(ranks: int, widths: str, rows: Any) -> None:
     trained = [row for row in rows(ranks, widths) if "loss" in row]
-    assert len(trained) > {2: 40, 4: 20}[ranks]
-    check_equal(trained)
-    assert all(row["start"] for row in trained), "a rank's initial rows have other bits than the whole network's"
+    for width in map(int, widths.split(",")):
+        words = {word for row in trained if row["width"] == width for word in row["case"].split("-")}
+        assert {"mlp", "conv3", "conv7", "rnn", "none", "batch", "calibrated", *RULE_NAMES, *STAGES} <= words
+    check_trained(trained)
+
+
+def check_trained(found: list[dict[str, Any]]) -> None:
+    check_equal(found)
+    assert all(row["start"] for row in found), "a rank's initial rows have other bits than the whole network's"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_whole_table_trains_to_the_unsharded_result(rows: Any) -> None:
+    check_trained(rows(4, "2,4", "--all"))
 
 
 @pytest.mark.timeout(1200)

@@ -1,6 +1,6 @@
 """What each rank of a launch of torchrun does: trains networks whose width is shared out, and the same in one process.
 
-    torchrun --nproc-per-node=4 tests/width_cases.py FILE WIDTH [CASE]
+    torchrun --nproc-per-node=4 tests/width_cases.py FILE WIDTH [CASE | --all]
 
 Rank 0 writes a row for each case to FILE: how far losses and weights are from those of the local engine.
 """
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import collective_bytes  # before DeepSpeed
 import torch
 from cases import RULE_NAMES
-from distributed_cases import CHOSEN, HALF, NETS, STAGE_3, Case, apart, examples, learner, pairs, train
+from distributed_cases import CHOSEN, HALF, NETS, STAGE_3, Case, alone, compared, examples, learner, pairs, train
 
 from alignscale.choices import ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, RNNConfig
 from alignscale.distributed import Ranks, joined
@@ -37,9 +37,15 @@ NETS |= {
 
 
 def table() -> list[Case]:
-    """Cases that hold every pair of net, norm and rule, at all stages in turn, and one of each other option."""
+    """Every rule with every net and norm, at all stages in turn."""
     nets, norms = [net for net in CHOSEN if net != "conv_stride4"], ("none", "batch", "calibrated")
-    every = [Case(*values, 0) for values in itertools.product(nets, norms, RULE_NAMES)]
+    every = itertools.product(nets, norms, RULE_NAMES)
+    return [Case(*values, number % 4) for number, values in enumerate(every)]
+
+
+def pairwise() -> list[Case]:
+    """Cases that hold every pair of net, norm and rule, at all stages in turn, and one of each other option."""
+    every = [dataclasses.replace(case, stage=0) for case in table()]
     left, chosen = {pair for case in every for pair in pairs(case)}, []
     while left:
         best = max(every, key=lambda case: len(left & pairs(case)))
@@ -57,28 +63,20 @@ def table() -> list[Case]:
 
 
 def row(case: Case, ranks: Ranks, width: int) -> dict[str, Any]:
-    """The case with the width shared out, beside the same in this process alone."""
-    alone = learner(case, EngineConfig("local"), Ranks())
+    """The case with the width shared out, beside the same in one process alone."""
+    whole = learner(case, EngineConfig("local"), Ranks())
     settings = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 else {}
     engine = DeepSpeedConfig(zero_stage=case.stage, extra=settings, offload=case.options == "offload")
     made = learner(case, engine, ranks, width)
-    start = all(ranks.objects(own_rows(made, alone)))
+    start = all(ranks.objects(own_rows(made, whole)))
     found = train(case, made)
     data, weights = examples(case), made.engine.state()["model"]
     first = made.encoding.batch(data, torch.arange(20), 0)
     scores, cosines = made.evaluate(data.images, data.labels, 20), made.cosines(first)
     if not ranks.first:
         return {}
-    expected = train(case, alone)
-    same = alone.evaluate(data.images, data.labels, 20)
-    cosine = max(abs(a - b) for a, b in zip(cosines, alone.cosines(first), strict=True))
-    distance = apart(weights, alone.engine.state()["model"])
-    return {
-        "case": str(case), "ranks": ranks.size, "width": width, "start": start,
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)),
-        "weights": distance, "accuracy": [scores["accuracy"], same["accuracy"]], "cosine": cosine,
-        "evaluation_loss": abs(scores["loss"] - same["loss"]) / same["loss"],
-    }  # fmt: skip
+    differences = compared(alone(case), found, weights, scores, cosines)
+    return {"case": str(case), "ranks": ranks.size, "width": width, "start": start, **differences}
 
 
 COUNTED = [
@@ -100,7 +98,7 @@ def counted(net: str, rule: str, form: str, inputs: str, stage: int, ranks: Rank
     case = Case(net, "none", rule, stage)
     settings = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if stage == 3 else {}
     made = learner(case, DeepSpeedConfig(zero_stage=stage, extra=settings), ranks, width)
-    alone = learner(case, EngineConfig("local"), Ranks())
+    whole = learner(case, EngineConfig("local"), Ranks())
     data, mesh, frozen = examples(case), made.mesh, made.fixed.frozen
     batch = made.encoding.batch(data, torch.arange(32)[mesh.data.part(32)], 0, 32)
     reads = rule == "align_zero" and inputs != "recomputed"
@@ -119,13 +117,13 @@ def counted(net: str, rule: str, form: str, inputs: str, stage: int, ranks: Rank
     groups = {"width": mesh.width.ranks.group, "data": mesh.data.group}
     found = {over: collective_bytes.within(group) for over, group in groups.items()}
     found = ranks.objects(found)[-1]  # of the rank that has most units, which the table is about
-    alone.update([alone.encoding.batch(data, torch.arange(32), 0)], 0.1)
+    whole.update([whole.encoding.batch(data, torch.arange(32), 0)], 0.1)
     plan = Plan(config, shape, 3, 32, rule, width, mesh.data.size, stage, form, inputs)
     expected = {over: dict.fromkeys(found["width"], (0, 0)) for over in groups}
     for one in exchanges(plan):
         messages, total = expected[one.over][one.call]
         expected[one.over][one.call] = messages + one.messages, total + one.bytes
-    weights, wanted = made.engine.state()["model"], alone.engine.state()["model"]
+    weights, wanted = made.engine.state()["model"], whole.engine.state()["model"]
     off = [((weights[name] - one).norm() / one.norm().clamp(min=1)).item() for name, one in wanted.items() if weights]
     return {
         "case": f"{net}-{rule}-{form}-{inputs}-zero{stage}", "net": net, "rule": rule, "form": form, "inputs": inputs,
@@ -135,13 +133,13 @@ def counted(net: str, rule: str, form: str, inputs: str, stage: int, ranks: Rank
     }  # fmt: skip
 
 
-def own_rows(made: Learner, alone: Learner) -> bool:
+def own_rows(made: Learner, whole: Learner) -> bool:
     """Whether this rank's initial weights have the bits of the same rows of the whole network's, and no others."""
     pairs = [
-        (made.fixed.frozen.weight(index), layer.share, alone.fixed.frozen.weight(index))
+        (made.fixed.frozen.weight(index), layer.share, whole.fixed.frozen.weight(index))
         for index, layer in enumerate(made.net.layers)
     ]
-    return all(share is not None and torch.equal(own, share.of(whole)) for own, share, whole in pairs)
+    return all(share is not None and torch.equal(own, share.of(weight)) for own, share, weight in pairs)
 
 
 def main() -> None:
@@ -149,8 +147,11 @@ def main() -> None:
     rows = []
     with joined(torch.device("cpu"), 1800.0) as ranks:
         for width in map(int, sys.argv[2].split(",")):
-            cases = table()[:: 1 if ranks.size == 2 else 2 * width - 1]  # on 2 ranks all, on 4 a third and a seventh
-            rows += [row(case, ranks, width) for case in cases if len(sys.argv) < 4 or sys.argv[3] in str(case)]
+            cases = table() if "--all" in sys.argv else pairwise()
+            if ranks.size == 4 and len(sys.argv) < 4:  # a half for each mesh, of all stages in turn
+                cases = [case for number, case in enumerate(cases) if (number // 4 + number + width // 2) % 2]
+            wanted = next((word for word in sys.argv[3:] if word != "--all"), "")
+            rows += [row(case, ranks, width) for case in cases if wanted in str(case)]
             if len(sys.argv) < 4:
                 rows += [counted(*one, 0, ranks, width) for one in COUNTED]
                 rows += [counted("mlp", rule, "live", "whole", 3, ranks, width) for rule in ("backprop", "align_ada")]
