@@ -5,7 +5,7 @@ import importlib.util
 import shutil
 import signal
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ def lacks_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-RANKS = {"test_distributed", "test_stream_training", "test_width"}
-"""Files whose tests start several processes that wait for one another."""
+LONG = ["test_distributed", "test_slurm", "test_width", "test_submit"]
+"""Files that take minutes, the longest first."""
 
 # Each mark's requirement: a reason to skip, or None. A mark that is not here needs nothing.
 REQUIREMENTS: dict[str, Callable[[], str | None]] = {
@@ -63,17 +63,18 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
-    """Of two workers (pytest -n 2) one has all that starts ranks, which fill the machine alone; others go by file."""
+    """Workers (pytest -n 2) have whole files, as a file's tests share what they wait for, in the order collected."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            stem = Path(nodeid.partition("::")[0]).stem
-            return "ranks" if stem in RANKS else stem
+            return nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return Scheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
         for mark in REQUIREMENTS.keys() & {marker.name for marker in item.iter_markers()}:
             item.user_properties.append(("group", mark))  # goes into the junit file, where CI reads it

@@ -90,8 +90,11 @@ def table() -> list[Case]:
     return [Case(*values) for values in every]
 
 
-def pairwise() -> list[Case]:
-    """A few cases that hold every pair of net, norm, rule and stage, and one of each other option at each stage."""
+def pairwise(ranks: int) -> list[Case]:
+    """A few cases that hold every pair of net, norm, rule and stage, and one of each other option.
+
+    That at each stage on two ranks, at every second one on others.
+    """
     left = {pair for case in table() for pair in pairs(case)}
     chosen: list[Case] = []
     while left:
@@ -101,11 +104,12 @@ def pairwise() -> list[Case]:
     others = [
         Case("mlp", "none" if options in HALF else "batch", "align_ada", stage, optim, parts, options)
         for stage in range(4)
-        for optim, parts, options in (
+        for number, (optim, parts, options) in enumerate((
             ("adam", 1, ""), ("decay", 1, ""), ("clip", 1, ""), ("adamw", 2, ""), ("sgd", 3, ""),
             ("sgd", 1, "partitioned"), ("sgd", 1, "regenerated"), ("sgd", 1, "offload"), ("sgd", 1, "own-moments"),
             ("sgd", 1, "bf16"), ("sgd", 1, "fp16"), ("sgd", 1, "few"),
-        )
+        ))
+        if ranks == 2 or (number + stage + ranks // 4) % 2
     ]  # fmt: skip
     return chosen + others
 
@@ -240,7 +244,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with joined(torch.device("cpu"), 1800.0) as ranks:
-        cases = table() if "--all" in sys.argv else pairwise() + traffic()
+        counted = traffic() if ranks.size > 1 else []  # one rank moves nothing
+        cases = table() if "--all" in sys.argv else pairwise(ranks.size) + counted
         chosen = [case for case in cases if len(sys.argv) < 4 or sys.argv[3] in str(case)]
         for case in chosen:
             rows.append(row(case, ranks))

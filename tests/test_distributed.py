@@ -108,7 +108,7 @@ def check_equal(found: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_rule_net_and_stage_trains_to_the_local_engines_result(ranks: int, rows: Callable[..., Any]) -> None:
     found = rows(ranks)
-    assert len(found) > 90
+    assert len(found) > 70
     check_equal(found)
 
 
@@ -258,7 +258,7 @@ def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoi
 
 @pytest.mark.parametrize("phase", ["step", "save", "evaluation"])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path: Path, phase: str) -> None:
-    options = ["engine=deepspeed", "engine.zero_stage=3", "epochs=6", "checkpoint.every_steps=10"]
+    options = ["engine=deepspeed", "engine.zero_stage=3", "epochs=3", "checkpoint.every_steps=10"]
     whole = run(3, *options, f"run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     killed = run_killing(3, phase, tmp_path, *options)
