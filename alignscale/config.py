@@ -32,11 +32,12 @@ class ParallelConfig:
     """``width``: ranks over which the rows of every hidden layer are shared out; the others share the examples out.
 
     ``inputs``: align_zero's cached initial layer inputs are ``whole`` on each rank, or its own units, ``gathered`` in
-    each step.
+    each step. ``overlap``: exchange one half of a batch while the other is computed; not with norm batch or ZeRO 3.
     """
 
     width: int = 1
     inputs: str = "whole"
+    overlap: bool = False
 
 
 @dataclass

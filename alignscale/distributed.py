@@ -33,6 +33,16 @@ class RankError(RuntimeError):
         self.told = told
 
 
+def _ending(work: dist.Work, result: Tensor) -> Callable[[], Tensor]:
+    """What waits for a collective that has begun, and returns its result."""
+
+    def end() -> Tensor:
+        work.wait()
+        return result
+
+    return end
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that train one network together; alone, every method returns at once."""
@@ -73,17 +83,17 @@ class Ranks:
 
     def gather(self, part: Tensor) -> Tensor:
         """The equal parts of all ranks, one after the other along axis 0."""
-        if self.size == 1:
-            return part
-        whole = part.new_empty(self.size * len(part), *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part, group=self.group)
-        return whole
+        return part if self.size == 1 else self.begin_gather(part)()
 
-    def scatter(self, parts: Tensor) -> Tensor:
-        """This rank's of the equal parts, one after the other along axis 0, of the sum over ranks."""
+    def begin_gather(self, part: Tensor) -> Callable[[], Tensor]:
+        """Start a ``gather``; what is returned waits for the end of it."""
+        whole = part.new_empty(self.size * len(part), *part.shape[1:])
+        return _ending(dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True), whole)
+
+    def begin_scatter(self, parts: Tensor) -> Callable[[], Tensor]:
+        """Start to give each rank its of the equal parts, along axis 0, of the sum over ranks; as ``begin_gather``."""
         own = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
-        dist.reduce_scatter_tensor(own, parts, group=self.group)
-        return own
+        return _ending(dist.reduce_scatter_tensor(own, parts, group=self.group, async_op=True), own)
 
     def collect(self, part: Tensor, parts: list[Tensor] | None) -> None:
         """Each rank's part into the first one's ``parts``."""

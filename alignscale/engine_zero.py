@@ -9,6 +9,7 @@ import functools
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,7 +84,10 @@ def empty_again(net: Network) -> None:
 
 
 def fetch_current(net: Network) -> None:
-    """Let ``net.current`` gather a layer's weight and bias from all ranks, which have to ask for it together."""
+    """Let ``net.current`` gather a layer's weight and bias from all ranks, which have to ask for it together.
+
+    A layer runs once a pass, on the whole batch: each time that it is called it gathers its weight.
+    """
 
     def current(index: int) -> tuple[Tensor, Tensor | None]:
         held = [parameter for parameter in net.layers[index].held if parameter is not None]
@@ -91,7 +95,7 @@ def fetch_current(net: Network) -> None:
             whole = [parameter.detach().clone() for parameter in held]
         return whole[0], whole[1] if len(whole) > 1 else None
 
-    net.current = current
+    net.current, net.width = current, replace(net.width, overlap=False)
 
 
 def partitions(engine: Any, stage: int) -> list[Tensor]:

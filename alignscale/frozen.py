@@ -187,7 +187,7 @@ def _input_of(norm: CalibratedNorm, at: int | slice, frozen: Frozen, images: Ten
 
     with norm.register_forward_pre_hook(keep):
         frozen.trace(images)
-    return caught[0]
+    return torch.cat(caught)
 
 
 def fingerprint(

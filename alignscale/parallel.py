@@ -7,7 +7,7 @@ classes) over the ranks, and its signal goes down where it is.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -17,8 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignscale.choices import ConfigError
-from alignscale.distributed import ALONE, Ranks
+from alignscale.distributed import ALONE, Made, Ranks
 
+Turns = Generator[None, None, Made]
+"""Work that stops where it has begun an exchange, for other work to go on; see ``in_turn``."""
+UnderWay = list[Callable[[], Tensor]]
+"""What waits for the end of an exchange that has begun, and nothing else."""
 UNITS = 1
 """The axis of units in activations (B, units, ...)."""
 
@@ -46,10 +50,14 @@ class Share:
 
 @dataclass(frozen=True)
 class Width:
-    """The ranks over which the ``units`` of every hidden site are shared out; alone, every method returns at once."""
+    """The ranks over which the ``units`` of every hidden site are shared out; alone, every method returns at once.
+
+    overlap: whether the halves of a batch take turns, so that one computes while the other's exchange is under way.
+    """
 
     ranks: Ranks = ALONE
     units: int = 0
+    overlap: bool = False
 
     def share(self, axis: int) -> Share | None:
         """This rank's part of a tensor whose ``axis`` has the units of a site; None where it has all of them."""
@@ -61,28 +69,44 @@ class Width:
         places = [replace(self.ranks, rank=rank).part(self.units) for rank in range(self.ranks.size)]
         return [place.stop - place.start for place in places]
 
-    def gather(self, own: Tensor) -> Tensor:
+    def gather(self, own: Tensor) -> Turns[Tensor]:
         """Each rank's activations (B, own units, ...) -> those of all units (B, units, ...)."""
-        found: Tensor = own if self.ranks.size == 1 else _Gather.apply(own, self)
-        return found
+        if self.ranks.size == 1:
+            return own
+        under_way: UnderWay = []
+        begun = _Begin.apply(own, self, under_way)
+        yield
+        whole: Tensor = _End.apply(begun, self, under_way)
+        return whole
 
-    def scatter(self, partial: Tensor) -> Tensor:
+    def scatter(self, partial: Tensor) -> Turns[Tensor]:
         """Each rank's part of a sum (B, units, ...) -> the sum over ranks at this rank's units; no graph."""
         if self.ranks.size == 1:
             return partial
-        if partial.numel() == 0:
-            return partial.narrow(UNITS, 0, self.sizes[self.ranks.rank])
-        parts = [_padded(part, max(self.sizes)) for part in partial.split(self.sizes, UNITS)]
-        summed = self.ranks.scatter(torch.cat(parts))
-        return summed.narrow(UNITS, 0, self.sizes[self.ranks.rank]).contiguous()
+        end = self.begin_scatter(partial)
+        yield
+        return end()
 
-    def gathered(self, own: Tensor) -> Tensor:
-        """As ``gather``, without a graph."""
+    def begin_scatter(self, partial: Tensor) -> Callable[[], Tensor]:
+        """Start a ``scatter``; what is returned waits for the end of it."""
+        own = self.sizes[self.ranks.rank]
+        if partial.numel() == 0:
+            return lambda: partial.narrow(UNITS, 0, own)
+        parts = [_padded(part, max(self.sizes)) for part in partial.split(self.sizes, UNITS)]
+        end = self.ranks.begin_scatter(torch.cat(parts))
+        return lambda: end().narrow(UNITS, 0, own).contiguous()
+
+    def begin_gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """Start a ``gather`` without a graph; what is returned waits for the end of it."""
         if own.numel() == 0:
-            return own.new_empty(_at(own, self.units))
-        whole = self.ranks.gather(_padded(own, max(self.sizes)).contiguous())
-        parts = whole.view(self.ranks.size, len(own), -1, *own.shape[2:])
-        return torch.cat([part.narrow(UNITS, 0, size) for part, size in zip(parts, self.sizes, strict=True)], UNITS)
+            return lambda: own.new_empty(_at(own, self.units))
+        end = self.ranks.begin_gather(_padded(own, max(self.sizes)).contiguous())
+
+        def whole() -> Tensor:
+            parts = end().view(self.ranks.size, len(own), -1, *own.shape[2:])
+            return torch.cat([part.narrow(UNITS, 0, size) for part, size in zip(parts, self.sizes, strict=True)], UNITS)
+
+        return whole
 
     def sum(self, partial: Tensor) -> Tensor:
         """Each rank's part of a sum -> the sum, the same on all; its gradient is each part's."""
@@ -105,15 +129,43 @@ def _at(tensor: Tensor, size: int, axis: int = UNITS) -> tuple[int, ...]:
     return (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, width: Width) -> Tensor:
-        ctx.width = width
-        return width.gathered(own)
+def in_turn(works: Sequence[Turns[Made]]) -> list[Made]:
+    """What each of ``works`` returns; each goes on to its next exchange, and then the next one does."""
+    made: dict[int, Made] = {}
+    while len(made) < len(works):
+        for place, work in enumerate(works):
+            if place not in made:
+                try:
+                    next(work)
+                except StopIteration as end:
+                    made[place] = end.value
+    return [made[place] for place in range(len(works))]
+
+
+class _Begin(torch.autograd.Function):
+    """The begin of a gather, which is the end of its gradient's scatter; ``_End`` is the rest of both."""
 
     @staticmethod
-    def backward(ctx: Any, *signal: Tensor) -> tuple[Tensor, None]:
-        return ctx.width.scatter(signal[0]), None
+    def forward(ctx: Any, own: Tensor, width: Width, under_way: UnderWay) -> Tensor:
+        ctx.under_way = under_way
+        under_way.append(width.begin_gather(own))
+        return own.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *nothing: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.under_way.pop()(), None, None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, begun: Tensor, width: Width, under_way: UnderWay) -> Tensor:
+        ctx.width, ctx.under_way = width, under_way
+        return under_way.pop()()
+
+    @staticmethod
+    def backward(ctx: Any, *signal: Tensor) -> tuple[Tensor, None, None]:
+        ctx.under_way.append(ctx.width.begin_scatter(signal[0]))
+        return signal[0].new_empty(0), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -139,8 +191,10 @@ class Mesh:
     width: Width = ALL_UNITS
 
     @classmethod
-    def of(cls, ranks: Ranks, width: int, units: int) -> "Mesh":
+    def of(cls, ranks: Ranks, width: int, units: int, overlap: bool = False) -> "Mesh":
         """``width`` ranks to a network of ``units`` in every hidden layer; a collective of all ranks.
+
+        overlap: their exchanges and what they compute.
 
         Raises ConfigError for a mesh that there cannot be.
         """
@@ -150,7 +204,9 @@ class Mesh:
         seconds = None if ranks.heart is None else ranks.heart.timeout
         beside, same = _groups(ranks.size, width, seconds)
         data = replace(ranks, rank=ranks.rank // width, size=ranks.size // width, group=same)
-        return cls(ranks, data, Width(replace(ranks, rank=ranks.rank % width, size=width, group=beside), units))
+        return cls(
+            ranks, data, Width(replace(ranks, rank=ranks.rank % width, size=width, group=beside), units, overlap)
+        )
 
     def whole(self, own: Tensor, share: Share | None) -> Tensor:
         """A tensor of this network on the first rank, from the ranks that have parts of it; elsewhere the part.

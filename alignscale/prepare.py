@@ -43,12 +43,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     hold on the folder, which end with it. Raises ConfigError, DataError, CheckpointError, or Diverged for a run that is
     known to diverge.
     """
-    validate(config)
-    keep_freed_memory()
-    held.enter_context(torch_settings(config.threads, config.deterministic))
-    device = device_called(config.device)
-    engine, ranks = _engine(config, device, held)
-    mesh = Mesh.of(ranks, config.parallel.width, config.net.width)
+    device, engine, mesh = _begun(config, held)
+    ranks = mesh.everyone
     show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
@@ -83,6 +79,16 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     if run.finished is None:  # what trained a finished run stays on record
         ranks.of_first(lambda: describe_folder(folder, config, device))
     return run
+
+
+def _begun(config: TrainConfig, held: ExitStack) -> tuple[torch.device, EngineConfig, Mesh]:
+    """The device, what runs the steps, and the ranks, for options that are valid; torch's settings are in force."""
+    validate(config)
+    keep_freed_memory()
+    held.enter_context(torch_settings(config.threads, config.deterministic))
+    device = device_called(config.device)
+    engine, ranks = _engine(config, device, held)
+    return device, engine, Mesh.of(ranks, config.parallel.width, config.net.width, config.parallel.overlap)
 
 
 def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple[EngineConfig, Ranks]:
@@ -203,14 +209,10 @@ def cache_of(config: TrainConfig, learner: Learner, train: Split) -> Cache:
 
 def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
     """The cache of a run that need not have begun. held: as ``prepare`` has it."""
-    validate(config)
-    keep_freed_memory()
-    held.enter_context(torch_settings(config.threads, config.deterministic))
-    device = device_called(config.device)
-    _, ranks = _engine(config, device, held)
+    device, _, mesh = _begun(config, held)
+    ranks = mesh.everyone
     train = ranks.together(lambda: load(config.data))["train"]
     check_data(config, {"train": len(train)})
-    mesh = Mesh.of(ranks, config.parallel.width, config.net.width)
     ranks.together(lambda: _check_memory(config, train, device, mesh.width))
     learner = make_learner(config, train, device, ENGINES["local"], mesh)
     cache = cache_of(config, learner, train)

@@ -1,8 +1,8 @@
-"""What a step moves, keeps and computes on each rank of a mesh: pure functions of a network's options.
+"""What a step moves between the ranks of a mesh: pure functions of a network's options.
 
-It stands alone because a bench, a projection and the test that counts real collectives must agree on it. Bytes are
-those of the whole tensor that is gathered, scattered or summed, padded to equal parts, on one rank; of them (n - 1) / n
-pass its network card (twice that for a sum). Norm batch's moments and the loss are not in it.
+It stands alone because the cost model, a projection and the test that counts real collectives must agree on it. Bytes
+are those of the whole tensor that is gathered, scattered or summed, padded to equal parts, on one rank; of them
+(n - 1) / n pass its network card (twice that for a sum). Norm batch's moments and the loss are not in it.
 """
 
 import math
@@ -13,7 +13,6 @@ import torch
 from alignscale.choices import NetConfig
 from alignscale.config import TrainConfig
 from alignscale.nets import Network, build
-from alignscale.nets.layers import Conv
 
 DOWN = ("backprop", "align_ada", "align_zero", "align_prop", "feedback_alignment", "sign_symmetric")
 """Rules whose signals go down the network, layer by layer."""
@@ -28,7 +27,7 @@ class Plan:
 
     batch: examples in a step on all ranks. width, data: of the mesh. stage: of ZeRO. jacobian: live, gates or explicit.
     inputs: align_zero's initial layer inputs are ``whole`` in the cache, ``gathered`` or ``recomputed``. itemsize: of
-    what is computed. states: of the optimizer, in numbers a weight.
+    what is computed. states: of the optimizer, in numbers a weight. overlap: whether halves of the batch take turns.
     """
 
     net: NetConfig
@@ -43,6 +42,18 @@ class Plan:
     inputs: str = "whole"
     itemsize: int = 4
     states: int = 0
+    overlap: bool = False
+
+    @property
+    def gathered(self) -> bool:
+        """Whether the initial layer inputs are, from the parts of them that the ranks have cached."""
+        return self.rule == "align_zero" and self.jacobian != "live" and self.inputs == "gathered"
+
+    @property
+    def turns(self) -> int:
+        """Messages of an exchange of activations: those of the whole batch, or of each half."""
+        mixed = self.net.norm == "batch" or getattr(self.net, "initial_state", "") == "trained"
+        return 2 if self.overlap and self.stage < 3 and not mixed and self.batch >= 2 * self.data else 1
 
 
 def plan_of(config: TrainConfig, shape: tuple[int, ...], classes: int, width: int, data: int, itemsize: int) -> Plan:
@@ -50,7 +61,8 @@ def plan_of(config: TrainConfig, shape: tuple[int, ...], classes: int, width: in
     inputs = config.jacobian.inputs if config.jacobian.inputs == "recomputed" else config.parallel.inputs
     stage = getattr(config.engine, "zero_stage", 1)
     ranks = (width, data, stage)
-    return Plan(config.net, shape, classes, config.batch_size, config.rule.name, *ranks, "live", inputs, itemsize)
+    what = (config.batch_size, config.rule.name, *ranks, "live", inputs, itemsize)
+    return Plan(config.net, shape, classes, *what, overlap=config.parallel.overlap)
 
 
 @dataclass(frozen=True)
@@ -63,17 +75,6 @@ class Exchange:
     over: str
     messages: int
     bytes: int
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a layer on one rank: weights and biases, what it reads of an example, what it writes, places that it is at."""
-
-    parameters: int
-    weights: int
-    inputs: int
-    outputs: int
-    places: int
 
 
 def passes(plan: Plan) -> tuple[int, int]:
@@ -89,6 +90,7 @@ def exchanges(plan: Plan) -> list[Exchange]:
     net = outline(plan)
     own = -(-plan.batch // plan.data)
     up, down = passes(plan)
+    forward = up - plan.gathered
     found = []
     if plan.width > 1:
         units = plan.width * -(-plan.net.width // plan.width)
@@ -97,25 +99,23 @@ def exchanges(plan: Plan) -> list[Exchange]:
         for layer in above if steps else ():
             places = 1 if net.recurrent else math.prod(net.shapes[layer - 1][1:])
             size = own * units * places * plan.itemsize * steps
-            messages, moved = up * steps, up * size
-            if net.recurrent and plan.jacobian != "live" and plan.inputs == "gathered" and plan.rule == "align_zero":
-                messages, moved = steps + 1, 2 * size + size // steps  # the cached states of all steps at once
+            messages, moved = forward * steps * plan.turns, forward * size
+            if plan.gathered:  # the cached states of all steps at once, with the first
+                messages, moved = messages + 1, moved + size + (size // steps if net.recurrent else 0)
             found.append(Exchange(layer, "activations", "all_gather", "width", messages, moved))
             if down:
-                found.append(Exchange(layer, "signals", "reduce_scatter", "width", down * steps, down * size))
-        forward = up - (plan.rule == "align_zero" and plan.jacobian != "live" and plan.inputs == "gathered")
+                found.append(Exchange(layer, "signals", "reduce_scatter", "width", steps * plan.turns, size))
         size = own * plan.classes * plan.itemsize
-        found.append(Exchange(net.readout, "logits", "all_reduce", "width", forward, forward * size))
+        found.append(Exchange(net.readout, "logits", "all_reduce", "width", forward * plan.turns, forward * size))
     if plan.data > 1:
-        for layer, sizes in enumerate(layers(plan)):
-            found += _weights(plan, layer, sizes)
+        for layer, shape in enumerate(shapes(plan)):
+            found += _weights(plan, layer, shape)
     return sorted(found, key=lambda one: one.layer)
 
 
-def _weights(plan: Plan, layer: int, sizes: Sizes) -> list[Exchange]:
+def _weights(plan: Plan, layer: int, shape: tuple[int, ...]) -> list[Exchange]:
     """What ZeRO does with a layer, nothing kept from the forward pass to the backward pass."""
-    biases = sizes.parameters - sizes.weights
-    parts = [sizes.weights, *([biases] if biases else [])]
+    parts = [math.prod(shape), *([shape[0]] if outline(plan).layers[layer].held[1] is not None else [])]
     size = sum(plan.data * -(-part // plan.data) for part in parts) * MASTER
     if plan.stage == 0:
         return [Exchange(layer, "gradients", "all_reduce", "data", 1, size)]
@@ -135,52 +135,11 @@ def outline(plan: Plan) -> Network:
         return build(plan.net, plan.shape, plan.classes)
 
 
-def layers(plan: Plan) -> list[Sizes]:
-    """Of the rank that has most; positions count as places of one layer, and steps of a recurrent network too."""
+def shapes(plan: Plan) -> list[tuple[int, ...]]:
+    """Of each layer's weight, on the rank that has most of it."""
     net, share = outline(plan), -(-plan.net.width // plan.width)
-    found = []
-    steps = net.shapes[0][0] if net.recurrent else 1
-    for index, layer in enumerate(net.layers):
-        last = index == net.readout
-        shape = (layer.shape[0], share) if last else (share, *layer.shape[1:])
-        places = math.prod(layer.outputs[1:]) if isinstance(layer, Conv) else steps * (not last) + last
-        read = math.prod(layer.padded) if isinstance(layer, Conv) else shape[1] * places
-        bias = 0 if layer.held[1] is None else shape[0]
-        found.append(Sizes(math.prod(shape) + bias, math.prod(shape), read, shape[0] * places, places))
-    return found
-
-
-def memory(plan: Plan) -> dict[str, int]:
-    """Bytes that stay on a rank during a step, by what they are; DeepSpeed's buckets come on top."""
-    own, every = -(-plan.batch // plan.data), layers(plan)
-    psi = sum(one.parameters for one in every) * MASTER
-    share = -(-psi // plan.data)
-    frozen = plan.rule == "align_prop" or (plan.rule in FROZEN and plan.jacobian != "explicit")
-    feedback = plan.rule in ("feedback_alignment", "sign_symmetric")
-    traces = 2 if plan.rule == "align_ada" and plan.jacobian == "live" else 1
-    activations = sum(one.inputs for one in every) + sum(one.outputs for one in every[:-1])
-    return {
-        "weights": share if plan.stage == 3 else psi,
-        "gradients": share if plan.stage >= 2 else psi,
-        "fp32 copy": share if plan.stage else 0,
-        "optimizer": plan.states * (share if plan.stage else psi),
-        "initial weights": psi // MASTER * plan.itemsize if frozen or feedback else 0,
-        "activations": traces * own * activations * plan.itemsize,
-    }
-
-
-def flop(plan: Plan) -> float:
-    """Floating-point operations of a step on the rank that has most: 2 a weight, place and example in each pass.
-
-    Backprop has 3 passes, align_ada 4 live, 3 with gates, and 2 with an explicit Jacobian, beside its contraction.
-    """
-    own = -(-plan.batch // plan.data)
-    once = 2.0 * own * sum(one.weights * one.places for one in layers(plan))
-    up, down = passes(plan)
-    forward = up - (plan.rule == "align_zero" and plan.jacobian != "live" and plan.inputs == "gathered")
-    contracted = plan.rule in FROZEN and plan.jacobian == "explicit"
-    units = sum(one.outputs for one in layers(plan)[:-1]) if contracted else 0
-    return once * (forward + down + (plan.rule != "readout_only")) + 2.0 * own * plan.classes * units
+    every = [layer.shape for layer in net.layers]
+    return [(one[0], share) if index == net.readout else (share, *one[1:]) for index, one in enumerate(every)]
 
 
 def wire(plan: Plan) -> tuple[float, int]:
@@ -197,19 +156,3 @@ def wires(plan: Plan) -> dict[str, float]:
     """The bytes of ``wire`` for backprop, and for the plan's rule with each form of the Jacobian."""
     forms = {form: wire(replace(plan, jacobian=form))[0] for form in ("live", "gates", "explicit")}
     return {"backprop": wire(replace(plan, rule="backprop"))[0], **forms}
-
-
-def seconds(plan: Plan, flops: float, bandwidth: float, latency: float) -> float:
-    """A step on a machine of so many FLOP/s, bytes/s and seconds a message; nothing overlapped."""
-    moved, messages = wire(plan)
-    return flop(plan) / flops + moved / bandwidth + messages * latency
-
-
-def table(plan: Plan) -> str:
-    """The exchanges as aligned text."""
-    head = f"{'layer':>5s} {'what':12s} {'call':14s} {'over':5s} {'messages':>8s} {'bytes':>15s}"
-    rows = [
-        f"{one.layer:5d} {one.what:12s} {one.call:14s} {one.over:5s} {one.messages:8d} {one.bytes:15,d}"
-        for one in exchanges(plan)
-    ]
-    return "\n".join([head, *rows])

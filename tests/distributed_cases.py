@@ -140,7 +140,7 @@ def learner(case: Case, engine: EngineConfig, ranks: Ranks, width: int = 1) -> L
     keeping = case.options if case.options in ("partitioned", "regenerated") else "stored"
     made = Learner(
         net, shape, 3, rule, optim, seed=1, frozen_weights=keeping, engine=engine,
-        mesh=Mesh.of(ranks, width, net.width),
+        mesh=Mesh.of(ranks, width, net.width, case.options == "overlap"),
         state_rows=BATCH, sync_norm=case.options != "own-moments",
         precision=case.options if case.options in HALF else "fp32",
     )  # fmt: skip

@@ -14,6 +14,7 @@ import alignment
 import pytest
 import torch
 from cases import RULE_NAMES
+from mesh_costs import flop, memory, seconds
 from run_cases import same, weights
 from safetensors.torch import load_file
 from test_distributed import ENVIRONMENT, ROOT, alone, check_equal, result, run, stopped, torchrun
@@ -23,7 +24,7 @@ from alignscale.jacobian.form import Form
 from alignscale.jacobian.plan import Costs, Machine, Planner
 from alignscale.nets import build
 from alignscale.parallel import check_mesh
-from alignscale.traffic import Plan, exchanges, flop, memory, seconds, wires
+from alignscale.traffic import Plan, exchanges, wires
 from tools import evaluate as tool
 from tools import show_checkpoint
 
@@ -99,7 +100,8 @@ def test_a_layer_exchanges_activations_as_often_as_its_rule_needs(ranks: int, wi
         if "found" in row and row["net"] != "rnn" and (row["rule"], row["form"]) in times:
             calls = row["found"]["width"]
             between = row["layers"] - 2  # hidden layers that read a hidden layer
-            assert calls["all_gather"][0] + calls["reduce_scatter"][0] == between * times[row["rule"], row["form"]], row
+            exchanges = between * times[row["rule"], row["form"]] * row["turns"]
+            assert calls["all_gather"][0] + calls["reduce_scatter"][0] == exchanges, row
             if row["form"] == "explicit":
                 assert calls["reduce_scatter"] == [0, 0]
 

@@ -59,7 +59,19 @@ def pairwise() -> list[Case]:
             (2, "sgd", 1, "offload"), (1, "sgd", 1, "bf16"), (3, "sgd", 1, "fp16"),
         )
     ]  # fmt: skip
-    return chosen + others
+    return chosen + others + overlapped()
+
+
+def overlapped() -> list[Case]:
+    """Halves of a batch that take turns, on each net; with norm batch and at stage 3 they do not."""
+    rules = ("backprop", "align_ada", "align_zero", "align_prop", "sign_symmetric/fixed")
+    nets = itertools.cycle(("mlp", "conv3", "conv7", "rnn"))
+    cases = [Case(next(nets), "calibrated", rule, stage, options="overlap") for stage in range(3) for rule in rules]
+    return [
+        *cases,
+        Case("mlp", "batch", "align_ada", 1, options="overlap"),
+        Case("mlp", "none", "align_ada", 3, options="overlap"),
+    ]
 
 
 def row(case: Case, ranks: Ranks, width: int) -> dict[str, Any]:
@@ -92,10 +104,12 @@ COUNTED = [
 ]  # fmt: skip
 
 
-def counted(net: str, rule: str, form: str, inputs: str, stage: int, ranks: Ranks, width: int) -> dict[str, Any]:
+def counted(
+    net: str, rule: str, form: str, inputs: str, stage: int, ranks: Ranks, width: int, options: str = ""
+) -> dict[str, Any]:
     """A step's real collectives beside those of alignscale/traffic.py, and how far the update is from one process's."""
     config, shape = NETS[net]
-    case = Case(net, "none", rule, stage)
+    case = Case(net, "none", rule, stage, options=options)
     settings = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if stage == 3 else {}
     made = learner(case, DeepSpeedConfig(zero_stage=stage, extra=settings), ranks, width)
     whole = learner(case, EngineConfig("local"), Ranks())
@@ -118,7 +132,7 @@ def counted(net: str, rule: str, form: str, inputs: str, stage: int, ranks: Rank
     found = {over: collective_bytes.within(group) for over, group in groups.items()}
     found = ranks.objects(found)[-1]  # of the rank that has most units, which the table is about
     whole.update([whole.encoding.batch(data, torch.arange(32), 0)], 0.1)
-    plan = Plan(config, shape, 3, 32, rule, width, mesh.data.size, stage, form, inputs)
+    plan = Plan(config, shape, 3, 32, rule, width, mesh.data.size, stage, form, inputs, overlap=bool(options))
     expected = {over: dict.fromkeys(found["width"], (0, 0)) for over in groups}
     for one in exchanges(plan):
         messages, total = expected[one.over][one.call]
@@ -126,8 +140,9 @@ def counted(net: str, rule: str, form: str, inputs: str, stage: int, ranks: Rank
     weights, wanted = made.engine.state()["model"], whole.engine.state()["model"]
     off = [((weights[name] - one).norm() / one.norm().clamp(min=1)).item() for name, one in wanted.items() if weights]
     return {
-        "case": f"{net}-{rule}-{form}-{inputs}-zero{stage}", "net": net, "rule": rule, "form": form, "inputs": inputs,
-        "stage": stage, "ranks": ranks.size, "width": width, "layers": len(made.net.layers),
+        "case": f"{net}-{rule}-{form}-{inputs}-zero{stage}-{options}",
+        "net": net, "rule": rule, "form": form, "inputs": inputs,
+        "stage": stage, "turns": plan.turns, "ranks": ranks.size, "width": width, "layers": len(made.net.layers),
         "weights": max(off, default=0.0),
         "found": found, "expected": expected,
     }  # fmt: skip
@@ -154,6 +169,8 @@ def main() -> None:
             rows += [row(case, ranks, width) for case in cases if wanted in str(case)]
             if len(sys.argv) < 4:
                 rows += [counted(*one, 0, ranks, width) for one in COUNTED]
+                rows += [counted(*one, 0, ranks, width, "overlap") for one in COUNTED[:: 2 if ranks.size > 2 else 1]]
+                rows.append(counted("mlp", "align_ada", "live", "whole", 3, ranks, width, "overlap"))
                 rows += [counted("mlp", rule, "live", "whole", 3, ranks, width) for rule in ("backprop", "align_ada")]
     if ranks.first:
         Path(sys.argv[1]).write_text(json.dumps(rows, indent=1))

@@ -2,7 +2,8 @@
 
 All contenders run in one process, one step each in turn, in an order that rotates from round to round; a row gives
 the median seconds and the median over rounds of the ratio to backprop's and to the plain step of the same round, so
-that a machine whose speed drifts spoils neither. Every contender uses the same fused SGD.
+that a machine whose speed drifts spoils neither. Every contender uses the same fused SGD. build: what making the cache
+computes, over the passes of the initial network that it needs.
 
     python tools/bench_step.py --net conv3 --width 512 --threads 1
     python tools/bench_step.py --net mlp --width 2048 --depth 4 --rules align_ada,align_zero,readout_only
@@ -28,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from argument_types import names, numbers, positive, shape, speeds
-from cached_step import cached_step
+from cached_step import build_ratio, cached_step
 from plain_step import plain_step
 from step_work import Contender, clocked, measure, operations, peak_rate
 
@@ -45,6 +46,8 @@ from alignscale.types import Batch
 
 SHAPES = {"mlp": (1, 8, 8), "conv3": (1, 8, 8), "conv7": (3, 16, 16), "imagenet_conv7": (3, 224, 224), "rnn": (1, 8, 8)}
 TIERS = ("device", "host", "disk")
+BUILDS = 5
+"""Rounds in which the making of a cache is timed."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
 
@@ -126,6 +129,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     steps: dict[Contender, Callable[[], None]] = {("plain", None, None): plain}
     frozen: dict[Contender, float] = {}
     predicted: dict[Contender, float] = {}
+    built: dict[Contender, float] = {}
     with ExitStack() as held:
         for rule in wanted:
             forms = arguments.jacobian if RULES[rule].reads_jacobian else [None]
@@ -146,6 +150,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     how = (form, arguments.dtype, tier, batch, arguments.classes, held, fused, arguments.precision)
                     steps[rule, form, tier], cache = cached_step(config, rule, *how)
                     predicted |= predictions(cache, rule, form, tier)
+                    built[rule, form, tier] = build_ratio(cache, batch, BUILDS)
         seconds = measure(steps, arguments.repeats, device)
     machine = {**hardware(device), "precision": arguments.precision, "peak_tflops": peak_rate(device, dtype) / 1e12}
     made = {name: operations(learner.net, batch.images, name[0], name[1], arguments.classes) for name in steps}
@@ -165,6 +170,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "ratio_to_plain": ratio(seconds[name], seconds["plain", None, None]),
             "predicted_seconds": predicted.get(name),
             "frozen_pass_seconds": frozen.get(name),
+            "build_ratio": built.get(name),
             "images_per_second": arguments.batch / statistics.median(seconds[name]),
             "tflops": rates[name],
         }
@@ -192,16 +198,17 @@ def table(measured: list[dict[str, Any]]) -> str:
     head = (
         f"{'rule':25s} {'jacobian':>8s} {'tier':>6s} {'ms':>9s} {'/ backprop':>10s} {'/ plain':>8s} {'predicted':>9s}"
     )
-    lines = [f"{head} {'frozen':>7s} {'examples/s':>10s} {'TFLOP/s':>8s} {'of peak':>7s}"]
+    lines = [f"{head} {'frozen':>7s} {'build':>6s} {'examples/s':>10s} {'TFLOP/s':>8s} {'of peak':>7s}"]
     for row in measured:
         guess, initial = (
             f"{1000 * row[key]:.2f}" if row[key] else "-" for key in ("predicted_seconds", "frozen_pass_seconds")
         )
+        build = f"{row['build_ratio']:.2f}" if row["build_ratio"] else "-"
         rate, share = (f"{row['tflops']:.3f}", f"{row['tflops'] / row['peak_tflops']:.0%}") if row["tflops"] else "--"
         lines.append(
             f"{row['rule']:25s} {row['jacobian'] or '-':>8s} {row['tier'] or '-':>6s} "
             f"{1000 * row['seconds_median']:9.2f} {row['ratio_to_backprop']:10.3f} {row['ratio_to_plain']:8.3f} "
-            f"{guess:>9s} {initial:>7s} {row['images_per_second']:10.0f} {rate:>8s} {share:>7s}"
+            f"{guess:>9s} {initial:>7s} {build:>6s} {row['images_per_second']:10.0f} {rate:>8s} {share:>7s}"
         )
     lines.append(f"peak: {measured[0]['peak_tflops']:.3f} TFLOP/s in a large product of matrices in this precision")
     errors = [abs(row["predicted_seconds"] / row["seconds_median"] - 1) for row in measured if row["predicted_seconds"]]

@@ -20,6 +20,8 @@ from _hydra import entry
 from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig
 from alignscale.jacobian.cache import Cache
+from alignscale.jacobian.form import Form
+from alignscale.jacobian.plan import Planner
 from alignscale.prepare import cache_for
 from alignscale.rules import RULES
 
@@ -48,15 +50,22 @@ def table(cache: Cache) -> str:
         for tier in tiers:
             fits = "" if size <= cache.free(tier) else f"does not fit {cache.free(tier) / 2**30:.1f} GiB"
             mark = "chosen" if form == fastest and tier == cache.tier_of(form) else fits
-            build = planner.build(form, cache.examples)
+            build = build_seconds(planner, form, cache.examples)
             lines.append(row(name, tier, size / 2**30, build, planner.step(form, tier), planner.backprop, mark))
     lines += [f"layers: {', '.join(fastest.sites)}"]
     widths = [shape[0] for shape in cache.frozen.net.shapes]
+    even = [f"{planner.costs.flop_rate / machine.bandwidth(tier):.0f} in {tier}" for tier in tiers]
     lines.append(
         f"width / classes: {', '.join(f'{width / cache.train.classes:.0f}' for width in widths)}; an explicit "
-        f"Jacobian pays above {', '.join(f'{planner.break_even(tier):.0f} in {tier}' for tier in tiers)}"
+        f"Jacobian pays above {', '.join(even)}"
     )
     return "\n".join(lines)
+
+
+def build_seconds(planner: Planner, form: Form, examples: int) -> float:
+    """Of a cache: the passes it needs, and the writing, which goes on beside them."""
+    passes = planner.forward + (planner.classes * planner.pullback if "explicit" in form.sites else 0.0)
+    return max(passes * examples / planner.batch, examples * planner.size(form) / planner.machine.disk_write)
 
 
 def row(name: str, tier: str, size: float, build: float, step: float, backprop: float, mark: str) -> str:

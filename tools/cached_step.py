@@ -1,6 +1,7 @@
 """A step with the frozen Jacobian from a temporary cache, as the training loop makes it, for bench_step.py."""
 
 import itertools
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from step_work import clocked
 
 from alignscale.choices import DataConfig, MSEConfig, NetConfig, SGDConfig
 from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
 from alignscale.data.examples import Examples
+from alignscale.jacobian.build import chunks
 from alignscale.jacobian.cache import Cache
 from alignscale.learner import Learner
 from alignscale.prepare import cache_of
@@ -57,6 +60,26 @@ def cached_step(
         learner.engine.step()
 
     return step, cache
+
+
+def build_ratio(cache: Cache, batch: Batch, rounds: int) -> float:
+    """What the making of a cache computes, over the initial network's own passes that it needs: the median of a few.
+
+    That is a forward pass, and a pullback for each class where a layer is explicit; what it adds is what it keeps.
+    """
+    form, frozen = cache.chosen(), cache.frozen
+    rows, device = torch.arange(len(batch.images)), batch.images.device
+
+    def built() -> object:
+        return list(chunks(frozen, form, iter([(batch, rows, rows)]), lambda: None))
+
+    def passes() -> None:
+        trace = frozen.trace(batch.images)
+        for label in range(trace.logits.shape[1] if "explicit" in form.sites else 0):
+            frozen.pullback(torch.eye(trace.logits.shape[1], device=device)[label].expand_as(trace.logits), trace)
+
+    pairs = [(clocked(built, device), clocked(passes, device)) for _ in range(rounds + 1)]
+    return statistics.median(ours / needed for ours, needed in pairs[1:])
 
 
 def _batches(

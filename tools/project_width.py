@@ -19,10 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from argument_types import positive, shape
+from mesh_costs import flop, memory, seconds
 
 from alignscale.choices import NETS, MLPConfig, NetConfig
 from alignscale.files import write_atomic
-from alignscale.traffic import Plan, exchanges, flop, memory, seconds
+from alignscale.traffic import Plan, exchanges
 
 CONTENDERS = (("backprop", "live"), ("align_ada", "live"), ("align_ada", "gates"), ("align_ada", "explicit"))
 SPARE = 0.9

@@ -276,15 +276,6 @@ class Planner:
                 chosen = more
         return chosen
 
-    def break_even(self, tier: str) -> float:
-        """The width / classes from which on an explicit Jacobian in bf16 is read faster than it is computed."""
-        return self.costs.flop_rate / self.machine.bandwidth(tier)
-
     def size(self, form: Form) -> int:
         """Bytes that an example takes."""
         return bytes_of(form.layout(self.net, self.classes, list(self.inputs)))
-
-    def build(self, form: Form, examples: int) -> float:
-        """Seconds to make a cache: the passes it needs, and the writing, which goes on beside them."""
-        passes = self.forward + (self.classes * self.pullback if "explicit" in form.sites else 0.0)
-        return max(passes * examples / self.batch, examples * self.size(form) / self.machine.disk_write)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from alignscale.choices import ConvConfig, MLPConfig, NetConfig
 from alignscale.nets.layers import Conv, Layer, Linear
-from alignscale.nets.network import NO_JACOBIANS, Deltas, Gates, Jacobians, Network, States, contract
-from alignscale.parallel import ALL_UNITS, Width
+from alignscale.nets.network import Deltas, Gates, Jacobians, Network, States, contract
+from alignscale.parallel import ALL_UNITS, Turns, Width
 from alignscale.types import Parameters, Trace, Weight
 
 
@@ -28,7 +28,7 @@ class LayeredNet(Network):
         self.direct_shapes = shapes
         self.flat = len(shapes[-1]) == 1
 
-    def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
+    def tracing(self, images: Tensor, parameters: Parameters | None) -> Turns[Trace]:
         """Images (B, C, H, W) -> the trace; logits (B, classes)."""
         a = self.first_input(images)
         inputs, residues, norms = [], [], []
@@ -38,7 +38,7 @@ class LayeredNet(Network):
             own, residue = self.activation.forward(x)
             residues.append(residue)
             norms.append(state)
-            a = self.width.gather(own) if index + 1 < self.readout else own
+            a = (yield from self.width.gather(own)) if index + 1 < self.readout else own
         features = a if self.flat else a.mean((2, 3))
         inputs.append(features)
         return Trace(inputs, residues, norms, self.run_layer(self.readout, features, parameters))
@@ -47,10 +47,10 @@ class LayeredNet(Network):
         """Images (B, C, H, W), flat for an MLP."""
         return images.flatten(1) if self.flat else images
 
-    def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
-        jacobians: Jacobians = NO_JACOBIANS,
-    ) -> Deltas:  # fmt: skip
+    def pulling(
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None,
+        jacobians: Jacobians,
+    ) -> Turns[Deltas]:  # fmt: skip
         """Error (B, classes) -> deltas, from the readout down; see Network.pullback."""
         deltas: Deltas = [None] * len(self.layers)
         deltas[self.readout] = delta = error
@@ -61,7 +61,7 @@ class LayeredNet(Network):
             above, last = index + 1, index + 1 == self.readout
             pulled = delta if last else self.norms[above].pullback(delta, norms[above])
             signal = self.layers[above].transpose(pulled, feedback(above))
-            signal = self._spread(signal) if last else self.width.scatter(signal)
+            signal = self._spread(signal) if last else (yield from self.width.scatter(signal))
             deltas[index] = delta = self.activation.pullback(signal, gates[index])
             if last and local_gates is not None:
                 deltas[index] = self.activation.pullback(signal, local_gates[index])

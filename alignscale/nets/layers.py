@@ -35,7 +35,7 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         a, delta = ctx.saved_tensors
-        gradients = ctx.layer.weight_gradient(a, delta * scale[0].to(delta.dtype) if ctx.unscale is None else delta)
+        gradients = ctx.layer.weight_gradient(a, delta, scale[0] if ctx.unscale is None else 1.0)
         gradients = tuple(None if one is None else one.to(ctx.dtype) for one in gradients)
         for one in gradients if ctx.unscale is not None else ():
             if one is not None:
@@ -91,8 +91,8 @@ class Layer(nn.Module, ABC):
         """scale * weight^T delta: the signal at the layer's input."""
 
     @abstractmethod
-    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
-        """scale * sum over examples of delta a^T, and the bias's sum of delta."""
+    def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """scale * sum over examples of delta a^T, and the bias's sum of delta, both times ``factor``."""
 
     def port(self, a: Tensor, delta: Tensor, unscale: Tensor | None = None) -> Tensor:
         """A scalar whose backward pass puts ``weight_gradient(a, delta)`` into the weight and bias.
@@ -124,15 +124,15 @@ class Linear(Layer):
         """(..., out) -> (..., in)."""
         return _scaled(delta, self.scale) @ weight.to(delta.dtype)
 
-    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+    def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(out, in) and (out,)."""
         delta = delta.flatten(0, -2)
-        scaled, a = _scaled(delta, self.scale).T, a.flatten(0, -2)
+        scaled, a = _scaled(delta, self.scale * factor).T, a.flatten(0, -2)
         if delta.is_cuda and delta.dtype in (torch.float16, torch.bfloat16):  # in fp32, as it is summed
             gradient = torch.mm(scaled, a, out_dtype=torch.float32)
         else:
             gradient = scaled @ a
-        return gradient, None if self.held[1] is None else delta.sum(0)
+        return gradient, None if self.held[1] is None else _scaled(delta.sum(0), factor)
 
 
 class Conv(Layer):
@@ -175,13 +175,13 @@ class Conv(Layer):
         # cropped into a contiguous tensor, which elementwise kernels read ten times faster than a view
         return _resized(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
-    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+    def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
         shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
         narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
         scaled = _scaled(delta, self.scale) if narrow else delta
         gradient = conv2d_weight(laid_out(self._padded(a)), shape, laid_out(scaled), self.stride, self.padding)
-        return gradient if narrow else _scaled(gradient, self.scale), delta.sum((0, 2, 3))
+        return _scaled(gradient, factor if narrow else self.scale * factor), _scaled(delta.sum((0, 2, 3)), factor)
 
     def _padded(self, a: Tensor) -> Tensor:
         if a.shape[1:] != self.inputs:
@@ -206,9 +206,9 @@ class State(Layer):
         """Nothing lies below a state: delta itself."""
         return delta
 
-    def weight_gradient(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+    def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Delta itself; rows that a partial batch has not used have 0."""
-        return F.pad(delta, (0, 0, 0, self.shape[0] - len(delta))), None
+        return F.pad(_scaled(delta, factor), (0, 0, 0, self.shape[0] - len(delta))), None
 
 
 class _Pad(torch.autograd.Function):
@@ -238,8 +238,8 @@ def laid_out(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last) if maps.is_cuda and maps.dim() == 4 else maps
 
 
-def _scaled(delta: Tensor, scale: float) -> Tensor:
-    return delta if scale == 1.0 else delta * scale
+def _scaled(delta: Tensor, scale: Tensor | float) -> Tensor:
+    return delta if isinstance(scale, float) and scale == 1.0 else delta * scale
 
 
 def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None) -> Tensor:

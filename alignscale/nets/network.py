@@ -5,6 +5,7 @@ activation (after its norm); a feed-forward network has one per hidden layer, a 
 numbered in order, ``sites[l]`` is the site that layer l writes to, None for the readout (and for a trained state).
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from alignscale.choices import NetConfig
 from alignscale.nets.activations import ACTIVATIONS, gpu_kernels
 from alignscale.nets.layers import Layer, Linear
-from alignscale.nets.norms import Norm, make_norm
-from alignscale.parallel import ALL_UNITS, Share, Width
+from alignscale.nets.norms import BatchNorm, Norm, make_norm
+from alignscale.parallel import ALL_UNITS, Share, Turns, Width, in_turn
 from alignscale.types import Jacobian, NormState, Parameters, Trace, Weight
 
 Gates = Sequence[Tensor] | Mapping[int, Tensor]
@@ -53,6 +54,17 @@ def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
     table = values.reshape(-1, math.prod(site))
     delta = F.embedding_bag(places, table, per_sample_weights=weights.to(table.dtype), mode="sum")
     return delta.view(len(error), *site).to(error.dtype)
+
+
+def _joined(parts: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Layer by layer one tensor from those of the parts of a batch, which are let go of."""
+    return [torch.cat([one.pop(0) for one in parts]) for _ in range(len(parts[0]))]
+
+
+def _part(gates: Gates, part: slice) -> Gates:
+    """Of some of the examples."""
+    pairs = gates.items() if isinstance(gates, Mapping) else enumerate(gates)
+    return {site: gate[part] for site, gate in pairs}
 
 
 class Network(nn.Module, ABC):
@@ -93,18 +105,38 @@ class Network(nn.Module, ABC):
         self.public = config.blocks == "public"  # whether ``local_gates`` are wanted
         self.current: Parameters = lambda index: self.layers[index].held  # an engine may fetch them from other ranks
 
-    @abstractmethod
     def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
         """A forward pass under the network's own weights, or under others of the same shapes.
 
         images: (B, C, H, W) or (B, T, F). Builds autograd's graph only where gradients are enabled.
         """
+        parts = self._parts(len(images))
+        if len(parts) > 1 and parameters is not None:
+            parameters = functools.lru_cache(2)(parameters)  # which may be made anew, or come from other ranks
+        traces = in_turn([self.tracing(images[part], parameters) for part in parts])
+        if len(traces) == 1:
+            return traces[0]
+        logits = torch.cat([one.logits for one in traces])
+        if torch.is_grad_enabled():  # which is all that is read then
+            return Trace([], [], [], logits)
+        inputs, residues = _joined([one.inputs for one in traces]), _joined([one.residues for one in traces])
+        return Trace(inputs, residues, traces[0].norms, logits)
+
+    def _parts(self, examples: int) -> list[slice]:
+        """The parts of a batch that take turns: halves, if there is an exchange to overlap and they do not mix."""
+        mixed = self.state is not None or any(isinstance(norm, BatchNorm) for norm in self.norms)
+        if mixed or not self.width.overlap or examples < 2:
+            return [slice(examples)]
+        return [slice(examples // 2), slice(examples // 2, examples)]
+
+    @abstractmethod
+    def tracing(self, images: Tensor, parameters: Parameters | None) -> Turns[Trace]:
+        """``trace``, of a batch or a part of one."""
 
     @abstractmethod
     def first_input(self, images: Tensor) -> Tensor:
         """What the first layer reads of ``images``."""
 
-    @abstractmethod
     def pullback(
         self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
         jacobians: Jacobians = NO_JACOBIANS,
@@ -116,6 +148,24 @@ class Network(nn.Module, ABC):
         that is updated; given where ``public`` puts the boundary of a block before a gate. jacobians: of the sites
         whose delta they give at once, instead of the gate and the layer above.
         """
+        parts = [slice(len(error))] if jacobians else self._parts(len(error))
+        if len(parts) > 1:
+            feedback = functools.lru_cache(2)(feedback)
+        local = [local_gates and _part(local_gates, part) for part in parts]
+        works = zip(parts, local, strict=True)
+        found = in_turn(
+            [self.pulling(error[at], _part(gates, at), norms, feedback, own, jacobians) for at, own in works]
+        )
+        if len(found) == 1:
+            return found[0]
+        return [None if own[0] is None else torch.cat(own) for own in zip(*found, strict=True)]
+
+    @abstractmethod
+    def pulling(
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None,
+        jacobians: Jacobians,
+    ) -> Turns[Deltas]:  # fmt: skip
+        """``pullback``, of a batch or a part of one."""
 
     @property
     def size(self) -> int:
@@ -140,7 +190,7 @@ class Network(nn.Module, ABC):
 
     def whole_input(self, own: Tensor) -> Tensor:
         """A layer's input from the units of it that each rank has."""
-        return self.width.gather(own.movedim(1 + self.units_axis, 1)).movedim(1, 1 + self.units_axis)
+        return self.width.begin_gather(own.movedim(1 + self.units_axis, 1))().movedim(1, 1 + self.units_axis)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) or (B, T, F) -> logits."""

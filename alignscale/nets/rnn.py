@@ -10,8 +10,8 @@ from torch import Tensor
 
 from alignscale.choices import ConfigError, RNNConfig
 from alignscale.nets.layers import Layer, Linear, State
-from alignscale.nets.network import NO_JACOBIANS, Deltas, Gates, Jacobians, Network, States
-from alignscale.parallel import ALL_UNITS, Width
+from alignscale.nets.network import Deltas, Gates, Jacobians, Network, States
+from alignscale.parallel import ALL_UNITS, Turns, Width
 from alignscale.types import NormState, Parameters, Trace, Weight
 
 INPUT, RECURRENT, READOUT, STATE = range(4)
@@ -42,7 +42,7 @@ class RNN(Network):
         self.every = config.readout == "every"
         self.direct_shapes = [(units,) if self.every else (steps, units)]
 
-    def trace(self, images: Tensor, parameters: Parameters | None = None) -> Trace:
+    def tracing(self, images: Tensor, parameters: Parameters | None) -> Turns[Trace]:
         """Images (B, T, F), or (B, C, T, W) read as T rows of C * W features -> the trace."""
         x = self.first_input(images)
         drive = self.run_layer(INPUT, x, parameters)
@@ -57,7 +57,7 @@ class RNN(Network):
             z = drive[:, step] + recurrent(h)
             normed, state = self.norms[0](z, step)
             own, residue = self.activation.forward(normed)
-            h = self.width.gather(own) if step + 1 < drive.shape[1] else own
+            h = (yield from self.width.gather(own)) if step + 1 < drive.shape[1] else own
             after.append(own)
             residues.append(residue)
             states.append(state)
@@ -87,10 +87,10 @@ class RNN(Network):
         """Sequences (B, T, F), or the rows of images (B, C, T, W) as T steps of C * W features."""
         return images if images.dim() == 3 else images.transpose(1, 2).flatten(2)
 
-    def pullback(
-        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None = None,
-        jacobians: Jacobians = NO_JACOBIANS,
-    ) -> Deltas:  # fmt: skip
+    def pulling(
+        self, error: Tensor, gates: Gates, norms: States, feedback: Weight, local_gates: Gates | None,
+        jacobians: Jacobians,
+    ) -> Turns[Deltas]:  # fmt: skip
         """Error (B, classes) or (B, T, classes) -> deltas, back through time; see Network.pullback.
 
         With ``blocks=public`` a delta leaves out the path from the same step's output to the hidden weights.
@@ -111,7 +111,7 @@ class RNN(Network):
                 deltas.append(self.activation.pullback(local, local_gates[0][:, step]))
             pulled = self.norms[0].pullback(delta, _at(norms[0], step), step)
             if step or self.state is not None:
-                carry = self.width.scatter(self.layers[RECURRENT].transpose(pulled, recurrent))
+                carry = yield from self.width.scatter(self.layers[RECURRENT].transpose(pulled, recurrent))
         hidden = torch.stack(deltas[::-1], 1)
         return [hidden, hidden, error, carry][: len(self.layers)]
 
