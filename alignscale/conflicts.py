@@ -46,6 +46,12 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
             f"parallel.width={config.parallel.width}: expected 1 with log.alignment_every or analysis.track_errors, "
             "which look at whole layers; tools/alignment.py looks at a checkpoint of a shared network"
         )
+    stage = getattr(config.engine, "zero_stage", 1)
+    if config.parallel.overlap and (config.parallel.width == 1 or net.norm == "batch" or stage == 3):
+        yield (
+            "parallel.overlap=true: expected parallel.width above 1, net.norm=none or calibrated and engine.zero_stage "
+            f"below 3, found {config.parallel.width}, {net.norm} and {stage}; leave it false"
+        )
     if config.form == "dual":
         yield from _dual_conflicts(config)
     if isinstance(data, AddConfig):

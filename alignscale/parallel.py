@@ -194,7 +194,7 @@ class Mesh:
     def of(cls, ranks: Ranks, width: int, units: int, overlap: bool = False) -> "Mesh":
         """``width`` ranks to a network of ``units`` in every hidden layer; a collective of all ranks.
 
-        overlap: their exchanges and what they compute.
+        overlap: as ``Width`` has it.
 
         Raises ConfigError for a mesh that there cannot be.
         """

@@ -59,7 +59,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         check_size(learner.net, len(train), train.shape, train.classes)
     made_with = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size, **versions()}
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
-    made_with |= {"width_ranks": mesh.width.ranks.size}
+    made_with |= {"width_ranks": mesh.width.ranks.size, **({"overlap": True} if mesh.width.overlap else {})}
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))

@@ -53,7 +53,7 @@ class Plan:
     def turns(self) -> int:
         """Messages of an exchange of activations: those of the whole batch, or of each half."""
         mixed = self.net.norm == "batch" or getattr(self.net, "initial_state", "") == "trained"
-        return 2 if self.overlap and self.stage < 3 and not mixed and self.batch >= 2 * self.data else 1
+        return 2 if self.overlap and self.stage < 3 and not mixed and -(-self.batch // self.data) > 1 else 1
 
 
 def plan_of(config: TrainConfig, shape: tuple[int, ...], classes: int, width: int, data: int, itemsize: int) -> Plan:

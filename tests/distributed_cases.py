@@ -137,12 +137,13 @@ def learner(case: Case, engine: EngineConfig, ranks: Ranks, width: int = 1) -> L
     optim = OPTIMS[case.optim]
     if (case.net, case.norm, case.rule) in DIVERGES:
         optim = dataclasses.replace(optim, lr=optim.lr / 10)
-    keeping = case.options if case.options in ("partitioned", "regenerated") else "stored"
+    words = case.options.split("+")
+    keeping = next((word for word in words if word in ("partitioned", "regenerated")), "stored")
     made = Learner(
         net, shape, 3, rule, optim, seed=1, frozen_weights=keeping, engine=engine,
-        mesh=Mesh.of(ranks, width, net.width, case.options == "overlap"),
+        mesh=Mesh.of(ranks, width, net.width, "overlap" in words),
         state_rows=BATCH, sync_norm=case.options != "own-moments",
-        precision=case.options if case.options in HALF else "fp32",
+        precision=next((word for word in words if word in HALF), "fp32"),
     )  # fmt: skip
     if case.norm == "calibrated":
         made.calibrate(images(shape))

@@ -18,7 +18,7 @@ from alignscale.choices import (
     WebDatasetConfig,
 )
 from alignscale.choices_schedule import StepConfig
-from alignscale.config import TrainConfig, difference, digest, run_name
+from alignscale.config import ParallelConfig, TrainConfig, difference, digest, run_name
 from alignscale.validation import validate
 
 
@@ -85,6 +85,8 @@ def change(path: str, value: object) -> Callable[[TrainConfig], None]:
         ("evaluation.splits", ["validation"], "validation needs data.validation above 0"),
         ("checkpoint.best", "train", "checkpoint.best=train: expected a split that is evaluated, one of test"),
         ("checkpoint.every_minutes", -1.0, "checkpoint.every_minutes=-1.0"),
+        ("parallel", ParallelConfig(overlap=True), "parallel.width above 1, .* found 1, "),
+        ("parallel", ParallelConfig(2, overlap="yes"), "parallel.overlap=.yes.: expected bool, found str"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_value_is_named_with_the_valid_ones(path: str, value: object, message: str) -> None:

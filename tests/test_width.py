@@ -35,19 +35,20 @@ DEEP = ["engine=deepspeed", "net.width=33", "net.depth=3"]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[dict[str, Any]]]:
     """The rows of tests/width_cases.py for a number of ranks, made once."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[Any, list[dict[str, Any]]] = {}
     folder = tmp_path_factory.mktemp("rows")
 
     def of(ranks: int, widths: str, *options: str) -> list[dict[str, Any]]:
-        if ranks not in found:
+        if (ranks, options) not in found:
             path = folder / f"{ranks}.json"
             done = subprocess.run(
                 torchrun(ranks, "tests/width_cases.py", str(path), widths, *options),
-                cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=3000, check=False,
+                cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+                timeout=7000 if options else 1100,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-5000:]
-            found[ranks] = json.loads(path.read_text())
-        return found[ranks]
+            found[ranks, options] = json.loads(path.read_text())
+        return found[ranks, options]
 
     return of
 
@@ -110,9 +111,7 @@ def test_a_sharded_run_is_the_unsharded_one_and_goes_on_at_another_width(tmp_pat
     whole = alone(f"run.dir={tmp_path / 'whole'}", "epochs=2", "net.norm=calibrated", *DEEP[1:])
     assert whole.returncode == 0, whole.stderr
 
-    for number, (ranks, extra) in enumerate(
-        [(2, ["parallel.width=2"]), (4, ["parallel.width=2", "engine.zero_stage=3"])]
-    ):
+    for number, (ranks, extra) in enumerate([(2, ["parallel.overlap=true"]), (4, ["engine.zero_stage=3"])]):
         one = tmp_path / str(number)
         done = run(ranks, "epochs=2", "net.norm=calibrated", *DEEP, "parallel.width=2", *extra, f"run.dir={one}")
         assert done.returncode == 0, done.stderr
@@ -233,6 +232,11 @@ def test_a_bad_mesh_ends_a_run_with_one_line_and_nothing_written(tmp_path: Path)
     done = run(2, f"run.dir={tmp_path / 'run'}", "parallel.width=3")
     assert done.stderr.count("error: parallel.width=3: expected one of 1, 2, found 2 ranks") == 1
     assert not (tmp_path / "run").exists()
+    for option, found in (("net.norm=batch", "2, batch and 1"), ("engine.zero_stage=3", "2, none and 3")):
+        options = ["parallel.width=2", "parallel.overlap=true", "engine=deepspeed", option]
+        done = run(2, f"run.dir={tmp_path / 'run'}", *options)
+        assert done.stderr.count("error: parallel.overlap=true: expected parallel.width above 1, ") == 1, done.stderr
+        assert f"found {found}; leave it false" in done.stderr
     options = ["net=rnn", "net.initial_state=trained", "parallel.width=2", "evaluation.batch_size=30"]
     trained = subprocess.run(
         torchrun(2, "launch/train.py", *options, f"run.dir={tmp_path / 'run'}"),

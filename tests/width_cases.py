@@ -67,11 +67,9 @@ def overlapped() -> list[Case]:
     rules = ("backprop", "align_ada", "align_zero", "align_prop", "sign_symmetric/fixed")
     nets = itertools.cycle(("mlp", "conv3", "conv7", "rnn"))
     cases = [Case(next(nets), "calibrated", rule, stage, options="overlap") for stage in range(3) for rule in rules]
-    return [
-        *cases,
-        Case("mlp", "batch", "align_ada", 1, options="overlap"),
-        Case("mlp", "none", "align_ada", 3, options="overlap"),
-    ]
+    others = (("mlp", "batch", 1, ""), ("mlp", "none", 3, ""), ("conv3", "none", 1, "+partitioned"))
+    others += (("conv3", "none", 2, "+regenerated"), ("rnn", "none", 1, "+partitioned"), ("mlp", "none", 1, "+bf16"))
+    return cases + [Case(net, norm, "align_ada", stage, options=f"overlap{how}") for net, norm, stage, how in others]
 
 
 def row(case: Case, ranks: Ranks, width: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     steps: dict[Contender, Callable[[], None]] = {("plain", None, None): plain}
     frozen: dict[Contender, float] = {}
     predicted: dict[Contender, float] = {}
-    built: dict[Contender, float] = {}
+    built: dict[Contender, float | None] = {}
     with ExitStack() as held:
         for rule in wanted:
             forms = arguments.jacobian if RULES[rule].reads_jacobian else [None]

@@ -62,13 +62,16 @@ def cached_step(
     return step, cache
 
 
-def build_ratio(cache: Cache, batch: Batch, rounds: int) -> float:
+def build_ratio(cache: Cache, batch: Batch, rounds: int) -> float | None:
     """What the making of a cache computes, over the initial network's own passes that it needs: the median of a few.
 
-    That is a forward pass, and a pullback for each class where a layer is explicit; what it adds is what it keeps.
+    That is a forward pass, and a pullback for each class where a layer is explicit; what it adds is what it keeps. None
+    where there is nothing to make.
     """
     form, frozen = cache.chosen(), cache.frozen
     rows, device = torch.arange(len(batch.images)), batch.images.device
+    if form.sites[0] == "live":
+        return None
 
     def built() -> object:
         return list(chunks(frozen, form, iter([(batch, rows, rows)]), lambda: None))
@@ -76,7 +79,9 @@ def build_ratio(cache: Cache, batch: Batch, rounds: int) -> float:
     def passes() -> None:
         trace = frozen.trace(batch.images)
         for label in range(trace.logits.shape[1] if "explicit" in form.sites else 0):
-            frozen.pullback(torch.eye(trace.logits.shape[1], device=device)[label].expand_as(trace.logits), trace)
+            error = torch.zeros_like(trace.logits)
+            error[:, label] = 1.0
+            frozen.pullback(error, trace)
 
     pairs = [(clocked(built, device), clocked(passes, device)) for _ in range(rounds + 1)]
     return statistics.median(ours / needed for ours, needed in pairs[1:])

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Two machines on one: runs a Python script under torchrun as two nodes of one rank each, in network namespaces of their
-# own that a link of so many bits a second joins. Needs root, or a user namespace: unshare -r tools/two_nodes.sh ...
+# own that a link of so many bits a second joins. Needs root, or a user namespace (unshare -r tools/two_nodes.sh ...), and
+# ip and tc of iproute2 with the kernel's tbf.
 #
 #     tools/two_nodes.sh 1gbit tools/bench_step.py --distributed --parallel-width 2 --net mlp --width 4096 --batch 256
 set -euo pipefail
@@ -17,7 +18,7 @@ run=("${PYTHON:-.venv/bin/python}" -m torch.distributed.run --nnodes=2 --nproc-p
 ip link set lo up
 unshare --net sleep infinity &
 other=$!
-trap 'kill $other' EXIT
+trap 'kill $(jobs -p)' EXIT
 until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
 ip link add link0 type veth peer name link1 netns "$other"
 ip addr add 10.94.0.1/24 dev link0

@@ -4,6 +4,7 @@ For ``bench_step.py --distributed --parallel-width K``. Peaks are of the process
 """
 
 import argparse
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from alignscale.parallel import Mesh
 from alignscale.traffic import Plan, exchanges
 from alignscale.types import Batch
 
-ROUNDS = 6
+ROUNDS = 7
 """Of a step without overlap and one with it; the first warms up."""
 
 
@@ -57,26 +58,28 @@ def measured(plan: Plan, batch: Batch, mesh: Mesh) -> dict[str, Any]:
     peak = max(mesh.everyone.objects(resident() - before))
     group = mesh.width.ranks.group
     counts = collective_bytes.within(group) if group is not None else {}
-    plain, overlapped = taking_turns(learner, batch, mesh)
+    turns = replace(plan, overlap=True).turns if mesh.width.ranks.size > 1 else 1
+    plain, overlapped = taking_turns(learner, batch, mesh, turns > 1)
+    ratios = [after / before for before, after in zip(plain, overlapped, strict=False)]
     expected = [one for one in exchanges(plan) if one.over == "width"]
     return {
         "net": plan.net.name, "units": plan.net.width, "batch": plan.batch, "rule": plan.rule,
         "width": plan.width, "data": plan.data, "zero_stage": plan.stage,
         "peak_bytes": peak, "calculated_bytes": sum(memory(plan).values()), "memory": memory(plan),
         "width_bytes": sum(moved for _, moved in counts.values()),
-        "seconds": statistics.median(plain), "seconds_overlapped": statistics.median(overlapped),
-        "overlapped_ratio": statistics.median(b / a for a, b in zip(plain, overlapped, strict=True)),
+        "seconds": statistics.median(plain),
+        "overlapped_ratio": statistics.median(ratios) if ratios else None,
         "width_messages": sum(messages for messages, _ in counts.values()),
         "calculated_width_bytes": sum(one.bytes for one in expected),
         "calculated_width_messages": sum(one.messages for one in expected), "traffic": table(plan),
     }  # fmt: skip
 
 
-def taking_turns(learner: Learner, batch: Batch, mesh: Mesh) -> tuple[list[float], list[float]]:
+def taking_turns(learner: Learner, batch: Batch, mesh: Mesh, overlaps: bool) -> tuple[list[float], list[float]]:
     """Seconds of steps that wait for each exchange, and of as many, in turn with them, that overlap it with compute."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(ROUNDS):
-        for overlap in seconds:
+    for number in range(ROUNDS):
+        for overlap in ([False, True], [True, False])[number % 2] if overlaps else [False]:
             learner.net.width = replace(learner.net.width, overlap=overlap)
             mesh.everyone.objects(None)  # begin together
             begin = time.perf_counter()
@@ -93,7 +96,7 @@ def width_table(found: list[dict[str, Any]]) -> str:
         f"{one['zero_stage']:4d} {one['rule']:24s} {one['peak_bytes'] / 2**20:9.1f} "
         f"{one['calculated_bytes'] / 2**20:9.1f} {one['width_bytes']:14,d} {one['calculated_width_bytes']:14,d} "
         f"{one['width_messages']:8d} {one['calculated_width_messages']:5d} {1000 * one['seconds']:9.1f} "
-        f"{one['overlapped_ratio']:10.3f}"
+        f"{one['overlapped_ratio'] or math.nan:10.3f}"
         for one in found
     ]
     for one in found:

@@ -38,7 +38,7 @@ class LayeredNet(Network):
             own, residue = self.activation.forward(x)
             residues.append(residue)
             norms.append(state)
-            a = (yield from self.width.gather(own)) if index + 1 < self.readout else own
+            a = (yield from self.width.gather(own)) if index + 1 < self.readout else (yield from _turn(own))
         features = a if self.flat else a.mean((2, 3))
         inputs.append(features)
         return Trace(inputs, residues, norms, self.run_layer(self.readout, features, parameters))
@@ -61,7 +61,7 @@ class LayeredNet(Network):
             above, last = index + 1, index + 1 == self.readout
             pulled = delta if last else self.norms[above].pullback(delta, norms[above])
             signal = self.layers[above].transpose(pulled, feedback(above))
-            signal = self._spread(signal) if last else (yield from self.width.scatter(signal))
+            signal = yield from _turn(self._spread(signal)) if last else self.width.scatter(signal)
             deltas[index] = delta = self.activation.pullback(signal, gates[index])
             if last and local_gates is not None:
                 deltas[index] = self.activation.pullback(signal, local_gates[index])
@@ -75,6 +75,12 @@ class LayeredNet(Network):
         assert isinstance(last, Conv)
         _, height, width = last.outputs
         return (signal / (height * width))[:, :, None, None].expand(-1, -1, height, width)
+
+
+def _turn(own: Tensor) -> Turns[Tensor]:
+    """No exchange, but another's turn: all parts of a batch are at the same layer, whose weight is asked for once."""
+    yield
+    return own
 
 
 def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int, width: Width = ALL_UNITS) -> LayeredNet:

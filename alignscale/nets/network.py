@@ -5,16 +5,16 @@ activation (after its norm); a feed-forward network has one per hidden layer, a 
 numbered in order, ``sites[l]`` is the site that layer l writes to, None for the readout (and for a trained state).
 """
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignscale.choices import NetConfig
+from alignscale.distributed import Made
 from alignscale.nets.activations import ACTIVATIONS, gpu_kernels
 from alignscale.nets.layers import Layer, Linear
 from alignscale.nets.norms import BatchNorm, Norm, make_norm
@@ -59,6 +59,20 @@ def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
 def _joined(parts: Sequence[list[Tensor]]) -> list[Tensor]:
     """Layer by layer one tensor from those of the parts of a batch, which are let go of."""
     return [torch.cat([one.pop(0) for one in parts]) for _ in range(len(parts[0]))]
+
+
+def _once(make: Callable[[int], Made], keep: bool) -> Callable[[int], Made]:
+    """``make``, which may take long or ask other ranks, once for all parts of a batch; keep: also what came before."""
+    kept: dict[int, Made] = {}
+
+    def made(index: int) -> Made:
+        if index not in kept:
+            if not keep:
+                kept.clear()
+            kept[index] = make(index)
+        return kept[index]
+
+    return made
 
 
 def _part(gates: Gates, part: slice) -> Gates:
@@ -112,7 +126,7 @@ class Network(nn.Module, ABC):
         """
         parts = self._parts(len(images))
         if len(parts) > 1 and parameters is not None:
-            parameters = functools.lru_cache(2)(parameters)  # which may be made anew, or come from other ranks
+            parameters = _once(parameters, self.recurrent)
         traces = in_turn([self.tracing(images[part], parameters) for part in parts])
         if len(traces) == 1:
             return traces[0]
@@ -125,7 +139,7 @@ class Network(nn.Module, ABC):
     def _parts(self, examples: int) -> list[slice]:
         """The parts of a batch that take turns: halves, if there is an exchange to overlap and they do not mix."""
         mixed = self.state is not None or any(isinstance(norm, BatchNorm) for norm in self.norms)
-        if mixed or not self.width.overlap or examples < 2:
+        if mixed or not self.width.overlap or self.width.ranks.size == 1 or examples < 2:
             return [slice(examples)]
         return [slice(examples // 2), slice(examples // 2, examples)]
 
@@ -150,7 +164,7 @@ class Network(nn.Module, ABC):
         """
         parts = [slice(len(error))] if jacobians else self._parts(len(error))
         if len(parts) > 1:
-            feedback = functools.lru_cache(2)(feedback)
+            feedback = _once(feedback, self.recurrent)
         local = [local_gates and _part(local_gates, part) for part in parts]
         works = zip(parts, local, strict=True)
         found = in_turn(
