@@ -64,7 +64,7 @@ def pairwise() -> list[Case]:
 
 def overlapped() -> list[Case]:
     """Halves of a batch that take turns, on each net; with norm batch and at stage 3 they do not."""
-    rules = ("backprop", "align_ada", "align_zero", "align_prop", "sign_symmetric/fixed")
+    rules = ("align_ada", "backprop", "align_zero", "align_prop", "sign_symmetric/fixed")
     nets = itertools.cycle(("mlp", "conv3", "conv7", "rnn"))
     cases = [Case(next(nets), "calibrated", rule, stage, options="overlap") for stage in range(3) for rule in rules]
     others = (("mlp", "batch", 1, ""), ("mlp", "none", 3, ""), ("conv3", "none", 1, "+partitioned"))
