@@ -282,8 +282,8 @@ def test_jobs_that_are_preempted_and_then_lose_a_node_go_on_to_the_same_weights_
 def test_jobs_at_their_time_limit_save_and_go_on_whatever_starts_their_ranks(cluster: Cluster, tmp_path: Path) -> None:
     ours, other = tmp_path / "submitit", tmp_path / "torchrun"
     other.mkdir()
-    second = sbatch(cluster, other, "--time=1", "--signal=USR2@15", *ENDLESS)
-    first = begin(cluster, ours, "cluster.minutes=1", "cluster.warning=15", *ENDLESS)
+    second = sbatch(cluster, other, "--time=2", "--signal=USR2@15", *ENDLESS)
+    first = begin(cluster, ours, "cluster.minutes=2", "cluster.warning=15", *ENDLESS)
     log = ours / f"jobs/{first}_0_log.out"
     until(cluster, ours, lambda: "resumed after step" in log.read_text(), first)
     until(cluster, other, lambda: "resumed after step" in (other / "out").read_text(), second)

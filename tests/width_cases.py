@@ -106,7 +106,7 @@ def counted(
     net: str, rule: str, form: str, inputs: str, stage: int, ranks: Ranks, width: int, options: str = ""
 ) -> dict[str, Any]:
     """A step's real collectives beside those of alignscale/traffic.py, and how far the update is from one process's."""
-    config, shape = NETS[net]
+    config, shape = dataclasses.replace(NETS[net][0], norm="none"), NETS[net][1]
     case = Case(net, "none", rule, stage, options=options)
     settings = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if stage == 3 else {}
     made = learner(case, DeepSpeedConfig(zero_stage=stage, extra=settings), ranks, width)
