@@ -110,7 +110,7 @@ def test_two_ranks_train_as_one_process_and_a_killed_run_goes_on_on_other_ranks(
     )
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     run(0, *given, f"run.dir={alone}")
-    words = ["engine=deepspeed", "engine.timeout=30", f"run.dir={killed}"]
+    words = ["engine=deepspeed", "engine.timeout=150", f"run.dir={killed}"]
     ranks = command(2, *given, *words, python=sys.executable)
     kill_after(killed, 10, subprocess.Popen(ranks, cwd=ROOT, env=OWN_PYTHON, stdout=NOTHING, stderr=NOTHING))
     reached = int(complete(killed / "checkpoints")[-1].name[5:])
