@@ -10,9 +10,9 @@ import pytest
 import torch
 from run_cases import config, silent
 from safetensors.torch import load_file, save_file
+from tangent_kernel import label_alignment, tangent
 
 from alignscale import checkpoint
-from alignscale.analysis.movement import label_alignment, tangent
 from alignscale.choices import ConvConfig, MLPConfig
 from alignscale.config import AnalysisConfig, LogConfig, TrainConfig
 from alignscale.nets import build

@@ -20,11 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from tangent_kernel import label_alignment, tangent
 from torch import Tensor
 
 from alignscale import checkpoint, observe
 from alignscale.analysis.finite import all_finite
-from alignscale.analysis.movement import gates_moved, label_alignment, relative, tangent
+from alignscale.analysis.movement import gates_moved, relative
 from alignscale.analysis.updates import weight_updates
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ENGINES, ConfigError
