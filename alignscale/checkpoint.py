@@ -4,18 +4,25 @@ A checkpoint is a folder ``step-<update>`` with the weights, the optimizer's sta
 initial network is not in it: it comes from the seed, before a restore, and the manifest's fingerprint must match it.
 """
 
+import collections
 import hashlib
+import inspect
 import json
 import re
 import shutil
+import struct
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
+from alignscale.analysis.finite import all_finite
 from alignscale.config import refuse_difference
+from alignscale.distributed import ALONE, Ranks
 from alignscale.files import sync, write_atomic
 
 FORMAT = 2
@@ -26,41 +33,92 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], about: dict[str, Any], keep: int) -> Path:
-    """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and the best.
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""What a checkpoint holds: ``model``, whose names are the network's, and ``optimizer``, ``<place>.<state>``."""
+Makers = Mapping[str, Mapping[str, Callable[[], Tensor]]]
+"""The same before it is in memory. All ranks call, in order: each call makes a tensor as it is now, on the first rank
+whole; it may be the live one."""
 
-    tensors: of each file, ``model`` and ``optimizer``. about: goes into the manifest: ``fingerprint``, ``config`` (the
-    defining options), ``examples`` (digests of the splits), ``made_with`` and ``progress``, whose ``best`` is the step
-    of the best checkpoint.
-    Raises OSError (a full disk, say) with the checkpoints before it untouched.
+
+def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: int, ranks: Ranks = ALONE) -> None:
+    """Write ``folder/step-<step>`` and then remove all but the newest ``keep`` and the best; called by all ranks.
+
+    about: goes into the manifest: ``fingerprint``, ``config`` (the defining options), ``examples`` (digests of the
+    splits), ``made_with`` and ``progress``, whose ``best`` is the step of the best checkpoint.
+    Raises OSError (a full disk, say) or FloatingPointError on all ranks, with the checkpoints before it untouched.
     """
-    final = folder / _name(step)
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    final, problem = folder / _name(step), None
+    partial = final.with_name(f".{final.name}.partial")
+    coming = (make() for makers in tensors.values() for make in makers.values())
     try:
-        sums = {}
-        for name, values in tensors.items():
-            path = partial / f"{name}.safetensors"
-            try:
-                save_file({key: value.detach().contiguous().cpu() for key, value in values.items()}, path)
-            except SafetensorError as problem:
-                raise OSError(f"{path}: {problem}") from problem
-            sums[path.name] = _checksum(path)
-            sync(path)
-        manifest = sealed({"format": FORMAT, "step": step, "files": sums, **about})
-        write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.first:
+            problem = _write(partial, tensors, coming)
+        collections.deque(coming, maxlen=0)  # the other ranks are under way to the last one
+        ranks.of_first(lambda: _complete(partial, final, {"format": FORMAT, "step": step, **about}, keep, problem))
+    except BaseException as error:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(final)
         raise
-    sync(folder)
-    for old in complete(folder)[:-keep]:
+
+
+def _write(
+    partial: Path, parts: Mapping[str, Collection[str]], coming: Generator[Tensor, None, None]
+) -> Exception | None:
+    """What went wrong in writing the tensors that come. Raises what went wrong in making them."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for part, names in parts.items():
+            _write_tensors(partial / f"{part}.safetensors", names, coming)
+    except Exception as error:
+        if inspect.getgeneratorstate(coming) == inspect.GEN_CLOSED:  # which other ranks do not wait for
+            raise
+        return error.with_traceback(None)  # whose frames hold a tensor
+    return None
+
+
+def _write_tensors(path: Path, names: Collection[str], coming: Iterator[Tensor]) -> None:
+    """A safetensors file of the next tensors that come, of which one at a time is in memory.
+
+    How large they are shows when they come, so the header goes into a room that is kept for it. A reader maps the
+    file, so no type may come after one of fewer bytes.
+    """
+    room = 8 * (1 + sum(len(json.dumps(name)) // 8 + 25 for name in names))
+    about, end = {}, 0
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for name in names:
+            own = next(coming).detach().cpu().contiguous()
+            begin, end = end, end + own.nbytes
+            if path.stem == "model" and not all_finite([own]):
+                raise FloatingPointError(f"{path}: expected finite numbers, found others in {name}")
+            kind = json.loads(serialized({name: own.flatten()[:0]})[8:])[name]["dtype"]
+            about[name] = {"dtype": kind, "shape": [*own.shape], "data_offsets": [begin, end]}
+            file.write(own.flatten().view(torch.uint8).numpy().data)
+            del own  # before the next one comes
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + json.dumps(about).encode().ljust(room))
+
+
+def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int, problem: Exception | None) -> None:
+    """Make what was written a checkpoint, and take old ones away; or raise the problem that there was."""
+    if problem is not None:
+        raise problem
+    paths = sorted(partial.iterdir())
+    for path in paths:
+        sync(path)
+        load_file(path)  # maps it, if it is as it should be
+    manifest = sealed({**about, "files": {path.name: _checksum(path) for path in paths}})
+    write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync(final.parent)
+    for old in complete(final.parent)[:-keep]:
         if old.name != _name(about["progress"]["best"]):
             _remove(old)
-    return final
 
 
 def _name(step: int | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignscale.checkpoint import Makers, Tensors
 from alignscale.choices import AdamConfig, ConfigError, OptimConfig, SGDConfig
 from alignscale.rules import Rule
 from alignscale.types import Batch, StepOutput
@@ -51,10 +52,6 @@ def pull_to_start(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], c
     optimizer.register_step_pre_hook(pull)
 
 
-Tensors = dict[str, dict[str, Tensor]]
-"""What a checkpoint holds: ``model``, whose names are the network's, and ``optimizer``, ``<place>.<state>``."""
-
-
 class Engine(ABC):
     """Runs a rule, and turns its surrogates into updates."""
 
@@ -78,8 +75,8 @@ class Engine(ABC):
         """Forget the gradient without an update."""
 
     @abstractmethod
-    def state(self) -> Tensors:
-        """Weights, norms and the optimizer's state, whole, on the first rank; called by all."""
+    def state(self) -> Makers:
+        """Weights, norms and the optimizer's state, to be made one after the other; called by all."""
 
     @abstractmethod
     def load(self, tensors: Tensors) -> None:
@@ -128,11 +125,13 @@ class LocalEngine(Engine):
         """Forget the gradient without an update."""
         self.optimizer.zero_grad()
 
-    def state(self) -> Tensors:
+    def state(self) -> Makers:
         """As they are, not copies."""
         states = self.optimizer.state_dict()["state"].items()
         pairs = [(f"{place}.{key}", value) for place, own in states for key, value in own.items()]
-        return {"model": self.rule.saved(), "optimizer": {key: v for key, v in pairs if v is not None}}
+        pairs = [pair for pair in pairs if pair[1] is not None]
+        found = {"model": self.rule.saved().items(), "optimizer": sorted(pairs, key=lambda pair: -pair[1].itemsize)}
+        return {part: {name: value.detach for name, value in own} for part, own in found.items()}
 
     def load(self, tensors: Tensors) -> None:
         """Set weights, norms and the optimizer's state."""

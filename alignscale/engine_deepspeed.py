@@ -5,15 +5,17 @@ computes in the precision of what it reads, as in one process.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignscale import engine_zero as zero
+from alignscale.checkpoint import Makers, Tensors
 from alignscale.choices import AdamConfig, ConfigError, DeepSpeedConfig, OptimConfig, SGDConfig
-from alignscale.engine import Engine, Tensors, make_optimizer, pull_to_start
+from alignscale.engine import Engine, make_optimizer, pull_to_start
 from alignscale.parallel import Mesh
 from alignscale.rules import Rule
 from alignscale.types import Batch, StepOutput
@@ -60,7 +62,7 @@ class DeepSpeedEngine(Engine):
         super().__init__(rule)
         zero.check_version()
         zero.logger.setLevel(logging.ERROR)
-        self.mesh, self.first, self.stage = mesh, mesh.everyone.first, config.zero_stage
+        self.mesh, self.stage = mesh, config.zero_stage
         self.shares = rule.net.shares()
         names = {parameter: name for name, parameter in rule.net.named_parameters()}
         self.names = [names[parameter] for parameter in rule.trained()]
@@ -106,30 +108,29 @@ class DeepSpeedEngine(Engine):
         """Forget the gradient without an update."""
         self.engine.optimizer.zero_grad()
 
-    def state(self) -> Tensors:
-        """Whole tensors, on the first rank; a collective of all."""
+    def state(self) -> Makers:
+        """Whole on the first rank, gathered when it is asked for; each is a collective of all ranks."""
         model = {
-            name: self._kept(zero.whole_weight(parameter, self.stage), name)
+            name: partial(self._whole, name, zero.whole_weight, parameter, self.stage)
             for name, parameter in self.rule.net.named_parameters()
         }
-        model |= {name: self._kept(buffer, name) for name, buffer in self.rule.net.named_buffers()}
+        model |= {name: partial(self._whole, name, Tensor.detach, own) for name, own in self.rule.net.named_buffers()}
         optimizer = {
-            f"{index}.{key}": self._kept(zero.whole_state(self.engine, parameter, key, self.stage), name)
+            f"{index}.{key}": partial(self._whole, name, zero.whole_state, self.engine, parameter, key, self.stage)
             for index, (parameter, name) in enumerate(self._trained())
             for key in self.keys
         }
         if self.counts:
             states = zero.inner(self.engine, self.stage).state
             steps = next(iter(states.values()))["step"]
-            optimizer |= {f"{index}.step": steps.detach().to("cpu", copy=True) for index, _ in enumerate(self.names)}
-        return {"model": model, "optimizer": optimizer} if self.first else {"model": {}, "optimizer": {}}
+            optimizer |= {f"{index}.step": steps.clone for index, _ in enumerate(self.names)}
+        return {"model": model, "optimizer": optimizer}
 
     def _trained(self) -> Iterator[tuple[nn.Parameter, str]]:
         return zip(self.rule.trained(), self.names, strict=True)
 
-    def _kept(self, tensor: Tensor, name: str) -> Tensor:
-        whole = self.mesh.whole(tensor.detach(), self.shares[name])
-        return whole.to("cpu", copy=True) if self.first else tensor.new_empty(0)
+    def _whole(self, name: str, own: Callable[..., Tensor], *given: Any) -> Tensor:
+        return self.mesh.whole(own(*given).detach(), self.shares[name])
 
     def load(self, tensors: Tensors) -> None:
         """Set everything from the first rank's tensors; a collective of all."""

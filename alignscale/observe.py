@@ -45,18 +45,14 @@ def frozen_changes(learner: Learner, examples: Split, errors: Tensor, places: Te
 
     places: the examples that Sigma is a sum over. In batches of at most ``most``, whose moments norm batch takes.
     """
-    net, frozen, sums = learner.net, learner.fixed.frozen, None
+    net, frozen = learner.net, learner.fixed.frozen
+    sums: Changes = [None] * len(net.layers)
     for part in even_batches(len(places), most):
         batch = learner.encoding.batch(examples, places[part], 0)
         trace = frozen.trace(batch.images)
         deltas = frozen.pullback(errors[places[part]].to(trace.logits), trace)
         found = weight_updates(net, trace, deltas)
-        sums = (
-            found
-            if sums is None
-            else [a if a is None or b is None else a + b for a, b in zip(sums, found, strict=True)]
-        )
-    assert sums is not None
+        sums = [b if a is None or b is None else a + b for a, b in zip(sums, found, strict=True)]
     return sums
 
 

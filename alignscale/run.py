@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignscale import checkpoint
-from alignscale.analysis.finite import LOSS_ALONE, all_finite, first_not_finite
+from alignscale.analysis.finite import LOSS_ALONE, first_not_finite
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data import Split
 from alignscale.data.plan import Plan
@@ -84,10 +84,8 @@ class Run:
         """Write a checkpoint after update ``step``. Raises Diverged if a weight is not finite."""
         self.ranks.beat(step, "save")
         tensors = self.learner.engine.state()
-        if not self.ranks.of_first(lambda: all_finite(tensors["model"].values())):
-            self.diverge(step, "weight", None)
         if self.learner.errors is not None:
-            tensors = {**tensors, "errors": {"sums": self.errors()}}
+            tensors = {**tensors, "errors": {"sums": self.errors}}
         progress = {
             "best": (self.best() or {}).get("step"),
             "best_of": self.config.checkpoint.best,
@@ -98,7 +96,10 @@ class Run:
             "counts": self.counts,
         }
         about, folder = {**self.about, "progress": progress}, self.folder / "checkpoints"
-        self.ranks.of_first(lambda: checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep))
+        try:
+            checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep, self.ranks)
+        except FloatingPointError:
+            self.diverge(step, "weight", None)
         self.saved = time.monotonic()
 
     def errors(self) -> Tensor:

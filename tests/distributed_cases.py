@@ -178,7 +178,7 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     collective_bytes.reset()
     found = train(case, made)
     counted = dict(collective_bytes.COUNTED)
-    weights = made.engine.state()["model"]
+    weights = model_of(made)
     scores = made.evaluate(examples(case).images, examples(case).labels, 20)
     first = made.encoding.batch(examples(case), torch.arange(20), 0)
     cosines, psi = made.cosines(first), padded(made, ranks.size)
@@ -193,6 +193,11 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def model_of(made: Learner) -> dict[str, torch.Tensor]:
+    """Whole weights and norms on the first rank; a collective of all."""
+    return {name: make() for name, make in made.engine.state()["model"].items()}
+
+
 def alone(case: Case) -> dict[str, Any]:
     """What the local engine makes of a case, whatever the stage: from its file, or trained now."""
     config = (NETS[case.net], dataclasses.replace(case, stage=0))
@@ -202,7 +207,7 @@ def alone(case: Case) -> dict[str, Any]:
         losses, data = train(case, made), examples(case)
         scores = made.evaluate(data.images, data.labels, 20)
         cosines = made.cosines(made.encoding.batch(data, torch.arange(20), 0))
-        weights = made.engine.state()["model"]
+        weights = model_of(made)
         torch.save({"losses": losses, "weights": weights, "scores": scores, "cosines": cosines}, kept)
     found: dict[str, Any] = torch.load(kept)
     return found

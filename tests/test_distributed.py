@@ -343,6 +343,61 @@ def test_a_full_disk_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
     assert done.stderr.count("No space left on device") == 1, done.stderr[-3000:]
 
 
+def test_ranks_write_a_checkpoint_together_or_say_together_why_not(tmp_path: Path) -> None:
+    """Each tensor is a collective, and no rank holds two; a full disk, numbers that are not finite, a failing rank."""
+    (tmp_path / "save.py").write_text(f"""
+import pathlib, sys, weakref
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from alignscale import checkpoint
+from alignscale.distributed import joined
+folder, made, most = pathlib.Path({str(tmp_path)!r}), [], 0
+def maker(name, value=1.0, wrong=lambda: None):
+    def make():
+        global most
+        most = max(most, sum(one() is not None for one in made))
+        wrong()
+        whole = ranks.sum(torch.full((50_000,), value)).clone()  # gloo keeps the other one for a while
+        made.append(weakref.ref(whole))
+        return whole
+    return name, make
+with joined(torch.device("cpu"), 60.0) as ranks:
+    def save(step, *model):
+        tensors = {{"model": dict(model), "optimizer": dict(maker(name) for name in "xyz")}}
+        checkpoint.save(folder, step, tensors, {{"progress": {{"best": None}}}}, 2, ranks)
+    save(1, *map(maker, "abc"))
+    assert most == 0, most
+    def full():
+        if ranks.first:
+            (folder / ".step-000000002.partial/optimizer.safetensors").symlink_to("/dev/full")
+    def refuse():
+        if ranks.rank == 1:
+            raise ValueError("out of memory")
+    for step, kind, part in (2, OSError, maker("b", wrong=full)), (3, FloatingPointError, maker("b", torch.inf)):
+        try:
+            save(step, maker("a"), part, maker("c"))
+        except kind as problem:
+            print(f"<{{ranks.rank}}: {{problem}}>", flush=True)
+    try:
+        save(4, maker("a"), maker("b", wrong=refuse))
+    except Exception as problem:
+        print(f"<{{ranks.rank}}: {{ranks.explained(problem)}}>", flush=True)
+        sys.exit(3)
+""")
+    done = subprocess.run(
+        torchrun(2, str(tmp_path / "save.py")), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+        check=False,
+    )  # fmt: skip
+    said = sorted(re.findall("<(.*)>", done.stdout))
+    full = f"[Errno 28] No space left on device: '{tmp_path / 'step-000000002'}'"
+    assert [one for one in said if "space" in one] == [f"{rank}: {full}" for rank in (0, 1)], done
+    assert len([one for one in said if one.endswith("expected finite numbers, found others in b")]) == 2
+    assert [one for one in said if "memory" in one] == [f"{rank}: rank 1: out of memory" for rank in (0, 1)], done
+    assert [path.name for path in complete(tmp_path)] == ["step-000000001"]
+    assert (load_file(complete(tmp_path)[0] / "optimizer.safetensors")["z"] == 2).all()
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,14 @@
 """Claims about updates: decay, clipping and accumulation, against torch's optimizers on the same gradients."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from cases import RULE_NAMES, Case, close, make
 from torch import Tensor
 
+from alignscale import checkpoint
 from alignscale.choices import AdamConfig, ConfigError, OptimConfig, SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.types import Batch
@@ -84,6 +86,29 @@ def test_a_forgotten_gradient_leaves_no_trace() -> None:
     engine.forget()
     engine.step()
     assert all(torch.equal(a, b) for a, b in zip(before, built.net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_what_a_checkpoint_holds_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    """torch has Adam's float32 count of steps before its float64 states, which must not begin within 8 bytes."""
+    built = [make(Case("mlp")) for _ in range(2)]
+    engines = [
+        LocalEngine(one.rule("align_ada"), make_optimizer(TORCH[name][0], one.net.parameters())) for one in built
+    ]
+
+    def step(engine: LocalEngine) -> None:
+        engine.backward(engine(built[0].batch).surrogate)
+        engine.step()
+
+    step(engines[0])
+    checkpoint.save(tmp_path, 1, engines[0].state(), {"progress": {"best": None}}, 1)
+    (path,) = checkpoint.complete(tmp_path)
+    manifest = checkpoint.read_manifest(path)
+    engines[1].load({part: checkpoint.read(path, manifest, part) for part in ("model", "optimizer")})
+    for engine in engines:
+        step(engine)
+    for one, other in zip(built[0].net.parameters(), built[1].net.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_an_optimizer_of_another_kind_is_refused() -> None:

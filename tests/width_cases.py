@@ -19,7 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import collective_bytes  # before DeepSpeed
 import torch
 from cases import RULE_NAMES
-from distributed_cases import CHOSEN, HALF, NETS, STAGE_3, Case, alone, compared, examples, learner, pairs, train
+from distributed_cases import (
+    CHOSEN,
+    HALF,
+    NETS,
+    STAGE_3,
+    Case,
+    alone,
+    compared,
+    examples,
+    learner,
+    model_of,
+    pairs,
+    train,
+)  # fmt: skip
 
 from alignscale.choices import ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, RNNConfig
 from alignscale.distributed import Ranks, joined
@@ -80,7 +93,7 @@ def row(case: Case, ranks: Ranks, width: int) -> dict[str, Any]:
     made = learner(case, engine, ranks, width)
     start = all(ranks.objects(own_rows(made, whole)))
     found = train(case, made)
-    data, weights = examples(case), made.engine.state()["model"]
+    data, weights = examples(case), model_of(made)
     first = made.encoding.batch(data, torch.arange(20), 0)
     scores, cosines = made.evaluate(data.images, data.labels, 20), made.cosines(first)
     if not ranks.first:
@@ -135,8 +148,10 @@ def counted(
     for one in exchanges(plan):
         messages, total = expected[one.over][one.call]
         expected[one.over][one.call] = messages + one.messages, total + one.bytes
-    weights, wanted = made.engine.state()["model"], whole.engine.state()["model"]
-    off = [((weights[name] - one).norm() / one.norm().clamp(min=1)).item() for name, one in wanted.items() if weights]
+    weights, wanted = model_of(made), model_of(whole)
+    off = [
+        ((weights[name] - one).norm() / one.norm().clamp(min=1)).item() for name, one in wanted.items() if ranks.first
+    ]
     return {
         "case": f"{net}-{rule}-{form}-{inputs}-zero{stage}-{options}",
         "net": net, "rule": rule, "form": form, "inputs": inputs,

@@ -12,16 +12,14 @@ from alignscale.nets.network import Network
 LOSS_ALONE = "the loss alone: all layers' outputs are finite"
 
 
-def first_not_finite(net: Network, weights: Mapping[str, Tensor], forward: Callable[[], object]) -> str:
+def first_not_finite(net: Network, weights: Mapping[str, Callable[[], Tensor]], forward: Callable[[], object]) -> str:
     """The first of ``weights`` or, in ``forward``, of the layers' outputs of ``net`` that is not finite, in words."""
     where = None
     names = [f"layer {index} of {len(net.layers)} ({type(x).__name__})" for index, x in enumerate(net.layers, 1)]
-    for name, tensor in weights.items():
+    for name, make in weights.items():
         kind, place, *_ = *name.split("."), ""
-        if not all_finite([tensor]) and not place:
-            where = where or f"the {kind}"
-        if kind == "layers" and not all_finite([tensor]):
-            where = where or f"the weights of {names[int(place)]}"
+        if not all_finite([make()]) and (kind == "layers" or not place):
+            where = where or (f"the weights of {names[int(place)]}" if place else f"the {kind}")
     found: list[str] = []
 
     def look(name: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:

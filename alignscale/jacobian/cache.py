@@ -3,11 +3,11 @@
 It stands alone because the tool that makes caches and the training that reads them must ask for the same thing.
 """
 
-import dataclasses
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ SPARE = 0.8
 """The part of free memory that a cache may take."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Cache:
     """Of the initial network ``frozen`` at the examples ``train`` as ``encoding`` gives them to it."""
 
@@ -96,16 +96,14 @@ class Cache:
 
     def _form(self) -> Form:
         """As the options name it."""
-        return dataclasses.replace(
-            self._auto_form(), sites=Form.of(self.config.jacobian, self.frozen.net, self.inputs).sites
-        )
+        return replace(self._auto_form(), sites=Form.of(self.config.jacobian, self.frozen.net, self.inputs).sites)
 
     def _auto_form(self) -> Form:
         """What ``auto`` leaves to the options: all but the sites."""
-        gates = dataclasses.replace(self.config.jacobian, name="gates", layers=[])
+        gates = replace(self.config.jacobian, name="gates", layers=[])
         form = Form.of(gates, self.frozen.net, self.inputs)
         gathered = self.config.parallel.inputs == "gathered" and self.mesh.width.ranks.size > 1
-        return dataclasses.replace(form, gathered=bool(form.inputs and gathered))
+        return replace(form, gathered=bool(form.inputs and gathered))
 
     def make(self, show: Callable[[str], None]) -> None:
         """Make what is missing, in the form that was chosen when the cache was begun.
@@ -166,7 +164,7 @@ class Cache:
         options, net = self.config.jacobian, self.frozen.net
         if options.name != "auto" or options.layers:
             return self._form()
-        live = dataclasses.replace(self._auto_form(), sites=("live",) * len(net.shapes))
+        live = replace(self._auto_form(), sites=("live",) * len(net.shapes))
         if self.config.net.norm == "batch":
             return live
         best = self.candidates()["auto"]
@@ -176,7 +174,7 @@ class Cache:
         """Gates, explicit where the net has it, and the fastest mixture of both that fits."""
         options, net = self.config.jacobian, self.frozen.net
         forms = {
-            name: dataclasses.replace(self._auto_form(), sites=(name,) * len(net.shapes))
+            name: replace(self._auto_form(), sites=(name,) * len(net.shapes))
             for name in (("gates",) if net.recurrent or net.public else ("gates", "explicit"))
         }
         mixed = forms["gates"]
@@ -239,11 +237,8 @@ class Cache:
         """
         options, everyone, about, moments = self.config.jacobian, self.mesh.everyone, self.about, self.moments
         found = everyone.together(lambda: checked(self.folder, about, moments))
-        asked = (
-            self._form()
-            if options.layers or options.name != "auto"
-            else dataclasses.replace(self._auto_form(), sites=found.sites)
-        )
+        free = options.name == "auto" and not options.layers
+        asked = replace(self._auto_form(), sites=found.sites) if free else self._form()
         if found.sites[0] == "live" and asked.sites == found.sites:
             return None
         if found != asked:

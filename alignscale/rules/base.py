@@ -5,7 +5,7 @@ which layer inputs, and ``register`` it under a name.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -51,7 +51,7 @@ class Rule(nn.Module, ABC):
         """Weights and norms, for a checkpoint."""
         return self.net.state_dict()
 
-    def restore(self, model: dict[str, Tensor]) -> None:
+    def restore(self, model: Mapping[str, Tensor]) -> None:
         """Set what ``saved`` gave."""
         self.net.load_state_dict(model)
 

@@ -7,6 +7,7 @@ gives under its initial weights. It stands alone because no weight is ever writt
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class DualAlignZero(Rule):
         return {**found, COEFFICIENTS: self.coefficients.detach()}
 
     @torch.no_grad()
-    def restore(self, model: dict[str, Tensor]) -> None:
+    def restore(self, model: Mapping[str, Tensor]) -> None:
         """Set the coefficients; the initial weights come from the seed."""
         self.coefficients.copy_(model[COEFFICIENTS])
 

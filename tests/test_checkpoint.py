@@ -1,0 +1,112 @@
+"""Files of tensors that come one at a time, beside what safetensors itself reads and writes."""
+
+import errno
+import os
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignscale.checkpoint import MANIFEST, complete, read, read_manifest, save
+
+ABOUT: dict[str, Any] = {"progress": {"best": None}}
+
+
+class Coming(dict[str, Callable[[], Tensor]]):
+    """What makes tensors, which were made, and how many of them were in memory when the next one was asked for."""
+
+    def __init__(self, makers: dict[str, Callable[[], Tensor]]) -> None:
+        super().__init__({name: partial(self.make, name, maker) for name, maker in makers.items()})
+        self.asked, self.alive = list[str](), list[int]()
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def make(self, name: str, maker: Callable[[], Tensor]) -> Tensor:
+        self.alive.append(sum(one() is not None for one in self.made))
+        self.asked.append(name)
+        tensor = maker()
+        self.made.append(weakref.ref(tensor))
+        return tensor
+
+
+def ones(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.full(shape, 0.5)
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
+    made = torch.Generator().manual_seed(1)
+    tensors = {
+        'a "long" name, in Ω' * 9: torch.randn(3, 5, generator=made, dtype=torch.float64),
+        "scalar": torch.tensor(7.0, dtype=torch.float64),
+        "count": torch.arange(3),
+        "strided": torch.randn(4, 6, generator=made).T[1:],
+        "empty": torch.empty(0, 3),
+        "half": torch.randn(5, generator=made).bfloat16(),
+        "other half": torch.randn(3, 1, 1, 1, generator=made).half(),
+    }
+    save(tmp_path, 3, {"model": {name: one.detach for name, one in tensors.items()}, "optimizer": {}}, ABOUT, 2)
+    (path,) = complete(tmp_path)
+    found = load_file(path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert read(path, read_manifest(path), "optimizer") == {}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs")
+    assert all(torch.equal(theirs[name], found[name]) for name in tensors)
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    model = Coming({f"layers.{index}": ones(index + 1, 2) for index in range(5)})
+    optimizer = Coming({f"{index}.momentum": ones(index + 1, 2) for index in range(5)})
+    save(tmp_path, 3, {"model": model, "optimizer": optimizer}, ABOUT, 2)
+    assert model.asked == list(model)
+    assert optimizer.asked == list(optimizer)
+    assert model.alive == optimizer.alive == [0] * 5
+
+
+def test_a_full_disk_leaves_what_was_there_and_still_asks_for_the_rest(tmp_path: Path) -> None:
+    """/dev/full in the place of the second file: a rank that stopped asking would leave all others waiting."""
+    save(tmp_path, 3, {"model": {"weight": ones(3)}}, ABOUT, 2)
+    before = (complete(tmp_path)[0] / MANIFEST).read_bytes()
+
+    def full() -> Tensor:
+        (tmp_path / ".step-000000004.partial/other.safetensors").symlink_to("/dev/full")
+        return torch.ones(2)
+
+    model = Coming({**{f"a.{index}": ones(50_000) for index in range(3)}, "a.3": full})
+    other = Coming({f"b.{index}": ones(50_000) for index in range(4)})
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        save(tmp_path, 4, {"model": model, "other": other}, ABOUT, 2)
+    assert caught.value.filename == str(tmp_path / "step-000000004")
+    assert model.asked + other.asked == [*model, *other]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
+    assert (complete(tmp_path)[0] / MANIFEST).read_bytes() == before
+
+
+def test_an_error_in_the_making_is_raised_as_it_is_and_nothing_more_is_asked_for(tmp_path: Path) -> None:
+    def failing() -> Tensor:
+        raise RuntimeError("connection closed by peer")
+
+    model = Coming({"a": ones(2), "b": failing, "c": ones(2)})
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        save(tmp_path, 4, {"model": model}, ABOUT, 2)
+    assert model.asked == ["a", "b"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+    model = Coming({"a": ones(2), "b": lambda: torch.tensor([1.0, value]), "c": ones(2)})
+    with pytest.raises(FloatingPointError, match="found others in b"):
+        save(tmp_path, 4, {"model": model, "optimizer": {"0.state": torch.tensor(value).detach}}, ABOUT, 2)
+    assert model.asked == list(model)
+    assert list(tmp_path.iterdir()) == []
+    save(tmp_path, 4, {"model": {"a": ones(2)}, "optimizer": {"0.state": torch.tensor(value).detach}}, ABOUT, 2)
+    assert len(complete(tmp_path)) == 1
