@@ -17,7 +17,7 @@ from cases import RULE_NAMES
 from mesh_costs import flop, memory, seconds
 from run_cases import same, weights
 from safetensors.torch import load_file
-from test_distributed import ENVIRONMENT, ROOT, alone, check_equal, result, run, stopped, torchrun
+from test_distributed import ENVIRONMENT, ROOT, STAGES, alone, check_equal, result, run, stopped, torchrun
 
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig
 from alignscale.jacobian.form import Form
@@ -53,7 +53,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[
     return of
 
 
-STAGES = [f"zero{stage}" for stage in range(4)]
 MESHES = pytest.mark.parametrize(("ranks", "widths"), [(2, "2"), (4, "2,4")])
 
 
