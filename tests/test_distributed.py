@@ -245,7 +245,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_to_the_same_bit
 
 
 def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoint(tmp_path: Path) -> None:
-    options = ["epochs=4", "schedule=cosine", "optim.weight_decay=0.01", "optim.decay_towards=initial"]
+    options = ["epochs=3", "schedule=cosine", "optim.weight_decay=0.01", "optim.decay_towards=initial"]
     whole = alone(*options, f"run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     expected = torch.cat([one.flatten() for one in weights(tmp_path / "whole").values()])

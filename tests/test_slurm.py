@@ -41,6 +41,18 @@ if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "1":
 """
 
 
+PATIENT = """
+import time
+from alignscale.data.examples import Encoding
+encoded = Encoding.encoded
+def slow(self, split, images, one):
+    time.sleep(0.2)
+    return encoded(self, split, images, one)
+Encoding.encoded = slow
+"""
+"""A step takes its time, as a large network's, and leaves the processor to other tests."""
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """DeepSpeed's own extension is built before, or the jobs would build it, one after the other."""
@@ -196,11 +208,14 @@ def test_a_sweep_is_one_array_with_one_report_and_only_lost_members_go_again(clu
     assert results[0].exists()
 
 
+def python_path(folder: Path) -> str:
+    return f"cluster.setup=['export PYTHONPATH={folder}:$PYTHONPATH']"
+
+
 def test_a_rank_that_fails_by_itself_is_named_and_the_job_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     torchrun = sbatch(cluster, tmp_path, "--nodes=2", "epochs=1", "optim.lr=0.1", *ZERO, path=tmp_path)
-    setup = f"cluster.setup=['export PYTHONPATH={tmp_path}:$PYTHONPATH']"
-    done = submit(cluster, tmp_path, setup, "cluster.nodes=2", "--wait", *ZERO)
+    done = submit(cluster, tmp_path, python_path(tmp_path), "cluster.nodes=2", "--wait", *ZERO)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "rank 1 on node2: rank 1: shard-7.tar: key 0042: expected a JPEG, found text" in done.stderr
     assert restarts(cluster, done.stdout.split("job ")[1].split(":")[0]) == 0
@@ -289,8 +304,9 @@ def test_jobs_that_are_preempted_and_then_lose_a_node_go_on_to_the_same_weights_
 def test_jobs_at_their_time_limit_save_and_go_on_whatever_starts_their_ranks(cluster: Cluster, tmp_path: Path) -> None:
     ours, other = tmp_path / "submitit", tmp_path / "torchrun"
     other.mkdir()
-    second = sbatch(cluster, other, "--time=2", "--signal=USR2@15", *ENDLESS)
-    first = begin(cluster, ours, "cluster.minutes=2", "cluster.warning=15", *ENDLESS)
+    (tmp_path / "sitecustomize.py").write_text(PATIENT)
+    second = sbatch(cluster, other, "--time=2", "--signal=USR2@15", *ENDLESS, path=tmp_path)
+    first = begin(cluster, ours, "cluster.minutes=2", "cluster.warning=15", python_path(tmp_path), *ENDLESS)
     log = ours / f"jobs/{first}_0_log.out"
     until(cluster, ours, lambda: "resumed after step" in log.read_text(), first)
     until(cluster, other, lambda: "resumed after step" in (other / "out").read_text(), second)
