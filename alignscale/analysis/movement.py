@@ -1,6 +1,6 @@
 """How far training has moved a network from its start.
 
-It stands alone beside the alignment score, whose theory holds as far as these are small.
+It stands alone beside the alignment score, whose theory holds as far as a network moves little.
 """
 
 import math
