@@ -2,9 +2,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean
 
-# DeepSpeed compiles a part of itself when it starts. A folder of this clone's own keeps other builds out of it.
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
-
 python := .venv/bin/python
 
 help:

@@ -6,6 +6,7 @@ The other part is the port of alignscale/nets/layers.py, which lends a released 
 """
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -38,6 +39,10 @@ __all__ = ["DeepSpeedConfigError", "deepspeed", "logger"]
 VERSION = "0.19.8"
 for _call in ("all_gather_into", "reduce_scatter"):  # DeepSpeed's, which this torch has other names for
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.{_call}_tensor` is deprecated", FutureWarning)
+# What the first engine would do for calls that training never makes: compile an all-reduce of inference (a minute, on
+# CPUs) and an optimizer of DeepSpeed's own, for which it imports torch's compiler (2 s).
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+importlib.import_module("deepspeed.runtime.compiler").compile = lambda: _itself  # type: ignore[attr-defined]
 
 
 def check_version() -> None:

@@ -21,9 +21,8 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$(command -v -- "$python")" ] || { printf 'error: %s: expected an interpreter, found none; make setup, or PYTHON=...\n' "$python" >&2; exit 2; }
 ranks=${RANKS:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
 
-# A store that torchrun shares with the ranks outlives none of them when one is killed; DeepSpeed builds a part of itself.
+# A store that torchrun shares with the ranks outlives none of them when one is killed.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
 
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-3}" \
     --rdzv-backend=c10d --rdzv-endpoint="$host" --rdzv-id="${RUN_ID:-alignscale}" launch/train.py "$@"

@@ -131,7 +131,7 @@ def test_the_cost_is_said_before_pip_starts(clone: Clone) -> None:
 def test_versions_come_from_the_constraints(clone: Clone) -> None:
     clone.program("python3.12", PYTHON.replace('echo "$*" >>', 'echo "$* with $PIP_CONSTRAINT" >>'))
     clone.setup("base")
-    assert clone.calls("pip install") == ["-m pip install --no-input -e . with constraints.txt"]
+    assert clone.calls("pip install") == ["-m pip install --no-input --no-compile -e . with constraints.txt"]
 
 
 def test_a_second_run_is_up_to_date_and_asks_pip_nothing(clone: Clone) -> None:

@@ -24,8 +24,7 @@ from typing import Any
 
 COMMON = ["torch", "torch._dynamo", "sklearn.datasets", "matplotlib.pyplot", "hydra", "omegaconf", "jinja2", "yaml"]
 COMMON += ["tensorboard.summary.writer.record_writer"]
-MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # which ZeRO imports to know its name, and torch's compiler with it
-PACKAGES = {"run": [*COMMON, "torch.distributed.run"], "rank": [*COMMON, "deepspeed", MUON]}
+PACKAGES = {"run": [*COMMON, "torch.distributed.run"], "rank": [*COMMON, "deepspeed"]}
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1
 

@@ -185,10 +185,12 @@ install() {
     # new pip name them differently, and relative because pip splits the variable at spaces.
     set +e
     PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_USER=0 \
-        "$venv/bin/python" -m pip install --no-input -e ".${list:+[${list#,}]}" 2>&1 | tee "$log" | progress
+        "$venv/bin/python" -m pip install --no-input --no-compile -e ".${list:+[${list#,}]}" 2>&1 | tee "$log" | progress
     status=${PIPESTATUS[0]}
     set -e
     [ "$status" -eq 0 ] || explain "pip could not install the packages"
+    # To byte code on all cores, where pip uses one; templates that are no Python, and fail, are never imported.
+    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
     "$venv/bin/python" -c 'import torch' >>"$log" 2>&1 || explain "torch was installed but cannot be imported"
     case $extras in *stream*) "$venv/bin/python" -c 'import cv2' >>"$log" 2>&1 ||
         say "note: OpenCV cannot be imported; Debian: apt-get install libgl1 libglib2.0-0" ;; esac
