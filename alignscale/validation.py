@@ -57,15 +57,9 @@ AT_LEAST = {
     **dict.fromkeys(("optim.weight_decay", "schedule.final", "schedule.milestones", "schedule.warmup"), 0),
 }
 ABOVE_0 = (
-    "data.cache_gib",
-    "data.scale",
-    "data.timeout",
-    "engine.timeout",
-    "net.gain",
-    "optim.lr",
-    "optim.eps",
+    "data.cache_gib", "data.scale", "data.timeout", "engine.timeout", "net.gain", "optim.lr", "optim.eps",
     "schedule.factor",
-)
+)  # fmt: skip
 FRACTIONS = ("optim.momentum", "optim.beta1", "optim.beta2", "loss.label_smoothing")
 SEEDS = ("seed", "data.seed")
 KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}

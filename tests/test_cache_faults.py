@@ -157,7 +157,7 @@ def test_a_builder_that_is_killed_is_gone_on_with_to_the_same_files(tmp_path: Pa
     for place in ("whole", "killed"):
         (tmp_path / place).mkdir()
     assert run(command(tmp_path / "whole")).returncode == 0
-    words = command(tmp_path / "killed", python=sys.executable)
+    words = command(tmp_path / "killed")
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as builder:
         assert builder.stdout is not None
         assert any("view 3" in line for line in builder.stdout)
@@ -186,7 +186,7 @@ def test_a_second_builder_is_refused_while_the_first_goes_on(tmp_path: Path) -> 
 
 
 def test_a_full_disk_while_building_leaves_no_half_file(tmp_path: Path) -> None:
-    words = " ".join(f"'{word}'" for word in command(tmp_path / "disk", python=sys.executable))
+    words = " ".join(f"'{word}'" for word in command(tmp_path / "disk"))
     script = f"""
         mount -t tmpfs -o size=60m none {tmp_path}/disk
         head -c 1000000 /dev/zero > {tmp_path}/filler

@@ -284,15 +284,21 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(
 
 
 def signalled(ranks: int, name: str, phase: str, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """The last rank gives itself the signal in the first such phase after step 60, once."""
+    """The last rank gives itself the signal in the first such phase after step 60, once.
+
+    It stops only when the others have been told of a step of its.
+    """
     (tmp_path / "signal_itself.py").write_text(f"""
 import os, pathlib, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from alignscale.distributed import Ranks
 beat, mark = Ranks.beat, pathlib.Path({str(tmp_path / "given")!r})
+def told(self):
+    key = f"beat/{{self.rank}}"
+    return {name == "SIGKILL"} or self.store.check([key]) and b"(step)" in self.store.get(key)
 def deadly(self, step, phase):
     beat(self, step, phase)
-    if self.rank == {ranks - 1} and phase == {phase!r} and step > 60 and not mark.exists():
+    if self.rank == {ranks - 1} and phase == {phase!r} and step > 60 and not mark.exists() and told(self):
         mark.touch()
         os.kill(os.getpid(), signal.{name})
 Ranks.beat = deadly
@@ -333,12 +339,12 @@ def test_what_stops_all_ranks_is_said_once(tmp_path: Path, options: list[str], m
 
 def test_a_full_disk_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
     script = f"""
-        mount -t tmpfs -o size=700k none {tmp_path}
-        exec {" ".join(torchrun(2, "launch/train.py", *RUN, python=sys.executable))} run.dir={tmp_path / "run"} \\
+        mount -t tmpfs -o size=400k none {tmp_path}
+        exec {" ".join(torchrun(2, "launch/train.py", *RUN))} run.dir={tmp_path / "run"} \\
             epochs=50 engine=deepspeed checkpoint.keep=9 log.tensorboard=false log.every_steps=1
     """
     done = subprocess.run(
-        ["unshare", "-Urm", "bash", "-c", script], cwd=ROOT, env=OWN_PYTHON, capture_output=True, text=True,
+        ["unshare", "-Urm", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode != 0

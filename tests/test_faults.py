@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["net=mlp", "net.width=64", "epochs=5", "optim.lr=0.1", "log.progress=false", "threads=1"]
 COMMAND = [PYTHON, "launch/train.py", *SMALL]
 OWN = [sys.executable, *COMMAND[1:]]
-"""In a Python of its own, whose process id, capabilities and file systems are the command's."""
+"""In a Python of its own, whose process id, and capabilities are the command's."""
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_when_there_is_room(tmp_path: Path) -> None:
     """On a file system of 1200 kB of its own, in a mount namespace that ends with the test."""
-    again = [*OWN, "optim.momentum=0.9", "checkpoint.keep=9", f"run.dir={tmp_path / 'disk/run'}"]
+    again = [*COMMAND, "optim.momentum=0.9", "checkpoint.keep=9", f"run.dir={tmp_path / 'disk/run'}"]
     command = " ".join(f"'{word}'" for word in again)
     script = f"""
         mount -t tmpfs -o size=1200k none {tmp_path}/disk

@@ -7,13 +7,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_cases import config, long_run, long_run_that_may_be_stopped, same, silent, weights
+from warm import PYTHON
 
 from alignscale.checkpoint import CheckpointError, complete, find, read_manifest, sealed
 from alignscale.choices import ConfigError, MLPConfig
@@ -62,7 +62,7 @@ def test_a_run_stopped_at_20_random_moments_ends_with_the_bits_of_one_that_was_n
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_after_a_checkpoint_with_its_own_status(tmp_path: Path, number: int) -> None:
-    command = [sys.executable, "launch/train.py", "net=mlp", "net.width=16", "epochs=2000", "log.progress=false"]
+    command = [PYTHON, "launch/train.py", "net=mlp", "net.width=16", "epochs=2000", "log.progress=false"]
     process = subprocess.Popen(
         [*command, f"run.dir={tmp_path / 'run'}"],
         cwd=ROOT,
@@ -143,7 +143,7 @@ def test_the_best_is_by_one_split_all_along(tmp_path: Path) -> None:
 
 def test_a_stop_is_whole_when_whoever_reads_the_output_dies_of_it_too(tmp_path: Path) -> None:
     """As with ``command 2>&1 | tee log`` and Ctrl-C."""
-    command = [sys.executable, "launch/train.py", "net=mlp", "net.width=64", "epochs=4000", "checkpoint.every_epochs=0"]
+    command = [PYTHON, "launch/train.py", "net=mlp", "net.width=64", "epochs=4000", "checkpoint.every_epochs=0"]
     with subprocess.Popen(
         [*command, f"run.dir={tmp_path / 'run'}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:

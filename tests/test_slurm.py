@@ -15,6 +15,7 @@ import torch
 from data_cases import digit_shards
 from run_cases import same, weights
 from slurm_cluster import Cluster
+from warm import PYTHON
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def alone(digits: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What one process makes of it."""
     folder = tmp_path_factory.mktemp("alone")
-    words = [sys.executable, "launch/train.py", f"run.dir={folder}", *NET, *digits]
+    words = [PYTHON, "launch/train.py", f"run.dir={folder}", *NET, *digits]
     subprocess.run(words, cwd=ROOT, check=True, timeout=200)
     return weights(folder)
 

@@ -64,6 +64,15 @@ def test_signals_to_the_command_reach_the_script_and_a_kill_takes_it_along(numbe
         time.sleep(0.01)
 
 
+def test_it_sees_the_file_systems_of_the_command(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.listdir(sys.argv[1]))"
+    script = f'mount -t tmpfs none "$1" && touch "$1/inside" && exec "$0" -c "{code}" "$1"'
+    for python in (sys.executable, PYTHON):
+        given = ["unshare", "-Urm", "sh", "-c", script, python, str(tmp_path)]
+        assert subprocess.run(given, capture_output=True, text=True, check=True).stdout == "['inside']\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_code_under_test_is_not_imported_before() -> None:
     code = "import sys; print([name for name in sys.modules if name.startswith(('alignscale', '_options'))])"
     assert both("-c", code)[1][1] == "[]\n"

@@ -1,7 +1,7 @@
 """Python for tests that start many: ``PYTHON`` in place of ``sys.executable``, and ``RANKS`` in torchrun's environment.
 
 The first that uses one starts its server (tests/warm_python.py), which ends with the process of the tests. Tests that
-look a process up by its id, limit it, stop it, or ask what it imports start a Python of their own.
+look a process up by its id, limit it, or ask what it imports start a Python of their own.
 """
 
 import atexit

@@ -1,7 +1,7 @@
 """Starts of Python that take no seconds: a process that has imported what every run imports, and forks for each start.
 
 What is imported is torch and other packages, never the code under test; a fork then runs the script as Python does:
-arguments, environment, folder, streams, signals and exit status are those of the command.
+arguments, environment, folder, file systems, streams, signals and exit status are those of the command.
 """
 
 import array
@@ -15,6 +15,7 @@ import runpy
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -27,6 +28,8 @@ COMMON += ["tensorboard.summary.writer.record_writer"]
 PACKAGES = {"run": [*COMMON, "torch.distributed.run"], "rank": [*COMMON, "deepspeed"]}
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1
+SPACES = {"user": 0x10000000, "mnt": 0x00020000}
+"""Namespaces that a fork enters, so that it sees the file systems of the command, and their flags."""
 
 
 def connect(server: socket.socket, words: list[str]) -> None:
@@ -92,6 +95,8 @@ def serve(place: str, tests: int) -> dict[str, Any]:
                 _, control, _, _ = connection.recvmsg(1, socket.CMSG_LEN(3 * 4))
                 streams = array.array("i", control[0][2])
                 request = json.loads(connection.makefile().readline())
+                peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                request["client"], *_ = struct.unpack("3i", peer)
                 pid = os.fork()
                 if pid == 0:
                     for stream, own in enumerate(streams):
@@ -125,7 +130,13 @@ def serve(place: str, tests: int) -> dict[str, Any]:
 
 def run(request: dict[str, Any]) -> None:
     """Be the Python of a request."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for space, flag in SPACES.items():
+        place = Path(f"/proc/{request['client']}/ns/{space}")
+        with place.open() as theirs:
+            if place.readlink() != Path(f"/proc/self/ns/{space}").readlink() and libc.setns(theirs.fileno(), flag):
+                raise OSError(ctypes.get_errno(), "setns", str(place))
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # signals to the client's group come by the client alone
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
