@@ -60,7 +60,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, mesh: Mesh) -> None:
         """Partitions the parameters of ``rule`` as ``config`` says. Raises ConfigError for an option of DeepSpeed's."""
         super().__init__(rule)
-        zero.check_version()
+        zero.make_ready()
         zero.logger.setLevel(logging.ERROR)
         self.mesh, self.stage = mesh, config.zero_stage
         self.shares = rule.net.shares()

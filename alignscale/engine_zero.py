@@ -24,6 +24,7 @@ from alignscale.parallel import Mesh
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the imports below
 
 import deepspeed
+from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
     groups,
@@ -39,19 +40,22 @@ __all__ = ["DeepSpeedConfigError", "deepspeed", "logger"]
 VERSION = "0.19.8"
 for _call in ("all_gather_into", "reduce_scatter"):  # DeepSpeed's, which this torch has other names for
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.{_call}_tensor` is deprecated", FutureWarning)
-# What the first engine would do for calls that training never makes: compile an all-reduce of inference (a minute, on
-# CPUs) and an optimizer of DeepSpeed's own, for which it imports torch's compiler (2 s).
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-importlib.import_module("deepspeed.runtime.compiler").compile = lambda: _itself  # type: ignore[attr-defined]
 
 
-def check_version() -> None:
-    """Raise ConfigError for a DeepSpeed whose internals are not known to be these."""
+def make_ready() -> None:
+    """Raise ConfigError for a DeepSpeed whose internals are not known to be these, and skip what training does not use.
+
+    That is what the first engine would compile on CPUs for inference (a minute, with a C++ compiler), and Inductor,
+    which it would import (2 s) for its own optimizer Muon; who uses that in the same process has it not compiled.
+    """
     found = deepspeed.__version__.partition("+")[0]
     if found != VERSION:
         raise ConfigError(
             f"engine=deepspeed: expected DeepSpeed {VERSION}, found {found}; pip install deepspeed=={VERSION}"
         )
+    backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package it is torch itself
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    compiler.compile = lambda: _itself
 
 
 def share_out(net: Network, mesh: Mesh) -> SimpleNamespace | None:

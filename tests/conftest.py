@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -45,6 +46,7 @@ REQUIREMENTS: dict[str, Callable[[], str | None]] = {
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the same sums, hence the same bits, on every machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # in processes of tests too, as two threads that share a core spin
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 

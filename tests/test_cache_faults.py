@@ -157,7 +157,7 @@ def test_a_builder_that_is_killed_is_gone_on_with_to_the_same_files(tmp_path: Pa
     for place in ("whole", "killed"):
         (tmp_path / place).mkdir()
     assert run(command(tmp_path / "whole")).returncode == 0
-    words = command(tmp_path / "killed")
+    words = command(tmp_path / "killed", python=sys.executable)
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as builder:
         assert builder.stdout is not None
         assert any("view 3" in line for line in builder.stdout)

@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         subprocess.run([*command, f"run.dir={tmp_path}/whole"], cwd=ROOT, capture_output=True, check=False).returncode
         == 0
     )
-    with subprocess.Popen([*command, f"run.dir={tmp_path}/cut"], cwd=ROOT, stdout=-3, stderr=-3) as first:
+    with subprocess.Popen(
+        [sys.executable, *command[1:], f"run.dir={tmp_path}/cut"], cwd=ROOT, stdout=-3, stderr=-3
+    ) as first:
         while first.poll() is None and not list((tmp_path / "cut").glob("checkpoints/step-*")):
             pass
         first.send_signal(signal.SIGKILL)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["net=mlp", "net.width=64", "epochs=5", "optim.lr=0.1", "log.progress=false", "threads=1"]
 COMMAND = [PYTHON, "launch/train.py", *SMALL]
 OWN = [sys.executable, *COMMAND[1:]]
-"""In a Python of its own, whose process id, and capabilities are the command's."""
+"""In a Python of its own, whose process id and capabilities are the command's."""
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -58,7 +58,7 @@ def test_a_half_precision_update_has_the_direction_of_the_fp32_update(case: Case
         assert all(x is None or x.dtype == torch.float32 for x in found)
         for expected, cosine in zip(truth, cosines(truth, found), strict=True):
             assert expected is None or cosine > least  # seven narrow layers of relu, whose gates flip near 0
-        rounded.fit(images[:5], labels[:5], epochs=1, batch_size=5)
+        rounded.fit(images[:10], labels[:10], epochs=1, batch_size=5)
         assert {p.dtype for p in rounded.net.parameters()} == {torch.float32}
 
 

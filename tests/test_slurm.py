@@ -1,7 +1,6 @@
 """Claims about clusters: a real SLURM of three nodes on this machine, submitit, torchrun, and nodes killed with -9."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -30,7 +29,6 @@ TRAINING = ["epochs=30", "optim.lr=0.001", "checkpoint.every_steps=20", *ZERO]
 TWO_NODES = ["cluster.nodes=2", *TRAINING]
 ENDLESS = ["epochs=100000", "optim.lr=1e-6", "checkpoint.every_steps=20"]
 SABOTAGE = """
-import os
 if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "1":
     from alignscale.data.examples import DataError, Encoding
     encoded = Encoding.encoded
@@ -56,7 +54,6 @@ Encoding.encoded = slow
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    os.environ["OMP_NUM_THREADS"] = "1"
     made = Cluster(tmp_path_factory.mktemp("slurm"))
     yield made
     made.stop()

@@ -11,9 +11,9 @@ from pathlib import Path
 import make_shards
 import pytest
 from stream_cases import config, jpeg, write
-from test_distributed import ENVIRONMENT, OWN_PYTHON, ROOT, torchrun
+from test_distributed import ENVIRONMENT, ROOT, torchrun
 from test_make_shards import plant
-from warm import PYTHON
+from warm import PYTHON, RANKS
 
 from alignscale.checkpoint import complete
 from tools import evaluate as tool
@@ -112,7 +112,8 @@ def test_two_ranks_train_as_one_process_and_a_killed_run_goes_on_on_other_ranks(
     run(0, *given, f"run.dir={alone}")
     words = ["engine=deepspeed", "engine.timeout=150", f"run.dir={killed}"]
     ranks = command(2, *given, *words, python=sys.executable)
-    kill_after(killed, 10, subprocess.Popen(ranks, cwd=ROOT, env=OWN_PYTHON, stdout=NOTHING, stderr=NOTHING))
+    own = {name: value for name, value in ENVIRONMENT.items() if name not in RANKS}
+    kill_after(killed, 10, subprocess.Popen(ranks, cwd=ROOT, env=own, stdout=NOTHING, stderr=NOTHING))
     reached = int(complete(killed / "checkpoints")[-1].name[5:])
     assert 10 <= reached < 120
     done = run(3, *given, "engine=deepspeed", f"run.dir={killed}")

@@ -15,7 +15,7 @@ from warm import PYTHON
 
 ROOT = Path(__file__).parents[1]
 NET = ["net=mlp", "net.width=16", "net.depth=2", "epochs=1", "log.progress=false", "threads=1"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_API_KEY": "not-for-any-file"}
+ENVIRONMENT = {**os.environ, "WANDB_API_KEY": "not-for-any-file"}
 
 
 def submit(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:

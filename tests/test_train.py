@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     ]
     subprocess.run([*command, f"run.dir={tmp_path / 'whole'}"], cwd=ROOT, check=True, capture_output=True)
     process = subprocess.Popen(
-        [*command, f"run.dir={tmp_path / 'parts'}"],
+        [sys.executable, *command[1:], f"run.dir={tmp_path / 'parts'}"],
         cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60

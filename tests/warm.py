@@ -1,7 +1,7 @@
 """Python for tests that start many: ``PYTHON`` in place of ``sys.executable``, and ``RANKS`` in torchrun's environment.
 
 The first that uses one starts its server (tests/warm_python.py), which ends with the process of the tests. Tests that
-look a process up by its id, limit it, or ask what it imports start a Python of their own.
+look a process up by its id, limit, stop or kill it, or ask what it imports start a Python of their own.
 """
 
 import atexit
@@ -21,6 +21,7 @@ def program(kind: str) -> str:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     own, client = Path(folder) / "python", Path(folder) / "client.py"
     words = [sys.executable, str(HERE / "warm_python.py"), str(Path(folder) / "socket"), kind, str(os.getpid())]
+    words.append(str(Path("/proc/self/ns/mnt").readlink()))
     client.write_text(
         f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport warm_python\nsys.exit(warm_python.client({words!r}))\n"
     )

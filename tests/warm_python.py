@@ -15,7 +15,6 @@ import runpy
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -29,7 +28,7 @@ PACKAGES = {"run": [*COMMON, "torch.distributed.run"], "rank": [*COMMON, "deepsp
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1
 SPACES = {"user": 0x10000000, "mnt": 0x00020000}
-"""Namespaces that a fork enters, so that it sees the file systems of the command, and their flags."""
+"""Namespaces of the command that a fork enters, so that it sees the same file systems, and their flags."""
 
 
 def connect(server: socket.socket, words: list[str]) -> None:
@@ -48,6 +47,8 @@ def connect(server: socket.socket, words: list[str]) -> None:
 def client(words: list[str]) -> int:
     """Ask for a fork with this process's arguments, environment, folder and streams; end as it ends."""
     pid, waiting = 0, []
+    if str(Path("/proc/self/ns/mnt").readlink()) != words[-1] and not Path(words[2]).exists():
+        os.execv(words[0], [words[0], *sys.argv[1:]])  # a server that started here could serve no one elsewhere
 
     def forward(number: int, frame: Any) -> None:
         if pid:
@@ -63,7 +64,8 @@ def client(words: list[str]) -> int:
     request["ignored"] = [one for one in FORWARDED if signal.getsignal(one) is signal.SIG_IGN]
     with socket.socket(socket.AF_UNIX) as server:
         connect(server, words)
-        server.sendmsg([b"+"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+        spaces = [os.open(f"/proc/self/ns/{space}", os.O_RDONLY) for space in SPACES]
+        server.sendmsg([b"+"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2, *spaces]))])
         server.sendall(json.dumps(request).encode() + b"\n")
         answers = server.makefile()
         pid = int(answers.readline())
@@ -92,22 +94,21 @@ def serve(place: str, tests: int) -> dict[str, Any]:
                 sys.exit(0)
             if key.data is None:
                 connection, _ = listener.accept()
-                _, control, _, _ = connection.recvmsg(1, socket.CMSG_LEN(3 * 4))
-                streams = array.array("i", control[0][2])
+                _, control, _, _ = connection.recvmsg(1, socket.CMSG_LEN((3 + len(SPACES)) * 4))
+                files = array.array("i", control[0][2])
                 request = json.loads(connection.makefile().readline())
-                peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-                request["client"], *_ = struct.unpack("3i", peer)
                 pid = os.fork()
                 if pid == 0:
-                    for stream, own in enumerate(streams):
+                    for stream, own in enumerate(files[:3]):
                         os.dup2(own, stream)
+                    enter(files[3:])
                     events.close()
                     for one in (listener, connection, *(one for one, _ in clients.values())):
                         one.close()
                     os.closerange(3, 64)
                     return request
-                for stream in streams:
-                    os.close(stream)
+                for file in files:
+                    os.close(file)
                 connection.sendall(f"{pid}\n".encode())
                 ended = os.pidfd_open(pid)
                 clients[pid] = (connection, ended)
@@ -128,15 +129,18 @@ def serve(place: str, tests: int) -> dict[str, Any]:
                 os.close(ended)
 
 
+def enter(spaces: "array.array[int]") -> None:
+    """Go to the namespaces of the command, where they are not those of the server."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for (space, flag), theirs in zip(SPACES.items(), spaces, strict=True):
+        ours = Path(f"/proc/self/ns/{space}").stat()
+        if ours.st_ino != os.fstat(theirs).st_ino and libc.setns(theirs, flag):
+            raise OSError(ctypes.get_errno(), f"setns: {os.strerror(ctypes.get_errno())}", space)
+
+
 def run(request: dict[str, Any]) -> None:
     """Be the Python of a request."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for space, flag in SPACES.items():
-        place = Path(f"/proc/{request['client']}/ns/{space}")
-        with place.open() as theirs:
-            if place.readlink() != Path(f"/proc/self/ns/{space}").readlink() and libc.setns(theirs.fileno(), flag):
-                raise OSError(ctypes.get_errno(), "setns", str(place))
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # signals to the client's group come by the client alone
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)

@@ -79,8 +79,6 @@ choose_ffcv() { # adds ffcv to what is wanted, or says what it lacks
     command -v c++ >/dev/null || missing="$missing g++"
     [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
         missing="$missing python$version-dev"
-    [ -z "$missing" ] || say "note: DeepSpeed compiles a part when it starts; its tests are skipped without$missing"
-    case $PWD in *" "*) say "note: torch cannot link what DeepSpeed compiles, because this path has a space" ;; esac
     command -v pkg-config >/dev/null || missing="$missing pkg-config"
     pkg-config --exists opencv4 2>/dev/null || missing="$missing libopencv-dev"
     pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
