@@ -213,21 +213,21 @@ def children(pid: int) -> list[int]:
     return sorted(int(line) for line in listed.stdout.split())
 
 
-@pytest.mark.parametrize(("stage", "optim"), [(3, "sgd"), (2, "adam")])
+@pytest.mark.parametrize(("ranks", "stage", "optim"), [(3, 3, "sgd"), (2, 2, "adam")])
 def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_to_the_same_bits(
-    tmp_path: Path, stage: int, optim: str
+    tmp_path: Path, ranks: int, stage: int, optim: str
 ) -> None:
     options = [f"engine.zero_stage={stage}", "engine=deepspeed", "epochs=4", "schedule=cosine"]
     options += [f"optim={optim}", *(["optim.lr=0.001"] if optim == "adam" else [])]
     given = [option for option in options if optim == "sgd" or not option.startswith("optim.m")]
     rest = [option for option in RUN if optim == "sgd" or not option.startswith("optim.")]
     whole = subprocess.run(
-        torchrun(3, "launch/train.py", *rest, *given, "checkpoint.every_steps=10", f"run.dir={tmp_path / 'whole'}"),
+        torchrun(ranks, "launch/train.py", *rest, *given, "checkpoint.every_steps=10", f"run.dir={tmp_path / 'whole'}"),
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert whole.returncode == 0, whole.stderr
     RUN_ = [*rest, *given, "checkpoint.every_steps=10", f"run.dir={tmp_path / 'run'}"]
-    command = torchrun(3, "launch/train.py", *RUN_, python=sys.executable)
+    command = torchrun(ranks, "launch/train.py", *RUN_, python=sys.executable)
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         wait_for(process, lambda: len(complete(tmp_path / "run/checkpoints")) > 1)
         os.kill(children(process.pid)[1], signal.SIGUSR2)

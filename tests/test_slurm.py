@@ -14,6 +14,7 @@ import torch
 from data_cases import digit_shards
 from run_cases import same, weights
 from slurm_cluster import Cluster
+from test_distributed import ENVIRONMENT, torchrun
 from warm import PYTHON
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -60,11 +61,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What two ranks make of it outside of the cluster."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = submit(cluster, folder, *TWO_NODES, "--wait")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return weights(run_of(folder))
+    words = torchrun(2, "launch/train.py", f"run.dir={folder}", *training(TRAINING))
+    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
+    return weights(folder)
 
 
 @pytest.fixture(scope="module")
