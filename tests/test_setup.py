@@ -132,6 +132,7 @@ def test_versions_come_from_the_constraints(clone: Clone) -> None:
     clone.program("python3.12", PYTHON.replace('echo "$*" >>', 'echo "$* with $PIP_CONSTRAINT" >>'))
     clone.setup("base")
     assert clone.calls("pip install") == ["-m pip install --no-input --no-compile -e . with constraints.txt"]
+    assert clone.calls("compileall -q -j") != []
 
 
 def test_a_second_run_is_up_to_date_and_asks_pip_nothing(clone: Clone) -> None:

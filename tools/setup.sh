@@ -188,7 +188,7 @@ install() {
     set -e
     [ "$status" -eq 0 ] || explain "pip could not install the packages"
     # To byte code on all cores, where pip uses one; templates that are no Python, and fail, are never imported.
-    "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
+    "$venv/bin/python" -m compileall -q -j "$(nproc)" "$venv/lib" >>"$log" 2>&1 || true
     "$venv/bin/python" -c 'import torch' >>"$log" 2>&1 || explain "torch was installed but cannot be imported"
     case $extras in *stream*) "$venv/bin/python" -c 'import cv2' >>"$log" 2>&1 ||
         say "note: OpenCV cannot be imported; Debian: apt-get install libgl1 libglib2.0-0" ;; esac
