@@ -30,6 +30,7 @@ TRAINING = ["epochs=30", "optim.lr=0.001", "checkpoint.every_steps=20", *ZERO]
 TWO_NODES = ["cluster.nodes=2", *TRAINING]
 ENDLESS = ["epochs=100000", "optim.lr=1e-6", "checkpoint.every_steps=20"]
 SABOTAGE = """
+import os
 if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "1":
     from alignscale.data.examples import DataError, Encoding
     encoded = Encoding.encoded
