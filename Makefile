@@ -23,6 +23,7 @@ demo:
 
 test:
 	@tools/setup.sh all
+	@$(python) -m compileall -q alignscale launch tools tests # once, and not in each process that a test starts
 	$(python) -m pytest -n 2 $(ARGS)
 
 lint:

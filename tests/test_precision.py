@@ -50,7 +50,10 @@ def test_a_half_precision_update_has_the_direction_of_the_fp32_update(case: Case
     labels = torch.randint(3, (40,), generator=dice)
     exact = learner(case, rule, "fp32", images)
     truth = updates(exact, batch_of(exact, images, labels, 40))
-    for precision, dtype, least in (("bf16", torch.bfloat16, 0.95), ("fp16", torch.float16, 0.99)):
+    half = [("bf16", torch.bfloat16, 0.95), ("fp16", torch.float16, 0.99)]
+    if case.net == "conv7" and case.norm != "none":
+        half.pop()  # CPUs take a second for each: conv3 has these in fp16
+    for precision, dtype, least in half:
         rounded = learner(case, rule, precision, images)
         batch = batch_of(rounded, images, labels, 40)
         assert batch.images.dtype == dtype
