@@ -1,6 +1,6 @@
 """What each rank of a launch of torchrun does: trains cases with DeepSpeed, and the same ones in one process.
 
-    torchrun --nproc-per-node=2 tests/distributed_cases.py FILE [--all]
+    torchrun --nproc-per-node=2 tests/distributed_cases.py FILE [--all] [-v] [CASE]
 
 Rank 0 writes a row for each case to FILE: how far losses and weights are from those of the local engine, and the bytes
 that the ranks exchanged a step. What the local engine found is kept beside FILE, for launches of other ranks.
@@ -258,7 +258,8 @@ def main() -> None:
     with joined(torch.device("cpu"), 1800.0) as ranks:
         counted = traffic() if ranks.size > 1 else []  # one rank moves nothing
         cases = table() if "--all" in sys.argv else pairwise(ranks.size) + counted
-        chosen = [case for case in cases if len(sys.argv) < 4 or sys.argv[3] in str(case)]
+        wanted = next((word for word in sys.argv[2:] if not word.startswith("-")), "")
+        chosen = [case for case in cases if wanted in str(case)]
         for case in chosen:
             rows.append(row(case, ranks))
             if ranks.first and "-v" in sys.argv:

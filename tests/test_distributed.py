@@ -115,7 +115,9 @@ def test_every_rule_net_and_stage_trains_to_the_local_engines_result(ranks: int,
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_whole_table_trains_to_the_local_engines_result(rows: Callable[..., Any]) -> None:
-    check_equal(rows(3, "--all"))
+    found = rows(3, "--all")
+    assert len(found) == 5 * 3 * len(RULE_NAMES) * len(STAGES)
+    check_equal(found)
 
 
 @pytest.mark.timeout(1200)

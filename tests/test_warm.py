@@ -67,10 +67,13 @@ def test_signals_to_the_command_reach_the_script_and_a_kill_takes_it_along(numbe
 def test_it_sees_the_file_systems_of_the_command(tmp_path: Path) -> None:
     code = "import os, sys; print(os.listdir(sys.argv[1]))"
     script = f'mount -t tmpfs none "$1" && touch "$1/inside" && exec "$0" -c "{code}" "$1"'
-    for python in (sys.executable, PYTHON, program("run")):  # the last one starts no server in there
+    fresh = program("run")
+    for python in (sys.executable, PYTHON, fresh):
         given = ["unshare", "-Urm", "sh", "-c", script, python, str(tmp_path)]
         assert subprocess.run(given, capture_output=True, text=True, check=True).stdout == "['inside']\n"
     assert not list(tmp_path.iterdir())
+    # a server that had started in there could serve no one out here
+    assert subprocess.run([fresh, "-c", "print(1)"], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 def test_the_code_under_test_is_not_imported_before() -> None:
