@@ -25,7 +25,7 @@ from alignscale.config import refuse_difference
 from alignscale.distributed import ALONE, Ranks
 from alignscale.files import sync, write_atomic
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
-"""What a checkpoint holds: ``model``, whose names are the network's, and ``optimizer``, ``<place>.<state>``."""
+"""What a checkpoint holds: ``model``, whose names are the network's, and ``optimizer``, ``<weight>.<state>``."""
 Makers = Mapping[str, Mapping[str, Callable[[], Tensor]]]
 """The same before it is in memory. All ranks call, in order: each call makes a tensor as it is now, on the first rank
 whole; it may be the live one."""
@@ -192,7 +192,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from problem
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if found != FORMAT:
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; delete {path}")
+        remedy = f"use the version of alignscale that wrote it, or delete {path}"
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; {remedy}")
     if sealed(manifest) != manifest or _name(manifest["step"]) != path.name:
         raise CheckpointError(
             f"{path / MANIFEST}: expected the manifest as it was written for {path.name}, found another, changed "

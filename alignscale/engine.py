@@ -57,6 +57,7 @@ class Engine(ABC):
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        self.names: dict[Tensor, str] = {one: name.removeprefix("net.") for name, one in rule.named_parameters()}
 
     @abstractmethod
     def __call__(self, batch: Batch) -> StepOutput:
@@ -127,17 +128,17 @@ class LocalEngine(Engine):
 
     def state(self) -> Makers:
         """As they are, not copies."""
-        states = self.optimizer.state_dict()["state"].items()
-        pairs = [(f"{place}.{key}", value) for place, own in states for key, value in own.items()]
-        pairs = [pair for pair in pairs if pair[1] is not None]
+        states = [(self.names[parameter], own) for parameter, own in self.optimizer.state.items()]
+        pairs = [(f"{name}.{key}", value) for name, own in states for key, value in own.items() if value is not None]
         found = {"model": self.rule.saved().items(), "optimizer": sorted(pairs, key=lambda pair: -pair[1].itemsize)}
         return {part: {name: value.detach for name, value in own} for part, own in found.items()}
 
     def load(self, tensors: Tensors) -> None:
         """Set weights, norms and the optimizer's state."""
         self.rule.restore(tensors["model"])
+        places = {self.names[parameter]: place for place, parameter in enumerate(self.parameters)}
         state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors["optimizer"].items():
-            place, key = name.split(".", 1)
-            state.setdefault(int(place), {})[key] = value
+        for found, value in tensors["optimizer"].items():
+            name, key = found.rsplit(".", 1)
+            state.setdefault(places[name], {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

@@ -64,8 +64,6 @@ class DeepSpeedEngine(Engine):
         zero.logger.setLevel(logging.ERROR)
         self.mesh, self.stage = mesh, config.zero_stage
         self.shares = rule.net.shares()
-        names = {parameter: name for name, parameter in rule.net.named_parameters()}
-        self.names = [names[parameter] for parameter in rule.trained()]
         optimizer = make_optimizer(optim, rule.trained())
         settings = deepspeed_config(config, optim.clip_norm)
         try:
@@ -116,18 +114,18 @@ class DeepSpeedEngine(Engine):
         }
         model |= {name: partial(self._whole, name, Tensor.detach, own) for name, own in self.rule.net.named_buffers()}
         optimizer = {
-            f"{index}.{key}": partial(self._whole, name, zero.whole_state, self.engine, parameter, key, self.stage)
-            for index, (parameter, name) in enumerate(self._trained())
+            f"{name}.{key}": partial(self._whole, name, zero.whole_state, self.engine, parameter, key, self.stage)
+            for parameter, name in self._trained()
             for key in self.keys
         }
         if self.counts:
             states = zero.inner(self.engine, self.stage).state
             steps = next(iter(states.values()))["step"]
-            optimizer |= {f"{index}.step": steps.clone for index, _ in enumerate(self.names)}
+            optimizer |= {f"{name}.step": steps.clone for _, name in self._trained()}
         return {"model": model, "optimizer": optimizer}
 
     def _trained(self) -> Iterator[tuple[nn.Parameter, str]]:
-        return zip(self.rule.trained(), self.names, strict=True)
+        return ((parameter, self.names[parameter]) for parameter in self.rule.trained())
 
     def _whole(self, name: str, own: Callable[..., Tensor], *given: Any) -> Tensor:
         return self.mesh.whole(own(*given).detach(), self.shares[name])
@@ -140,11 +138,12 @@ class DeepSpeedEngine(Engine):
             )
         for name, buffer in self.rule.net.named_buffers():
             buffer.copy_(self._shared(tensors["model"].get(name), buffer, name))
-        steps = self.mesh.everyone.of_first(lambda: tensors["optimizer"].get("0.step", torch.zeros(())).item())
+        first = f"{next(self._trained())[1]}.step"
+        steps = self.mesh.everyone.of_first(lambda: tensors["optimizer"].get(first, torch.zeros(())).item())
         zero.make_states(self.engine, self.keys, steps if self.counts else None, self.stage)
-        for index, (parameter, name) in enumerate(self._trained()):
+        for parameter, name in self._trained():
             for key in self.keys:
-                value = self._shared(tensors["optimizer"].get(f"{index}.{key}"), parameter, name)
+                value = self._shared(tensors["optimizer"].get(f"{name}.{key}"), parameter, name)
                 zero.set_state(self.engine, parameter, key, value, self.stage)
 
     def _shared(self, whole: Tensor | None, like: Tensor, name: str) -> Tensor:

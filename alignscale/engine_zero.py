@@ -24,7 +24,6 @@ from alignscale.parallel import Mesh
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the imports below
 
 import deepspeed
-from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
     groups,
@@ -55,7 +54,7 @@ def make_ready() -> None:
         )
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package it is torch itself
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
-    compiler.compile = lambda: _itself
+    importlib.import_module("deepspeed.runtime.compiler").compile = lambda: _itself  # type: ignore[attr-defined]
 
 
 def share_out(net: Network, mesh: Mesh) -> SimpleNamespace | None:

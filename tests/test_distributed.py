@@ -22,7 +22,6 @@ from warm import PYTHON, RANKS
 from alignscale.checkpoint import complete
 from alignscale.choices import ConfigError, DeepSpeedConfig
 from tools import evaluate as tool
-from tools import show_checkpoint
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[1]
@@ -405,24 +404,6 @@ with joined(torch.device("cpu"), 60.0) as ranks:
     assert [path.name for path in complete(tmp_path)] == ["step-000000001"]
     assert (load_file(complete(tmp_path)[0] / "optimizer.safetensors")["z"] == 2).all()
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    done = run(3, f"run.dir={tmp_path / 'run'}", "epochs=1", "engine=deepspeed", "engine.zero_stage=3")
-    assert done.returncode == 0, done.stderr
-    exported = tmp_path / "weights.safetensors"
-    assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(exported)]) == 0
-    shown = capsys.readouterr().out
-    assert "ranks 3" in shown
-    assert "zero_stage 3" in shown
-    assert "0.momentum_buffer" in shown
-    assert same(load_file(exported), weights(tmp_path / "run"))
-    path = complete(tmp_path / "run/checkpoints")[-1] / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert show_checkpoint.main([str(path.parent)]) == 2
-    assert "the file is damaged" in capsys.readouterr().err
 
 
 def test_torchrun_sh_trains_on_two_nodes(tmp_path: Path) -> None:

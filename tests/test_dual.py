@@ -24,6 +24,7 @@ from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
 from alignscale.restore import restored
 from alignscale.train import train
 from alignscale.validation import validate
+from tools import show_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,12 +53,16 @@ def test_it_equals_the_primal_form(tmp_path: Path, precision: str, tolerance: fl
         assert (dual[name] - weight).norm() <= tolerance * weight.norm().clamp(min=1)
 
 
-def test_only_the_coefficients_have_an_optimizer_state_and_a_gradient(tmp_path: Path) -> None:
+def test_only_the_coefficients_have_an_optimizer_state_and_a_gradient(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(options(tmp_path, "dual"), silent)
     from safetensors.torch import load_file
 
     state = load_file(sorted((tmp_path / "dual/checkpoints").glob("step-*"))[-1] / "optimizer.safetensors")
-    assert {name: tuple(one.shape) for name, one in state.items()} == {"0.momentum_buffer": (45, 10)}
+    assert {name: tuple(one.shape) for name, one in state.items()} == {"coefficients.momentum_buffer": (45, 10)}
+    assert show_checkpoint.main([str(tmp_path / "dual"), "--export-universal", str(tmp_path / "out")]) == 2
+    assert "expected states of weights, found coefficients.momentum_buffer" in capsys.readouterr().err
 
 
 def test_any_tool_reads_the_weights_of_its_checkpoint(tmp_path: Path) -> None:
