@@ -126,11 +126,14 @@ def _name(step: int | None) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint away under another name first: half of one must never look whole."""
+    """Take a checkpoint away under another name first: half of one must never look whole.
+
+    What cannot go yet, as files that are read may on a network's disk, goes with the next start of the run.
+    """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     path.rename(partial)
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def complete(folder: Path) -> list[Path]:

@@ -143,7 +143,7 @@ class Ranks:
         """The error to raise for one that broke off a step: it tells the other ranks, or it tells of them."""
         if self.size == 1 or getattr(problem, "of_all_ranks", False):
             return problem
-        if not isinstance(problem, dist.DistError) and type(problem) is not RuntimeError:
+        if not isinstance(problem, dist.DistError) and not (type(problem) is RuntimeError and "gloo" in str(problem)):
             self.store.set("failed", f"rank {self.rank}: {problem}")
             problem.args = (f"rank {self.rank}: {problem}",)
             problem.of_one_rank = True  # type: ignore[attr-defined]
@@ -168,6 +168,10 @@ class Ranks:
     def whereabouts(self) -> tuple[str, int]:
         """Where the ranks were last heard of, those that are late by name, and the first that is not late."""
         heard = {}
+        try:
+            self.store.check(["failed"])
+        except RuntimeError:
+            return "rank 0 is gone, and with it what ranks tell each other", min(1, self.size - 1)
         for rank in range(self.size):
             when, _, place = (self._stored(f"beat/{rank}") or "0 the start").partition(" ")
             heard[rank] = (float(when), place)
@@ -225,6 +229,16 @@ def launched() -> Ranks | None:
         return None
     rank, size, local = (int(os.environ[name]) for name in names[:3])
     return Ranks(rank, size, local)
+
+
+def beside() -> int:
+    """How many ranks this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def restarted() -> bool:
+    """Whether torchrun or SLURM has started this process again, after a rank or a node was lost."""
+    return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 _JOINED: list[tuple[Ranks, Any]] = []

@@ -69,7 +69,10 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr: float | None = None) -> None:
-        """Apply the update, with learning rate ``lr`` if one is given, and forget the gradient."""
+        """Apply the update, with learning rate ``lr`` if one is given, and forget the gradient.
+
+        One that is not finite ruins the weights, or raises FloatingPointError on all ranks.
+        """
 
     @abstractmethod
     def forget(self) -> None:
@@ -140,5 +143,5 @@ class LocalEngine(Engine):
         state: dict[int, dict[str, Tensor]] = {}
         for found, value in tensors["optimizer"].items():
             name, key = found.rsplit(".", 1)
-            state.setdefault(places[name], {})[key] = value
+            state.setdefault(places[name], {})[key] = value.clone()  # from the file that it is mapped from
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

@@ -23,6 +23,7 @@ from alignscale.types import Batch, StepOutput
 OURS = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size", "optimizer": "optim",
     "gradient_accumulation_steps": "accumulation", "gradient_clipping": "optim.clip_norm", "scheduler": "schedule",
+    "zero_optimization.stage": "engine.zero_stage",
     "fp16": "precision", "bf16": "precision", "amp": "precision", "torch_autocast": "precision",
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
@@ -33,7 +34,8 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
 
     Micro-batch and accumulation are 1: parts of a batch differ in size, so the engine is told which one is the last.
     """
-    for name in config.extra:
+    given = [*config.extra, *(f"zero_optimization.{name}" for name in config.extra.get("zero_optimization", {}))]
+    for name in given:
         if name in OURS:
             raise ConfigError(f"engine.extra: {name}: expected {OURS[name]}, the option that decides it")
     optimization: dict[str, Any] = {"stage": config.zero_stage}
@@ -101,6 +103,8 @@ class DeepSpeedEngine(Engine):
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = lr
         self.engine.step()
+        if getattr(self.engine.optimizer, "overflow", False):  # ZeRO leaves such an update out
+            raise FloatingPointError("the gradient is not finite")
 
     def forget(self) -> None:
         """Forget the gradient without an update."""
@@ -119,13 +123,15 @@ class DeepSpeedEngine(Engine):
             for key in self.keys
         }
         if self.counts:
-            states = zero.inner(self.engine, self.stage).state
-            steps = next(iter(states.values()))["step"]
-            optimizer |= {f"{name}.step": steps.clone for _, name in self._trained()}
+            optimizer |= {f"{name}.step": partial(self._steps) for _, name in self._trained()}
         return {"model": model, "optimizer": optimizer}
 
     def _trained(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((parameter, self.names[parameter]) for parameter in self.rule.trained())
+
+    def _steps(self) -> Tensor:
+        steps: Tensor = next(iter(zero.inner(self.engine, self.stage).state.values()))["step"]
+        return steps
 
     def _whole(self, name: str, own: Callable[..., Tensor], *given: Any) -> Tensor:
         return self.mesh.whole(own(*given).detach(), self.shares[name])

@@ -74,7 +74,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
     if config.resume == "never":
         _empty(folder)
     else:
-        _same_run(folder / "config.yaml", config)
+        same_run(folder / "config.yaml", config)
     for partial in [*folder.glob(".*.partial"), *(folder / "checkpoints").glob(".*.partial")]:
         # half a file or checkpoint of a killed process
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
@@ -127,7 +127,8 @@ def _one_line(problem: Exception) -> str:
     return f"no or an unknown {problem}" if isinstance(problem, KeyError) else " ".join(str(problem).split())
 
 
-def _same_run(path: Path, config: TrainConfig) -> None:
+def same_run(path: Path, config: TrainConfig) -> None:
+    """Raise ConfigError, with the difference, if there is a config.yaml at ``path`` and it is another run's."""
     if not path.exists():
         return
     try:

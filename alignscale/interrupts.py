@@ -6,6 +6,7 @@ It stands alone because only the loop knows when a run is whole, and only a sign
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from types import FrameType
@@ -21,6 +22,10 @@ class Interrupted(RuntimeError):
         self.signum = signum
 
 
+REPEAT = 5.0
+"""Seconds in which a second SIGTERM is the same one: SLURM sends it to a rank and to torchrun, which sends it on."""
+
+
 class Interrupts(ExitStack):
     """Until the end of the block, the first signal is kept in ``signum``; a second one acts as it would have outside.
 
@@ -30,7 +35,7 @@ class Interrupts(ExitStack):
     def __init__(self, speaks: bool = True) -> None:
         """speaks: tell the user, as the first rank does."""
         super().__init__()
-        self.signum, self.speaks = 0, speaks
+        self.signum, self.speaks, self.since = 0, speaks, 0.0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self._keep))
@@ -41,8 +46,13 @@ class Interrupts(ExitStack):
         return [int(self.signum == number) for number in SIGNALS]
 
     def _keep(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self.close()
+        if self.signum == signum == signal.SIGTERM and time.monotonic() - self.since < REPEAT:
+            return
+        if self.signum:
+            self.close()
+            signal.raise_signal(signum)
+            return
+        self.signum, self.since = signum, time.monotonic()
         with suppress(OSError, RuntimeError, ValueError):  # whoever read it, or what was being written, is none of ours
             if self.speaks:
                 print("\nstopping at the next step; once more to stop at once", file=sys.stderr)

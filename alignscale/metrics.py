@@ -28,7 +28,7 @@ class Metrics(ExitStack):
 
     def __init__(
         self, folder: Path, config: LogConfig, name: str, first: int, steps: int,
-        counts: Sequence[int] = (0, 0), options: dict[str, Any] | None = None, quiet: bool = False,
+        counts: Sequence[float] = (0, 0, 0.0), options: dict[str, Any] | None = None, quiet: bool = False,
     ) -> None:  # fmt: skip
         """first: update to go on from; rows that a killed run wrote after it are dropped. counts: as they were there.
 
@@ -36,7 +36,7 @@ class Metrics(ExitStack):
         """
         super().__init__()
         self.every, self.quiet, self.note = config.every_steps, quiet, ""
-        self.examples, self.right, self.seconds = *counts, 0.0
+        self.examples, self.right, self.seconds = counts
         if quiet:
             return
         path = folder / "metrics.jsonl"
@@ -50,9 +50,9 @@ class Metrics(ExitStack):
         self.callback(self._draw, self.bar.close)
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """Examples since the last row, and how many of them were right: for a run that goes on from here."""
-        return self.examples, self.right
+    def counts(self) -> tuple[float, float, float]:
+        """Examples since the last row, how many of them were right, seconds: for a run that goes on from here."""
+        return self.examples, self.right, self.seconds
 
     def _draw(self, work: Callable[[], object]) -> None:
         try:

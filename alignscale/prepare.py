@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig
 from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
-from alignscale.distributed import Ranks, joined, launched
+from alignscale.distributed import Ranks, beside, joined, launched, restarted
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
 from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
@@ -27,7 +28,7 @@ from alignscale.jacobian.cache import Cache
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.moments import calibrated
 from alignscale.nets import build
-from alignscale.parallel import Mesh, Width
+from alignscale.parallel import Mesh
 from alignscale.results import read_result
 from alignscale.rules.dual import DualAlignZero, check_size
 from alignscale.run import Diverged, Run
@@ -45,6 +46,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     """
     device, engine, mesh = _begun(config, held)
     ranks = mesh.everyone
+    if restarted():
+        config = replace(config, resume="auto")
     show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
@@ -52,7 +55,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     name = run_name(config)
     folder = run_folder(config)
     train = splits["train"]
-    ranks.together(lambda: _check_memory(config, train, device, mesh.width))
+    ranks.together(lambda: _check_memory(config, train, device, engine, mesh))
     plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     learner = make_learner(config, train, device, engine, mesh)
     if config.form == "dual":
@@ -133,22 +136,29 @@ def identity(config: TrainConfig, splits: dict[str, Split], learner: Learner) ->
     }
 
 
-def _check_memory(config: TrainConfig, train: Split, device: torch.device, width: Width) -> None:
+def _check_memory(config: TrainConfig, train: Split, device: torch.device, engine: EngineConfig, mesh: Mesh) -> None:
+    """Raise ConfigError where what a step keeps on this rank is more than there is."""
     with torch.device("meta"):
-        outline = build(config.net, train.shape, train.classes, config.batch_size, width)
+        outline = build(config.net, train.shape, train.classes, config.batch_size, mesh.width)
     dtype, master = PRECISIONS[config.precision]
     states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
-    copies = 2 + states + (config.frozen.weights == "stored" and config.rule.name != "backprop")
+    frozen = config.frozen.weights == "stored" and config.rule.name != "backprop"
+    stage, share = getattr(engine, "zero_stage", 0), 1 / mesh.data.size
+    weight, gradient = share if stage == 3 else 1, share if stage >= 2 else 1
+    optimizer = share * (states + 1) if stage else states
+    if getattr(engine, "offload", False) and device.type == "cuda":
+        optimizer = 0
+    copies = frozen + max(1, weight + gradient + optimizer)  # a network is built whole before it is partitioned
     weights = copies * master.itemsize * sum(p.numel() for p in outline.parameters())
     units = sum(math.prod(shape) for shape in outline.direct_shapes)
-    outputs = max(-(-config.batch_size // config.accumulation), 1) * units * dtype.itemsize
-    found = available_memory(device)
+    outputs = max(-(-config.batch_size // (config.accumulation * mesh.data.size)), 1) * units * dtype.itemsize
+    found = available_memory(device) / (beside() if device.type == "cpu" else 1)
     if weights + outputs > found:
         raise ConfigError(
             f"net.width={config.net.width}: weights, gradient, optimizer and initial weights take "
             f"{weights / 2**30:.1f} GiB, the layers' outputs {outputs / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB "
-            "of available memory; choose a smaller width or batch_size, more accumulation, "
-            "frozen.weights=regenerated, or share the width out over more ranks with parallel.width"
+            "of memory available to a rank; choose a smaller width or batch_size, more accumulation, "
+            "frozen.weights=regenerated, a higher engine.zero_stage or more ranks (parallel.width shares width out)"
         )
 
 
@@ -209,11 +219,11 @@ def cache_of(config: TrainConfig, learner: Learner, train: Split) -> Cache:
 
 def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
     """The cache of a run that need not have begun. held: as ``prepare`` has it."""
-    device, _, mesh = _begun(config, held)
+    device, engine, mesh = _begun(config, held)
     ranks = mesh.everyone
     train = ranks.together(lambda: load(config.data))["train"]
     check_data(config, {"train": len(train)})
-    ranks.together(lambda: _check_memory(config, train, device, mesh.width))
+    ranks.together(lambda: _check_memory(config, train, device, engine, mesh))
     learner = make_learner(config, train, device, ENGINES["local"], mesh)
     cache = cache_of(config, learner, train)
     if config.net.norm == "calibrated":
@@ -257,11 +267,19 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
             f"checkpoint.best={run.config.checkpoint.best}: expected {manifest['progress']['best_of']}, by which the "
             "run has kept its best so far; use it, or resume=never to start again"
         )
+    before, now = manifest["made_with"], run.about["made_with"]
+    changed = difference(before, now)
+    parts, found_parts = (made["ranks"] // made["width_ranks"] for made in (before, now))
+    if parts != found_parts and run.config.net.norm == "batch" and not run.config.sync_norm:
+        raise ConfigError(
+            f"sync_norm=false: expected {parts} ranks as before, since each takes the moments of its own examples, "
+            f"found {found_parts}; use as many, or resume=never to start again"
+        )
     run.learner.engine.load(tensors)
     if "jacobian" in manifest:
         run.about["jacobian"] = manifest["jacobian"]
     if errors is not None and tensors["errors"]:  # on the first rank, whose sums they go on in
-        errors.sums = tensors["errors"]["sums"]
+        errors.sums = tensors["errors"]["sums"].clone()
     run.start, progress = manifest["step"], manifest["progress"]
     for name in ("curve", "seconds", "seconds_per_step", "epoch_loss", "counts"):
         setattr(run, name, progress[name])
@@ -270,6 +288,5 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
         show("finished before; resume=never trains it again")
         return
     show(f"resumed after step {run.start} from {found}")
-    changed = difference(manifest["made_with"], run.about["made_with"])
     if changed:
         show(f"warning: not as before, so the run ends equal to rounding, not to the bit: {'; '.join(changed)}")

@@ -47,7 +47,7 @@ class Run:
     seconds: float = 0.0
     seconds_per_step: float | None = None
     epoch_loss: float = 0.0
-    counts: Sequence[int] = (0, 0)
+    counts: Sequence[float] = (0, 0, 0.0)
     timings: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     saved: float = field(default_factory=time.monotonic)
@@ -110,7 +110,7 @@ class Run:
     def diverge(self, step: int, what: str, batch: Batch | None) -> NoReturn:
         """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged."""
         learner = self.learner
-        if batch is None:
+        if batch is None or not len(batch.images):
             images = torch.zeros(2, *learner.shape, device=learner.encoding.device, dtype=learner.encoding.dtype)
             targets = torch.zeros(2, learner.classes, device=images.device, dtype=learner.encoding.master)
             batch = Batch(images, targets, [], 2)

@@ -65,7 +65,10 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         done, size = step + 1, parts[0].size
         lr = config.optim.lr * factor(config.schedule, step, per_epoch, run.stop)
         run.ranks.beat(done, "step")
-        loss, right, (by_clock, *flags) = run.learner.update(parts, lr, (run.due_by_clock, *interrupts.flags))
+        try:
+            loss, right, (by_clock, *flags) = run.learner.update(parts, lr, (run.due_by_clock, *interrupts.flags))
+        except FloatingPointError:
+            run.diverge(done, "gradient", parts[0])
         asked = first_signal(flags)
         run.timings.append(time.perf_counter() - begin)
         metrics.step(done, loss, right, size, run.timings[-1], lr)
@@ -126,12 +129,15 @@ def alignment(run: Run, step: int, whole: bool = False) -> dict[str, float | Non
 
 
 def update_cosine(run: Run, step: int) -> float | None:
-    """Cosine of the rule's update with backprop's, mean over layers, on the first training examples in key order."""
-    learner, train = run.learner, run.splits["train"]
+    """Cosine of the rule's update with backprop's, mean over layers, on the first training examples in key order.
+
+    Of as many as a part of a batch has, or of evaluation: each rank computes it whole.
+    """
+    learner, train, config = run.learner, run.splits["train"], run.config
     if isinstance(learner.rule, Backprop):
         return 1.0
-    first = torch.arange(min(run.config.batch_size, len(train)))
-    batch = learner.encoding.batch(train, first, step)
+    most = min(-(-config.batch_size // config.accumulation), config.evaluation.batch_size, len(train))
+    batch = learner.encoding.batch(train, torch.arange(most), step)
     values = learner.cosines(run.store.of(batch) if run.store else batch)
     value = sum(values) / len(values)
     return value if math.isfinite(value) else None

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ MEND = "; free space or mend it, then give the same command"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
 PATIENCE = 60.0
-"""Seconds that the others wait until they end: torchrun ends them all when one has, and the first is to speak."""
+"""Seconds that the others wait until they speak: torchrun ends them all when one has, and the first is to speak."""
 
 
 def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -146,9 +147,10 @@ def guarded(work: Callable[[], None]) -> None:
 
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
     """Print the one line of a command's end and return its status; of an error that all ranks have, on the first."""
-    if FIRST or getattr(problem, "of_one_rank", False):
-        with suppress(OSError):
-            print(f"{before}: {problem}{after}", file=sys.stderr)
-    else:
+    ranks = launched()
+    if ranks is not None and not FIRST and not getattr(problem, "of_one_rank", False):
         time.sleep(PATIENCE)
+        before = f"{before}: rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}"  # the first has not ended
+    with suppress(OSError):
+        print(f"{before}: {problem}{after}", file=sys.stderr)
     return status

@@ -20,6 +20,7 @@ from _options import CONFIGS, CompareConfig, register, typed
 from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig, run_folder, run_name
 from alignscale.files import write_atomic
+from alignscale.folder import same_run
 from alignscale.results import read_result
 from alignscale.validation import validate
 
@@ -62,8 +63,12 @@ def place(configs: list[TrainConfig], sweep: str) -> Path | None:
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether the run in the folder is done, be it with a divergence."""
-    return (run_folder(config) / "result.json").exists()
+    """Whether the run in the folder is done, be it with a divergence. Raises ConfigError if it is another run's."""
+    same_run(run_folder(config) / "config.yaml", config)
+    try:
+        return bool(read_result(run_folder(config) / "result.json"))
+    except ValueError:  # there is none, or a damaged one, which the run writes again from its checkpoint
+        return False
 
 
 def under_way(config: TrainConfig) -> str | None:

@@ -208,6 +208,25 @@ def test_an_import_that_swallows_an_interrupt_ends_in_one_line(
     assert line.startswith("error: interrupted")
 
 
+def test_a_rank_whose_machine_alone_is_wrong_says_so_when_the_first_has_nothing_to_say() -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "launch")!r})
+import _hydra
+_hydra.PATIENCE = 0.5
+sys.argv = ["train.py", "threads=9999"]
+import runpy
+runpy.run_path({str(ROOT / "launch/train.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run(
+        [PYTHON, "-c", script], env={**os.environ, **ranks}, cwd=ROOT, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.search("error: rank 1 of 2, on .*: threads=9999", done.stderr), done.stderr
+
+
 def test_a_bug_shows_its_stack_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def work(config: TrainConfig) -> None:
         raise RuntimeError("a bug")

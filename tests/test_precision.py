@@ -8,7 +8,7 @@ from cases import NETS, RULE_NAMES, Case
 
 from alignscale.analysis.updates import cosines
 from alignscale.choices import NETS as CONFIGS
-from alignscale.choices import SGDConfig
+from alignscale.choices import MLPConfig, SGDConfig
 from alignscale.data.examples import Examples
 from alignscale.learner import Learner
 from alignscale.rules import RULES
@@ -92,6 +92,19 @@ def test_the_scale_of_a_half_precision_error_is_a_power_of_two_and_taken_back() 
     assert scaled(torch.zeros(3, 2), torch.float16)[0].count_nonzero() == 0
     assert scaled(torch.zeros(0, 2), torch.float16)[0].shape == (0, 2)
     assert scaled(error, torch.float32) == (error, None)
+
+
+@pytest.mark.parametrize("rule", ["backprop", "align_ada"])
+def test_a_large_batch_does_not_overflow_in_fp16(rule: str) -> None:
+    dice = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(32768, 1, 4, 4, generator=dice), torch.zeros(32768).long()  # errors of one sign
+    found = []
+    for name in ("fp32", "fp16"):
+        made = Learner(MLPConfig(width=64, depth=2), (1, 4, 4), 10, rule, precision=name)
+        batch = batch_of(made, images, labels, len(images))
+        made.rule(batch).surrogate.backward()
+        found.append([one.grad for one in made.net.parameters()])
+    assert all(cosine > 0.99 for cosine in cosines(*found))
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv7"])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from warm import PYTHON
 
 from alignscale.checkpoint import CheckpointError, complete, find, read_manifest, sealed
 from alignscale.choices import ConfigError, MLPConfig
-from alignscale.config import CheckpointConfig, EvaluationConfig
-from alignscale.interrupts import Interrupted
+from alignscale.config import AnalysisConfig, CheckpointConfig, EvaluationConfig
+from alignscale.interrupts import Interrupted, Interrupts
+from alignscale.prepare import prepare
 from alignscale.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +158,51 @@ def test_a_stop_is_whole_when_whoever_reads_the_output_dies_of_it_too(tmp_path: 
         assert process.wait(60) == 130
     path = complete(tmp_path / "run/checkpoints")[-1]
     assert read_manifest(path)["step"] >= json.loads(rows.read_text().splitlines()[-1])["step"]
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_second_one_ends_it() -> None:
+    """SLURM's SIGTERM comes to a rank and to torchrun, which sends it on."""
+    with Interrupts(speaks=False) as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.flags == [0, 1, 0]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_restart_by_torchrun_goes_on_from_what_the_run_has_made_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(tmp_path, epochs=1, resume="never"), silent)
+    (tmp_path / "result.json").unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    lines: list[str] = []
+    train(config(tmp_path, epochs=1, resume="never"), lines.append)
+    assert any(line.startswith("resumed after step 6") for line in lines)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    lines.clear()
+    train(config(tmp_path, epochs=1, resume="never"), lines.append)
+    assert not any(line.startswith("resumed") for line in lines)
+
+
+def test_moments_per_rank_want_as_many_ranks_as_before(tmp_path: Path) -> None:
+    options = {"epochs": 1, "net": MLPConfig(width=16, depth=2, norm="batch"), "sync_norm": False}
+    train(config(tmp_path, **options), silent)
+    path = complete(tmp_path / "checkpoints")[-1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["made_with"]["ranks"] = 2
+    path.write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(ConfigError, match=r"sync_norm=false: expected 2 ranks as before, .* found 1; use"):
+        train(config(tmp_path, **options), silent)
+
+
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(tmp_path: Path) -> None:
+    options = {"epochs": 1, "analysis": AnalysisConfig(track_errors=True)}
+    train(config(tmp_path, **options), silent)
+    with ExitStack() as held:
+        run = prepare(config(tmp_path, **options), silent, "", held)
+        assert run.start == 6
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_the_message_of_a_stop_leaves_resume_never_out(tmp_path: Path) -> None:

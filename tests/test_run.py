@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from run_cases import config, silent
 from safetensors.torch import load_file
 
+from alignscale import prepare
 from alignscale.checkpoint import CheckpointError, complete, sealed
-from alignscale.choices import ConfigError, ConvConfig, MLPConfig, RuleConfig, SyntheticConfig
-from alignscale.config import EvaluationConfig
+from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, MLPConfig, RuleConfig, SyntheticConfig
+from alignscale.config import EvaluationConfig, FrozenConfig
 from alignscale.data import load
+from alignscale.distributed import Ranks
 from alignscale.folder import opened
 from alignscale.learner import Learner
+from alignscale.parallel import Mesh
 from alignscale.restore import restored
 from alignscale.train import train
 
@@ -111,6 +115,39 @@ def test_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_network_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"net\.width=9999999: weights, gradient, optimizer and initial weights take"):
         train(config(tmp_path / "run", net=MLPConfig(width=9_999_999)), silent)
+
+
+def test_ranks_share_the_batch_and_what_zero_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = config(tmp_path, net=MLPConfig(width=20_000, depth=3), frozen=FrozenConfig("regenerated"))
+    train = load(wide.data)["train"]  # 3.2 GB of weights
+    monkeypatch.setattr(prepare, "available_memory", lambda device: 5 * 10**9)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def fits(stage: int, ranks: int, **changes: object) -> bool:
+        mesh = Mesh(data=Ranks(size=ranks))
+        try:
+            prepare._check_memory(
+                replace(wide, **changes), train, torch.device("cpu"), DeepSpeedConfig(zero_stage=stage), mesh
+            )
+        except ConfigError:
+            return False
+        return True
+
+    assert not fits(0, 64)
+    assert not fits(3, 2)
+    assert fits(3, 64)
+    narrow = {"net": MLPConfig(width=1000, depth=3), "batch_size": 2_000_000}
+    assert not fits(0, 1, **narrow)
+    assert fits(0, 8, **narrow)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert not fits(0, 8, **narrow)
+
+
+def test_the_update_cosine_is_of_a_part_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, cosines = [], Learner.cosines
+    monkeypatch.setattr(Learner, "cosines", lambda self, batch: sizes.append(len(batch.images)) or cosines(self, batch))
+    train(config(tmp_path, epochs=1, accumulation=4), silent)
+    assert set(sizes) == {5}
 
 
 @pytest.mark.parametrize(

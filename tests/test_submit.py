@@ -51,6 +51,19 @@ def test_two_processes_here_and_this_process_train_alike(tmp_path: Path) -> None
     check_close(weights(run_of(tmp_path / "local")), weights(run_of(tmp_path / "debug")))
 
 
+def test_a_folder_of_another_run_is_refused_and_a_damaged_result_is_made_again(tmp_path: Path) -> None:
+    given = ["cluster=debug", f"run.dir={tmp_path / 'run'}", "net=mlp", "net.width=4", "epochs=1"]
+    assert submit(tmp_path, *given).returncode == 0
+    other = submit(tmp_path, *given, "seed=3")
+    assert other.returncode == 2
+    assert "seed: 0 -> 3" in other.stderr
+    whole = (tmp_path / "run/result.json").read_text()
+    (tmp_path / "run/result.json").write_text(whole[:100])
+    again = submit(tmp_path, *given)
+    assert "1 runs: 1 to submit, 0 finished" in again.stdout
+    assert json.loads((tmp_path / "run/result.json").read_text())["runs"] == json.loads(whole)["runs"]
+
+
 def test_a_failed_job_ends_with_its_status_and_a_sweep_reports_the_others(tmp_path: Path) -> None:
     done = submit(
         tmp_path, "cluster=local", "cluster.concurrent=2", "optim.lr=0.1,1e30", "cluster.sweep=" + str(tmp_path)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alignscale.nets.network import Network
 
-LOSS_ALONE = "the loss alone: all layers' outputs are finite"
+LOSS_ALONE = "it alone: all layers' outputs are finite"
 
 
 def first_not_finite(net: Network, weights: Mapping[str, Callable[[], Tensor]], forward: Callable[[], object]) -> str:

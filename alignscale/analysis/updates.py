@@ -1,6 +1,7 @@
 """How close a rule's update is to backprop's: pure functions of a network's state, which they leave as it was."""
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from alignscale.types import Trace
 
 
 @torch.no_grad()
-def weight_updates(net: Network, trace: Trace, deltas: Deltas) -> list[Tensor | None]:
+def weight_updates(net: Network, trace: Trace, deltas: Deltas) -> Iterator[Tensor | None]:
     """The gradient that deltas and a trace give the weight of each layer of ``net``; None where it learns nothing."""
     local = zip(net.layers, trace.inputs, net.through_norms(trace, deltas), strict=True)
-    return [None if delta is None else layer.weight_gradient(a, delta)[0] for layer, a, delta in local]
+    for layer, a, delta in local:
+        yield None if delta is None else layer.weight_gradient(a, delta)[0]
 
 
-def cosines(first: list[Tensor | None], second: list[Tensor | None], ranks: Ranks = ALONE) -> list[float]:
+def cosines(first: Iterable[Tensor | None], second: Iterable[Tensor | None], ranks: Ranks = ALONE) -> list[float]:
     """Cosine of two updates layer by layer, in float64; 0 for a layer that has no update in one of them.
 
     ranks: those that have the other parts of the updates.

@@ -112,8 +112,9 @@ class LocalRule(Rule, ABC):
         """
 
 
-PEAK = 16.0
-"""What the largest error of a batch is scaled to in fp16: sums over a batch stay below its largest number, 65,504."""
+PEAK, MOST = 16.0, 512
+"""What the largest error is scaled to in fp16, for up to so many examples, and less for more: sums over a batch stay
+below its largest number, 65,504."""
 
 
 def scaled(error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +122,8 @@ def scaled(error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if dtype != torch.float16 or error.dtype == dtype:
         return error.to(dtype), None
     largest = error.abs().max() if error.numel() else error.new_ones(())
-    power = torch.exp2(torch.floor(torch.log2(PEAK / largest.clamp(min=1e-30))))
+    peak = PEAK * min(1.0, MOST / max(len(error), 1))
+    power = torch.exp2(torch.floor(torch.log2(peak / largest.clamp(min=1e-30))))
     return (error * power).to(dtype), 1 / power
 
 
