@@ -4,6 +4,7 @@ It stands alone so that all else works on one rank or on many without asking whi
 """
 
 import atexit
+import itertools
 import os
 import sys
 import threading
@@ -171,13 +172,14 @@ class Ranks:
         try:
             self.store.check(["failed"])
         except RuntimeError:
-            return "rank 0 is gone, and with it what ranks tell each other", min(1, self.size - 1)
+            return "rank 0 is gone, and with it what the ranks tell each other", min(1, self.size - 1)
         for rank in range(self.size):
             when, _, place = (self._stored(f"beat/{rank}") or "0 the start").partition(" ")
             heard[rank] = (float(when), place)
         newest = max(when for when, _ in heard.values())
         late = {rank: f"rank {rank} at {heard[rank][1]}" for rank in heard if newest - heard[rank][0] > 3 * BEAT}
-        alive = f"all are alive, this one at {heard[self.rank][1]}"
+        here = self.heart.place if self.heart else heard[self.rank][1]
+        alive = f"none was silent for {3 * BEAT:g} s, this one is at {here}"
         return f"last heard of: {', '.join(late.values())}" if late else alive, min(heard.keys() - late.keys())
 
     def _stored(self, key: str) -> str | None:
@@ -244,6 +246,9 @@ def restarted() -> bool:
 _JOINED: list[tuple[Ranks, Any]] = []
 """The one group of this process, which the runs of a grid share: DeepSpeed keeps groups of its own within it."""
 
+_RUNS = itertools.count()
+"""Each run tells other ranks under a name of its own: what failed in one is over in the next."""
+
 
 def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
     """The ranks, and a store that they share."""
@@ -254,7 +259,14 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         ranks, store = Ranks(), dist.HashStore()  # type: ignore[attr-defined]
     else:
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+        except (RuntimeError, ValueError) as problem:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RankError(
+                f"rank {ranks.rank}: expected all {ranks.size} ranks at {where} within engine.timeout={timeout:g} s, "
+                f"found: {' '.join(str(problem).split())[:160]}; start them all, or wait longer"
+            ) from problem
     group, beats = (dist.PrefixStore(name, store) for name in ("group", "alignscale"))  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.size, timeout=limit)
     atexit.register(dist.destroy_process_group)
@@ -266,6 +278,7 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
 def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     """The process group of all ranks, or of this process alone; collectives fail after ``timeout`` seconds."""
     ranks, store = _group("nccl" if device.type == "cuda" else "gloo", timeout)
+    store = dist.PrefixStore(f"run {next(_RUNS)}", store)  # type: ignore[attr-defined]
     heart = Heart(store, ranks.rank, ranks.size, timeout)
     heart.start()
     try:

@@ -24,9 +24,11 @@ OURS = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size", "optimizer": "optim",
     "gradient_accumulation_steps": "accumulation", "gradient_clipping": "optim.clip_norm", "scheduler": "schedule",
     "zero_optimization.stage": "engine.zero_stage",
-    "fp16": "precision", "bf16": "precision", "amp": "precision", "torch_autocast": "precision",
+    **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast"), "precision"),
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
+UNREADABLE = "zero_optimization.round_robin_gradients"
+"""Under it DeepSpeed's own calls for whole weights mix up the parts."""
 
 
 def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any]:
@@ -34,10 +36,14 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
 
     Micro-batch and accumulation are 1: parts of a batch differ in size, so the engine is told which one is the last.
     """
-    given = [*config.extra, *(f"zero_optimization.{name}" for name in config.extra.get("zero_optimization", {}))]
-    for name in given:
+    inside = config.extra.get("zero_optimization", {})
+    if not isinstance(inside, Mapping):
+        raise ConfigError(f"engine.extra: zero_optimization: expected settings by name, found {inside!r:.40}")
+    for name in (*config.extra, *(f"zero_optimization.{name}" for name in inside)):
         if name in OURS:
             raise ConfigError(f"engine.extra: {name}: expected {OURS[name]}, the option that decides it")
+        if name == UNREADABLE and inside["round_robin_gradients"]:
+            raise ConfigError(f"engine.extra: {name}: expected false, as whole weights cannot be read under it")
     optimization: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload:
         optimization["offload_optimizer"] = {"device": "cpu"}
@@ -67,15 +73,19 @@ class DeepSpeedEngine(Engine):
         self.mesh, self.stage = mesh, config.zero_stage
         self.shares = rule.net.shares()
         optimizer = make_optimizer(optim, rule.trained())
-        settings = deepspeed_config(config, optim.clip_norm)
+        settings = zero.Asked(deepspeed_config(config, optim.clip_norm))
         try:
             self.engine, *_ = zero.deepspeed.initialize(
                 model=rule, optimizer=optimizer, config=settings, dist_init_required=False,
                 mpu=zero.share_out(rule.net, mesh),
             )  # fmt: skip
-        except (ValueError, zero.DeepSpeedConfigError) as problem:
-            found = " ".join(str(problem).split())
+        except zero.REFUSALS as problem:
+            if not config.extra or isinstance(problem, torch.OutOfMemoryError):
+                raise
+            found = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
             raise ConfigError(f"engine.extra: expected settings that DeepSpeed takes, found: {found}") from problem
+        for name in config.extra.keys() - settings.names:
+            raise ConfigError(f"engine.extra: {name}: expected a setting of DeepSpeed's, found one it never looks for")
         self.keys = ["exp_avg", "exp_avg_sq"] if isinstance(optim, AdamConfig) else []
         if isinstance(optim, SGDConfig) and optim.momentum:
             self.keys = ["momentum_buffer"]

@@ -25,6 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import (
     groups,
     logger,
@@ -34,9 +35,11 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )  # fmt: skip
 
-__all__ = ["DeepSpeedConfigError", "deepspeed", "logger"]
+__all__ = ["deepspeed", "logger"]
 
 VERSION = "0.19.8"
+REFUSALS = (DeepSpeedConfigError, ZeRORuntimeException, ValueError, TypeError, AssertionError, RuntimeError)
+"""What DeepSpeed raises for settings that it does not take."""
 for _call in ("all_gather_into", "reduce_scatter"):  # DeepSpeed's, which this torch has other names for
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.{_call}_tensor` is deprecated", FutureWarning)
 
@@ -55,6 +58,27 @@ def make_ready() -> None:
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package it is torch itself
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     importlib.import_module("deepspeed.runtime.compiler").compile = lambda: _itself  # type: ignore[attr-defined]
+
+
+class Asked(dict[str, Any]):
+    """Settings that keep the ``names`` that DeepSpeed has looked for: it ignores all others."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.names: set[object] = set()
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(name)
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As a dictionary's."""
+        self.names.add(name)
+        return super().get(name, default)
 
 
 def share_out(net: Network, mesh: Mesh) -> SimpleNamespace | None:

@@ -1,5 +1,6 @@
 """Files that are whole or not there: everything that a run leaves is written through these."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace ``path`` with ``content`` at once: readers, and a crash, see the old file or the new one.
 
-    Raises OSError with the old file untouched and nothing left beside it.
+    Raises OSError with the old file untouched and nothing left beside it; for a folder or a device too.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "expected a file or a new name, found a folder or device", str(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -18,7 +21,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as problem:
-        problem.filename = problem.filename or str(path)
+        problem.filename, problem.filename2 = str(path), None
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Literal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
@@ -39,6 +40,16 @@ class Interrupts(ExitStack):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self._keep))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        """A SIGTERM that came while an error of all ranks ended this one, which has nothing to say, ends it at once."""
+        super().__exit__(kind, problem, trace)
+        silent = not self.speaks and not getattr(problem, "of_one_rank", isinstance(problem, Interrupted))
+        if problem is not None and silent and self.signum == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)
+        return False
 
     @property
     def flags(self) -> list[int]:

@@ -117,8 +117,12 @@ class _Events(ExitStack):
         self.write(first + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, **what: Any) -> None:
-        self.records.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
-        self.file.flush()
+        try:
+            self.records.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+            self.file.flush()
+        except OSError as problem:
+            problem.filename = self.file.name
+            raise
 
 
 def _wandb(config: LogConfig, folder: Path, name: str, first: int, options: Any) -> Any:

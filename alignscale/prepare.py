@@ -46,7 +46,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     """
     device, engine, mesh = _begun(config, held)
     ranks = mesh.everyone
-    if restarted():
+    if any(ranks.objects(restarted())):
         config = replace(config, resume="auto")
     show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: load(config.data))

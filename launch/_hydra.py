@@ -39,6 +39,8 @@ INTERRUPTED = "interrupted; the same command, without resume=never, goes on from
 MEND = "; free space or mend it, then give the same command"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
+FINAL = (2, 3, 130, 140, 143)
+"""Statuses of what another start would not mend, or was not asked for: a mistake, a divergence, a signal."""
 PATIENCE = 60.0
 """Seconds that the others wait until they speak: torchrun ends them all when one has, and the first is to speak."""
 
@@ -60,6 +62,7 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         def main() -> None:
             status: object = 0
             try:
+                not_again()
                 register()
                 for_jobs()
                 sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
@@ -77,6 +80,22 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def not_again() -> None:
+    """End as the ranks' attempt before this one did, if torchrun should not have started them again (``FINAL``)."""
+    mark, count = _mark(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    before = mark.parents[1].with_name(f"attempt_{count - 1}") if mark else Path()
+    status = next((int(path.read_text()) for path in sorted(before.glob(f"*/{mark.name}"))), 0) if mark else 0
+    if mark and status:
+        mark.write_text(str(status))
+        sys.exit(status)
+
+
+def _mark() -> Path | None:
+    """The file in torchrun's own folder of this attempt for the status of this rank, if it is a ``FINAL`` one."""
+    beside = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(beside).with_name("final") if beside else None
 
 
 def for_jobs() -> None:
@@ -147,7 +166,9 @@ def guarded(work: Callable[[], None]) -> None:
 
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
     """Print the one line of a command's end and return its status; of an error that all ranks have, on the first."""
-    ranks = launched()
+    ranks, mark = launched(), _mark()
+    if mark and status in FINAL:
+        mark.write_text(str(status))
     if ranks is not None and not FIRST and not getattr(problem, "of_one_rank", False):
         time.sleep(PATIENCE)
         before = f"{before}: rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}"  # the first has not ended

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on several machines without a scheduler: give the same command on each of them.
 #
-#   launch/torchrun.sh NODES HOST[:PORT] OPTIONS...      e.g.  launch/torchrun.sh 2 node0:29500 net.width=4096 engine.zero_stage=3
+#   launch/torchrun.sh NODES HOST[:PORT] OPTIONS...      e.g.
+#   launch/torchrun.sh 2 node0:29500 net.width=4096 engine=deepspeed engine.zero_stage=3
 #
 # HOST is one of the machines, which all can reach. Ranks on each: the number of its GPUs, or RANKS=4. A machine that is
 # lost is replaced by giving the command on another one; RESTARTS says how often the ranks start again (default 3), each

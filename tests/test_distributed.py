@@ -153,8 +153,13 @@ def test_our_options_become_deepspeeds() -> None:
     }
     with pytest.raises(ConfigError, match=r"engine\.extra: bf16: expected precision, the option that decides it"):
         deepspeed_config(DeepSpeedConfig(extra={"bf16": {"enabled": True}}), 0.0)
-    with pytest.raises(ConfigError, match=r"engine\.extra: zero_optimization\.stage: expected engine\.zero_stage"):
-        deepspeed_config(DeepSpeedConfig(extra={"zero_optimization": {"stage": 2}}), 0.0)
+    for inside, message in (
+        ({"stage": 2}, "zero_optimization.stage: expected engine.zero_stage"),
+        ({"round_robin_gradients": True}, "zero_optimization.round_robin_gradients: expected false"),
+        (5, "zero_optimization: expected settings by name, found 5"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"engine.extra: {message}")):
+            deepspeed_config(DeepSpeedConfig(extra={"zero_optimization": inside}), 0.0)
 
 
 def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +193,11 @@ def test_one_command_trains_on_two_ranks_to_the_result_of_one_in_one_folder(tmp_
 
 
 def stopped(
-    ranks: int, folder: Path, number: int, *options: str, at: int = 30, torchrun_too: bool = False
+    ranks: int, folder: Path, number: int, *options: str, at: int = 30, torchrun_too: bool = False, restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """A run whose first rank gets a signal when it has made a checkpoint at step ``at``."""
     given = [*RUN, "checkpoint.every_steps=10", f"run.dir={folder}", *options]
-    command = torchrun(ranks, "launch/train.py", *given, python=sys.executable)
+    command = torchrun(ranks, "launch/train.py", *given, restarts=restarts, python=sys.executable)
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -252,6 +257,19 @@ def test_a_signal_to_torchrun_and_its_ranks_at_once_is_one(tmp_path: Path) -> No
     slow = ["net.width=1000", "batch_size=700", "engine=deepspeed", "epochs=40"]
     done = stopped(2, tmp_path, signal.SIGTERM, *slow, at=10, torchrun_too=True)
     assert len(re.findall("stopped by signal 15 after step .* and a checkpoint", done.stderr)) == 1, done.stderr
+
+
+@pytest.mark.parametrize(("given", "status"), [("optim.lr=1e30", 3), ("engine.zero_stage=4", 2), ("", 143)])
+def test_torchruns_restarts_are_for_lost_ranks(tmp_path: Path, given: str, status: int) -> None:
+    if given:
+        done = run(2, f"run.dir={tmp_path / 'run'}", "engine=deepspeed", given, restarts=2)
+    else:
+        done = stopped(2, tmp_path / "run", signal.SIGTERM, "engine=deepspeed", "epochs=40", restarts=2)
+        assert done.stderr.count("stopped by signal 15") == 1
+    assert done.returncode == 1
+    assert "resumed" not in done.stdout
+    assert done.stderr.count("error: ") <= 1, done.stderr
+    assert f"exitcode  : {status}" in done.stderr
 
 
 def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoint(tmp_path: Path) -> None:
@@ -354,6 +372,16 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
         (["engine=local"], "engine=local: expected one process, found 2", 2),
         (["precision=fp64"], "precision=fp64: expected fp32, fp16 or bf16", 2),
         (["engine.extra.zero_optimization.overlap_comm=maybe"], "engine.extra: expected settings that DeepSpeed", 2),
+        (
+            ["engine.extra.foo=1"],
+            "engine.extra: foo: expected a setting of DeepSpeed's, found one it never looks for",
+            2,
+        ),
+        (
+            ["engine.extra.zero_allow_untested_optimizer=false"],
+            "engine.extra: expected settings that DeepSpeed takes",
+            2,
+        ),
         (["rule.magnitude=3"], "rule=align_ada has no option magnitude", 2),
     ],
 )

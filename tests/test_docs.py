@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _hydra import quoted
+from _mistakes import check
+from _options import register
 from _report.claims import verdict
 
 from alignscale.results import read_result
@@ -71,6 +74,34 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_name_what_exists(page: Path) -> None:
     wrong = {" ".join(words): unknown for words in commands(page) if (unknown := list(unknown_words(words)))}
     assert wrong == {}
+
+
+SCRIPTS = [REPOSITORY / "launch/torchrun.sh", REPOSITORY / "launch/slurm.sbatch"]
+
+
+def options(words: list[str]) -> list[str]:
+    """What a command gives launch/train.py, by whatever starts it; nothing for a command that shows a placeholder."""
+    starts = [
+        place for place, word in enumerate(words) if word.endswith(("/train.py", "/torchrun.sh", "/slurm.sbatch"))
+    ]
+    given = words[starts[0] + 1 :] if starts else []
+    given = given[2:] if starts and words[starts[0]].endswith(".sh") else given
+    return [] if any(re.search(r"[A-Z]{3}|\.\.\.|--", word) for word in given) else given
+
+
+def heading(script: Path) -> list[list[str]]:
+    """The commands in a script's first comment."""
+    comment = "\n".join(line[4:] for line in script.read_text().splitlines() if line.startswith("#   "))
+    return [shlex.split(line) for line in comment.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
+def test_the_options_of_commands_are_taken(page: Path) -> None:
+    register()
+    lines = heading(page) if page in SCRIPTS else list(commands(page))
+    for words in lines:
+        check("train", [quoted(word) for word in options(words)])
+    assert page in PAGES or any(options(words) for words in lines)
 
 
 def test_a_wrong_link_or_command_is_found(tmp_path: Path) -> None:

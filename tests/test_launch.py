@@ -208,6 +208,17 @@ def test_an_import_that_swallows_an_interrupt_ends_in_one_line(
     assert line.startswith("error: interrupted")
 
 
+def test_a_rank_that_waits_for_the_others_in_vain_says_where() -> None:
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29998"}
+    done = subprocess.run(
+        [PYTHON, "launch/train.py", "net=mlp", "engine=deepspeed", "engine.timeout=2"], env={**os.environ, **ranks},
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4
+    said = "error: rank 0: expected all 2 ranks at localhost:29998 within engine.timeout=2 s, found: "
+    assert next(line for line in done.stderr.splitlines() if line.startswith("error")).startswith(said), done.stderr
+
+
 def test_a_rank_whose_machine_alone_is_wrong_says_so_when_the_first_has_nothing_to_say() -> None:
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
     script = f"""

@@ -170,6 +170,29 @@ def test_a_signal_that_comes_twice_at_once_is_one_and_a_second_one_ends_it() -> 
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize(("speaks", "own", "passed"), [(False, False, 1), (False, True, 0), (True, False, 0)])
+def test_a_sigterm_during_an_error_of_all_ranks_is_not_kept_by_the_silent_ones(
+    speaks: bool, own: bool, passed: int
+) -> None:
+    came: list[int] = []
+
+    def mistaken() -> None:
+        problem = ConfigError("a mistake")
+        if own:
+            problem.of_one_rank = True  # type: ignore[attr-defined]
+        with Interrupts(speaks):
+            signal.raise_signal(signal.SIGTERM)
+            raise problem
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with pytest.raises(ConfigError):
+            mistaken()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(came) == passed
+
+
 def test_a_restart_by_torchrun_goes_on_from_what_the_run_has_made_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,9 @@ def distributed(arguments: argparse.Namespace) -> int:
     """The ranks of torchrun together; the first one writes."""
     from distributed_step import distributed_table, rows  # counts collectives from its import on
 
+    for option, default in (("norm", "none"), ("jacobian", ["live"]), ("precision", "fp32"), ("device", "cpu")):
+        if getattr(arguments, option) not in (None, "auto", default):
+            raise ConfigError(f"--{option}: expected {default} with --distributed")
     torch.set_num_threads(arguments.threads or 1)
     config = dataclasses.replace(net_config(arguments.net, arguments.width, arguments.depth), norm="none")
     with joined(torch.device("cpu"), 600.0) as ranks:
@@ -268,6 +271,8 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
+        if arguments.json and not arguments.json.parent.is_dir():
+            raise ConfigError(f"--json {arguments.json}: expected a folder {arguments.json.parent}, found none")
         if arguments.distributed:
             return distributed(arguments)
         measured = rows(arguments)
