@@ -238,14 +238,13 @@ def beside() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def restarted() -> bool:
-    """Whether torchrun or SLURM has started this process again, after a rank or a node was lost."""
-    return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def restarts() -> int:
+    """How often torchrun may start this process again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 _JOINED: list[tuple[Ranks, Any]] = []
 """The one group of this process, which the runs of a grid share: DeepSpeed keeps groups of its own within it."""
-
 _RUNS = itertools.count()
 """Each run tells other ranks under a name of its own: what failed in one is over in the next."""
 

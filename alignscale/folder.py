@@ -77,7 +77,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
         same_run(folder / "config.yaml", config)
     for partial in [*folder.glob(".*.partial"), *(folder / "checkpoints").glob(".*.partial")]:
         # half a file or checkpoint of a killed process
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink()
     if not (folder / "config.yaml").exists():
         _write_config(folder, config)
     (folder / "checkpoints").mkdir(exist_ok=True)  # after config.yaml, by which a killed run's folder is known

@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from types import FrameType, TracebackType
-from typing import Literal
+from types import FrameType
+from typing import ClassVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
@@ -33,6 +33,9 @@ class Interrupts(ExitStack):
     In a thread other than the main one, where Python allows no handlers, it does nothing.
     """
 
+    came: ClassVar[bool] = False
+    """Whether a signal has been kept in this process: who waits to be ended need not wait any more."""
+
     def __init__(self, speaks: bool = True) -> None:
         """speaks: tell the user, as the first rank does."""
         super().__init__()
@@ -40,16 +43,6 @@ class Interrupts(ExitStack):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self._keep))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> Literal[False]:
-        """A SIGTERM that came while an error of all ranks ended this one, which has nothing to say, ends it at once."""
-        super().__exit__(kind, problem, trace)
-        silent = not self.speaks and not getattr(problem, "of_one_rank", isinstance(problem, Interrupted))
-        if problem is not None and silent and self.signum == signal.SIGTERM:
-            signal.raise_signal(signal.SIGTERM)
-        return False
 
     @property
     def flags(self) -> list[int]:
@@ -63,7 +56,7 @@ class Interrupts(ExitStack):
             self.close()
             signal.raise_signal(signum)
             return
-        self.signum, self.since = signum, time.monotonic()
+        self.signum, self.since, Interrupts.came = signum, time.monotonic(), True
         with suppress(OSError, RuntimeError, ValueError):  # whoever read it, or what was being written, is none of ours
             if self.speaks:
                 print("\nstopping at the next step; once more to stop at once", file=sys.stderr)

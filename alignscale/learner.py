@@ -36,7 +36,7 @@ from alignscale.data.plan import Plan
 from alignscale.engine import Engine, LocalEngine, make_optimizer
 from alignscale.environment import device_called
 from alignscale.evaluate import evaluate
-from alignscale.frozen import WHOLE, Fixed, calibrate, initialise
+from alignscale.frozen import WHOLE, Fixed, calibrate, initial_weight, initialise
 from alignscale.loss import make_loss, right
 from alignscale.nets import build
 from alignscale.nets.layers import laid_out
@@ -186,6 +186,11 @@ class Learner:
             self.engine.forget()
         return value, int(count), sums
 
+    def start(self, index: int) -> Tensor:
+        """The initial weight of a layer, in the precision that weights have."""
+        weight = self.fixed.frozen.weight(index)
+        return weight if weight.dtype == self.encoding.master else initial_weight(self.net, self.seed, index)
+
     def cosines(self, batch: Batch) -> list[float]:
         """Per layer, the cosine of the rule's update with backprop's at the same weights; 0 where it has none.
 
@@ -194,8 +199,9 @@ class Learner:
         self.rule.eval()  # norms take the moments of this batch, which every rank has
         mine = weight_updates(self.net, *self.rule.local(batch, self.net.current))
         true = weight_updates(self.net, *true_deltas(self.net, batch, self.loss, self.net.current))
+        found = cosines(mine, true, self.mesh.width.ranks)
         self.rule.train()
-        return cosines(mine, true, self.mesh.width.ranks)
+        return found
 
     def fit(self, images: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 50) -> list[float]:
         """Train for some more epochs, each in an order of its own, and return each one's mean loss.

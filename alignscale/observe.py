@@ -17,6 +17,7 @@ from alignscale.data import Split
 from alignscale.data.plan import even_batches
 from alignscale.learner import Learner
 from alignscale.nets.layers import Conv, Layer, State
+from alignscale.rules.base import scaled
 
 Changes = list[Tensor | None]
 
@@ -32,7 +33,7 @@ def place_of(layer: Layer) -> Map:
 @torch.no_grad()
 def changes(learner: Learner) -> Changes:
     """Per layer, W_t - W_0; None for a trained initial state."""
-    layers, start = learner.net.layers, learner.fixed.frozen.weight
+    layers, start = learner.net.layers, learner.start
     return [
         None if isinstance(layer, State) else learner.net.current(index)[0].detach() - start(index)
         for index, layer in enumerate(layers)
@@ -50,8 +51,11 @@ def frozen_changes(learner: Learner, examples: Split, errors: Tensor, places: Te
     for part in even_batches(len(places), most):
         batch = learner.encoding.batch(examples, places[part], 0)
         trace = frozen.trace(batch.images)
-        deltas = frozen.pullback(errors[places[part]].to(trace.logits), trace)
-        found = weight_updates(net, trace, deltas)
+        error, unscale = scaled(errors[places[part]].to(trace.logits.device), trace.logits.dtype)
+        deltas, master = frozen.pullback(error, trace), learner.encoding.master
+        factor = 1.0 if unscale is None else unscale.to(master)
+        updates = weight_updates(net, trace, deltas)
+        found = [None if one is None else one.to(master) * factor for one in updates]
         sums = [b if a is None or b is None else a + b for a, b in zip(sums, found, strict=True)]
     return sums
 
@@ -91,7 +95,7 @@ def live(
     """
     count = min(sample or len(examples), len(examples))
     places = torch.arange(count) * len(examples) // count
-    net, start, own = learner.net, learner.fixed.frozen.weight, changes(learner)
+    net, start, own = learner.net, learner.start, changes(learner)
     learner.rule.eval()
     target = frozen_changes(learner, examples, errors, places, most)
     measured = scores(learner, own, target, BUDGET if whole else 0.0)
@@ -115,7 +119,7 @@ def live(
 
 def controls(learner: Learner, own: Changes, seed: int) -> dict[str, Changes]:
     """``shuffled``: W_t in a random order, minus W_0, as the public code has it; ``shuffled_update``: W_t - W_0 so."""
-    start = learner.fixed.frozen.weight
+    start = learner.start
     whole = [None if a is None else shuffled(a + start(i), seed + i) - start(i) for i, a in enumerate(own)]
     updates = [None if a is None else shuffled(a, seed + i) for i, a in enumerate(own)]
     return {"shuffled": whole, "shuffled_update": updates}

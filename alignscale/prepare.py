@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig
 from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
-from alignscale.distributed import Ranks, beside, joined, launched, restarted
+from alignscale.distributed import Ranks, beside, joined, launched, restarts
 from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
 from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
@@ -44,10 +43,13 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     hold on the folder, which end with it. Raises ConfigError, DataError, CheckpointError, or Diverged for a run that is
     known to diverge.
     """
+    if config.resume == "never" and restarts():
+        raise ConfigError(
+            f"resume=never: expected auto under torchrun --max-restarts={restarts()}, or ranks that are started again "
+            "would begin from nothing; give --max-restarts=0 (RESTARTS=0 for launch/torchrun.sh), or another run.dir"
+        )
     device, engine, mesh = _begun(config, held)
     ranks = mesh.everyone
-    if any(ranks.objects(restarted())):
-        config = replace(config, resume="auto")
     show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
@@ -270,7 +272,8 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
     before, now = manifest["made_with"], run.about["made_with"]
     changed = difference(before, now)
     parts, found_parts = (made["ranks"] // made["width_ranks"] for made in (before, now))
-    if parts != found_parts and run.config.net.norm == "batch" and not run.config.sync_norm:
+    over = ended is not None and manifest["step"] == run.stop
+    if parts != found_parts and not over and run.config.net.norm == "batch" and not run.config.sync_norm:
         raise ConfigError(
             f"sync_norm=false: expected {parts} ranks as before, since each takes the moments of its own examples, "
             f"found {found_parts}; use as many, or resume=never to start again"
@@ -283,7 +286,7 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
     run.start, progress = manifest["step"], manifest["progress"]
     for name in ("curve", "seconds", "seconds_per_step", "epoch_loss", "counts"):
         setattr(run, name, progress[name])
-    if ended is not None and run.start == run.stop:
+    if over:
         run.finished = ended
         show("finished before; resume=never trains it again")
         return

@@ -31,7 +31,8 @@ from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
 from alignscale.distributed import LOST, RankError, Ranks, launched
-from alignscale.interrupts import Interrupted
+from alignscale.files import write_atomic
+from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.jacobian.files import CacheError
 from alignscale.run import Diverged
 
@@ -39,8 +40,11 @@ INTERRUPTED = "interrupted; the same command, without resume=never, goes on from
 MEND = "; free space or mend it, then give the same command"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
-FINAL = (2, 3, 130, 140, 143)
-"""Statuses of what another start would not mend, or was not asked for: a mistake, a divergence, a signal."""
+FINAL = (2, 3, 140)
+"""Statuses of all ranks that another start would not mend, or was not asked for: a mistake, a divergence, SIGUSR2.
+
+SIGTERM is not one: torchrun sends it to the ranks that it is about to start again.
+"""
 PATIENCE = 60.0
 """Seconds that the others wait until they speak: torchrun ends them all when one has, and the first is to speak."""
 
@@ -83,19 +87,16 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
 
 
 def not_again() -> None:
-    """End as the ranks' attempt before this one did, if torchrun should not have started them again (``FINAL``)."""
-    mark, count = _mark(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    before = mark.parents[1].with_name(f"attempt_{count - 1}") if mark else Path()
-    status = next((int(path.read_text()) for path in sorted(before.glob(f"*/{mark.name}"))), 0) if mark else 0
-    if mark and status:
-        mark.write_text(str(status))
-        sys.exit(status)
+    """End as the ranks did before torchrun started them again, if it should not have (``FINAL``)."""
+    mark = _mark()
+    if mark and mark.exists():
+        sys.exit(int(mark.read_text()))
 
 
 def _mark() -> Path | None:
-    """The file in torchrun's own folder of this attempt for the status of this rank, if it is a ``FINAL`` one."""
-    beside = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(beside).with_name("final") if beside else None
+    """The file for a ``FINAL`` status in torchrun's folder of this launch on this machine."""
+    error = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return Path(error).parents[2] / "final" if error and error != os.devnull else None
 
 
 def for_jobs() -> None:
@@ -166,10 +167,13 @@ def guarded(work: Callable[[], None]) -> None:
 
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
     """Print the one line of a command's end and return its status; of an error that all ranks have, on the first."""
-    ranks, mark = launched(), _mark()
-    if mark and status in FINAL:
-        mark.write_text(str(status))
-    if ranks is not None and not FIRST and not getattr(problem, "of_one_rank", False):
+    ranks, mark, own = launched(), _mark(), getattr(problem, "of_one_rank", False)
+    if mark and status in FINAL and not own:
+        with suppress(OSError):  # torchrun then starts the ranks again, as it would have
+            write_atomic(mark, str(status).encode())
+    if ranks is not None and not FIRST and not own:
+        if Interrupts.came:  # from torchrun, as the first has spoken
+            return status
         time.sleep(PATIENCE)
         before = f"{before}: rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}"  # the first has not ended
     with suppress(OSError):

@@ -90,6 +90,8 @@ def expand(config: GridConfig) -> Iterator[TrainConfig]:
             raise ConfigError(f"compare.rules: {rule}: expected some of {', '.join(sorted(RULES))}")
     if bool(grid.option) != bool(grid.values):
         raise ConfigError(f"compare.option={grid.option}, compare.values={grid.values}: expected both, or neither")
+    if grid.option in ("net.width", "seed"):
+        raise ConfigError(f"compare.option={grid.option}: expected compare.widths or compare.seeds in its place")
     if grid.claim and grid.claim not in CLAIMS:
         raise ConfigError(f"compare.claim={grid.claim}: expected one of {', '.join(CLAIMS)}, or nothing")
     if not grid.folder:

@@ -96,6 +96,7 @@ class Faults:
     """What the server does wrong. Each fault is a pattern of paths, and how often it comes to pass."""
 
     def __init__(self) -> None:
+        self.moved = "?"  # a folder that all has been moved out of
         self.ranges, self.left, self.asked = True, dict[str, tuple[str, int]](), list[tuple[str, str | None]]()
 
     def add(self, kind: str, pattern: str, times: int = 10**9) -> None:
@@ -120,6 +121,12 @@ def server(folder: Path) -> Iterator[tuple[str, Faults]]:
         def do_GET(self) -> None:
             path, span = folder / self.path.lstrip("/"), self.headers["Range"]
             faults.asked.append((self.path, span))
+            if self.path.startswith(faults.moved):
+                self.send_response(302)
+                self.send_header("Location", self.path.removeprefix(faults.moved.rstrip("/")))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if not path.exists() or faults.comes("missing", self.path):
                 self.send_error(404)
                 return

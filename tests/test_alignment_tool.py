@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tangent_kernel import label_alignment, tangent
 
 from alignscale import checkpoint
-from alignscale.choices import ConvConfig, MLPConfig
+from alignscale.checkpoint import complete, sealed
+from alignscale.choices import AddConfig, ConvConfig, MLPConfig, MSEConfig, RNNConfig, SGDConfig
 from alignscale.config import AnalysisConfig, LogConfig, TrainConfig
 from alignscale.nets import build
 from alignscale.restore import restored
@@ -62,6 +63,41 @@ def test_a_resumed_run_has_summed_the_same_errors(tmp_path: Path) -> None:
     )
     assert torch.equal(first, second)
     assert first.abs().min() > 0
+
+
+def test_a_replay_of_another_training_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Even where a wide network hardly moves."""
+    wide = {"net": MLPConfig(width=512, depth=2), "optim": SGDConfig(lr=0.1), "epochs": 1}
+    train(config(tmp_path / "run", **wide), silent)
+    train(config(tmp_path / "other", "feedback_alignment", **wide), silent)
+    assert tool.main([str(tmp_path / "run"), "--replay"]) == 0
+    (path,) = complete(tmp_path / "run/checkpoints")[-1:]
+    (other,) = complete(tmp_path / "other/checkpoints")[-1:]
+    manifest, strange = (json.loads((one / "manifest.json").read_text()) for one in (path, other))
+    shutil.copy(other / "model.safetensors", path)
+    manifest["files"]["model.safetensors"] = strange["files"]["model.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    assert tool.main([str(tmp_path / "run"), "--replay"]) == 2
+    assert "of its change away from its checkpoint at step 6; expected the same weights" in capsys.readouterr().err
+
+
+def test_a_replay_decays_towards_the_start_as_the_run_does(tmp_path: Path) -> None:
+    optim = SGDConfig(lr=0.5, weight_decay=0.3, decay_towards="initial")
+    train(tracked(tmp_path, "align_zero", optim=optim), silent)
+    row = tool.analyse(tmp_path, "last", True, 20)
+    assert [layer["frozen_network"] for layer in row["layers"]] == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_a_readout_at_every_time_is_analysed_without_a_kernel(tmp_path: Path) -> None:
+    options = {
+        "net": RNNConfig(width=16, readout="every"),
+        "data": AddConfig(train=40, test=10),
+        "loss": MSEConfig(centred=False),
+    }
+    train(config(tmp_path, "align_ada", **options, analysis=TRACKED, epochs=1), silent)
+    row = tool.analyse(tmp_path, "last", False, 20)
+    assert all(layer["definition"] is not None for layer in row["layers"][:2])
+    assert "kernel_change" not in row
 
 
 def test_live_numbers_are_those_of_the_tool(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from alignscale.choices import ConfigError, ConvConfig, MLPConfig, RNNConfig, SG
 from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
 from alignscale.interrupts import Interrupted
 from alignscale.jacobian.files import CacheError, Mapped, Writer
+from alignscale.jacobian.form import Form
+from alignscale.jacobian.identity import checked, claimed
 from alignscale.run import Diverged
 from alignscale.train import train
 from alignscale.validation import validate
@@ -124,6 +126,7 @@ def test_a_manifest_says_what_the_cache_is(cache: Path) -> None:
     ({"net": ConvConfig(norm="none", blocks="public"), "cached": "explicit"}, "net.blocks=public"),
     ({"jacobian": replace(JACOBIANS["live"], layers=["gates"])}, "expected none with jacobian=live"),
     ({"jacobian": replace(JACOBIANS["gates"], dtype="fp8"), "net": MLPConfig(activation="tanh")}, "the gates of tanh"),
+    ({"jacobian": replace(JACOBIANS["auto"], dtype="fp8"), "net": MLPConfig(activation="tanh")}, "the gates of tanh"),
     ({"jacobian": replace(JACOBIANS["gates"], tier="tape")}, "jacobian.tier=tape: expected one of auto, device"),
 ], ids=str)  # fmt: skip
 def test_options_that_exclude_one_another_are_refused(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
@@ -168,6 +171,13 @@ def test_a_builder_that_is_killed_is_gone_on_with_to_the_same_files(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "6 files to make" not in done.stdout
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_builder_that_is_killed_before_its_manifest_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "norms.safetensors").write_bytes(b"of the one before")
+    form, moments = Form(("gates",), "fp32", None), {"norms.0.mean": torch.ones(2)}
+    claimed(tmp_path, {"seed": 0}, form, moments)
+    assert checked(tmp_path, {"seed": 0}, moments) == form
 
 
 def test_a_second_builder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:

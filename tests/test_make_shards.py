@@ -1,6 +1,7 @@
 import functools
 import io
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def test_output_of_other_settings_is_refused_with_the_difference(
     before = made(tree, tmp_path)
     assert "settings.quality: 0 -> 80" in refused(capsys, tree, tmp_path, "--quality", "80")
     assert contents(tmp_path) == before
+
+
+def test_images_that_were_moved_or_changed_are_other_images(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(tree, tmp_path / "tree")
+    made(own, tmp_path / "out")
+    first, second = sorted(path for path in (own / "train").iterdir())[:2]
+    moved = next(iter(sorted(first.iterdir())))
+    moved.rename(second / f"again-{moved.name}")
+    assert "source.list: " in refused(capsys, own, tmp_path / "out")
 
 
 def test_shards_of_unknown_origin_are_not_written_over(

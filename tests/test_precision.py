@@ -8,9 +8,10 @@ from cases import NETS, RULE_NAMES, Case
 
 from alignscale.analysis.updates import cosines
 from alignscale.choices import NETS as CONFIGS
-from alignscale.choices import MLPConfig, SGDConfig
+from alignscale.choices import ConvConfig, MLPConfig, RNNConfig, SGDConfig
 from alignscale.data.examples import Examples
 from alignscale.learner import Learner
+from alignscale.observe import changes
 from alignscale.rules import RULES
 from alignscale.rules.base import scaled
 from alignscale.rules.feedback import SignSymmetricConfig
@@ -92,6 +93,26 @@ def test_the_scale_of_a_half_precision_error_is_a_power_of_two_and_taken_back() 
     assert scaled(torch.zeros(3, 2), torch.float16)[0].count_nonzero() == 0
     assert scaled(torch.zeros(0, 2), torch.float16)[0].shape == (0, 2)
     assert scaled(error, torch.float32) == (error, None)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_untrained_network_has_not_moved_and_its_update_is_backprops(precision: str) -> None:
+    dice = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(8, 3, 16, 16, generator=dice), torch.randint(1000, (8,), generator=dice)
+    made = Learner(
+        ConvConfig(width=32, strides=[1, 2], norm="none"), (3, 16, 16), 1000, "align_ada", precision=precision
+    )
+    assert all(one is not None and not one.any() for one in changes(made))
+    batch = dataclasses.replace(batch_of(made, images, labels, 8), size=1000)  # a part of one
+    assert made.cosines(batch) == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["backprop", "align_ada"])
+def test_a_readout_at_every_time_does_not_overflow_in_fp16(rule: str) -> None:
+    made = Learner(RNNConfig(width=16, readout="every"), (100, 2), 1, rule, precision="fp16")
+    batch = Batch(torch.ones(256, 100, 2).half(), torch.ones(256, 100, 1), [], 256)
+    made.rule(batch).surrogate.backward()
+    assert all(bool(one.grad.isfinite().all()) for one in made.net.parameters() if one.grad is not None)
 
 
 @pytest.mark.parametrize("rule", ["backprop", "align_ada"])

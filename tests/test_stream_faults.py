@@ -204,12 +204,21 @@ def test_a_changed_manifest_is_refused(change: Callable[[str], str], message: st
         ({"urls": "s3://x/a.tar"}, r"data\.urls=s3://x/a\.tar: expected a file, or a URL of http or https, found s3"),
         ({"urls": "x/train.tar.gz"}, r"expected names that end in \.tar, without compression"),
         ({"urls": "{a,b}.tar"}, r"expected data\.manifest beside it"),
-        ({"urls": "{a,a}.tar"}, r"expected each shard once, found one again"),
+        ({"urls": "{a,a}.tar"}, r"expected each shard's file name once, found one again"),
+        ({"urls": "x/a.tar::y/a.tar"}, r"expected each shard's file name once, found one again"),
     ],
 )
 def test_urls_that_cannot_be_read_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         load(config(tmp_path, **options))
+
+
+def test_shards_behind_redirects_are_read(tmp_path: Path) -> None:
+    config(tmp_path)
+    with server(tmp_path) as (address, faults):
+        faults.moved = "/elsewhere/"
+        assert images(config(f"{address}/elsewhere")) == images(config(tmp_path)) > 0
+        assert any(path.startswith("/elsewhere/") for path, _ in faults.asked)
 
 
 def test_shards_that_the_manifest_does_not_have_are_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ENGINES, ConfigError
 from alignscale.data.examples import DataError, stream
 from alignscale.data.plan import Plan
-from alignscale.engine import make_optimizer
+from alignscale.engine import make_optimizer, pull_to_start
 from alignscale.environment import torch_settings
 from alignscale.files import write_atomic
 from alignscale.observe import Changes
 from alignscale.parallel import Mesh
 from alignscale.prepare import make_learner
 from alignscale.restore import Restored, restored
+from alignscale.rules.base import scaled
 from alignscale.schedule import factor
 
 Row = dict[str, Any]
@@ -64,12 +66,16 @@ def replayed(found: Restored) -> Changes:
 
     Raises ConfigError where the run, trained again on this machine, does not end at its checkpoint.
     """
-    config, train = found.config, found.splits["train"]
+    config, train = replace(found.config, form="primal"), found.splits["train"]  # which ends at the same weights
+    if config.optim.clip_norm:
+        raise ConfigError(f"--replay: expected optim.clip_norm=0, found {config.optim.clip_norm:g}: leave --replay out")
     learner = make_learner(config, train, found.learner.encoding.device, ENGINES["local"], Mesh())
     learner.net.load_state_dict({**learner.net.state_dict(), **norms_of(found)})
     frozen, net = learner.fixed.frozen, learner.net
-    weights = [torch.nn.Parameter(frozen.weight(index).clone()) for index, _ in enumerate(net.layers)]
+    weights = [torch.nn.Parameter(learner.start(index).clone()) for index, _ in enumerate(net.layers)]
     optimizer = make_optimizer(config.optim, weights)
+    if config.optim.weight_decay and config.optim.decay_towards == "initial":
+        pull_to_start(optimizer, weights, config.optim)
     plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     whole = plan.steps_per_epoch * config.epochs
     batches = stream(train, plan, learner.encoding, 0, found.step, config.accumulation, config.data.views)
@@ -79,25 +85,28 @@ def replayed(found: Restored) -> Changes:
             with torch.no_grad():
                 error = learner.loss.error(net.trace(batch.images).logits, batch.targets, batch.size)
             trace = frozen.trace(batch.images)
-            updates = weight_updates(net, trace, frozen.pullback(error.to(trace.logits), trace))
+            error, unscale = scaled(error, trace.logits.dtype)
+            updates = weight_updates(net, trace, frozen.pullback(error, trace))
             for weight, update in zip(weights, updates, strict=True):
                 if update is not None:
-                    weight.grad = update if weight.grad is None else weight.grad + update
+                    own = update.to(weight.dtype) * (1.0 if unscale is None else unscale.to(weight.dtype))
+                    weight.grad = own if weight.grad is None else weight.grad + own
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         learner.update(parts, lr)
-    pairs = zip(net.layers, found.learner.net.layers, strict=True)
-    ended = [relative(a.weight.detach(), b.weight.detach()) for a, b in pairs]
+    with torch.no_grad():
+        pairs = zip(observe.changes(learner), observe.changes(found.learner), strict=True)
+        ended = [relative(a, b) for a, b in pairs if a is not None and b is not None]
     worst = max((value for value in ended if math.isfinite(value)), default=0.0)
-    if worst > 1e-2:
+    if worst > 0.05:
         raise ConfigError(
-            f"--replay: trained again, the run ends {worst:.1%} away from its checkpoint at step {found.step}; "
-            "expected the same weights to rounding. Replay it with the versions and on the machine of the run, "
-            "or leave --replay out"
+            f"--replay: trained again, the run ends {worst:.1%} of its change away from its checkpoint at step "
+            f"{found.step}; expected the same weights to rounding. Replay it with the versions and on the machine of "
+            "the run, or leave --replay out"
         )
-    return [weight.detach() - frozen.weight(index) for index, weight in enumerate(weights)]
+    return [weight.detach() - learner.start(index) for index, weight in enumerate(weights)]
 
 
 def norms_of(found: Restored) -> dict[str, Tensor]:
@@ -143,13 +152,14 @@ def analyse(run: Path, which: str, replay: bool, sample: int) -> Row:
 def moved(found: Restored, own: Changes, columns: dict[str, Sequence[Any]], sample: int) -> Row:
     """Movement and cosine of each layer, and the numbers of the whole network, on the first training examples."""
     learner, net, train = found.learner, found.learner.net, found.splits["train"]
-    start, places = learner.fixed.frozen, torch.arange(min(sample, len(train)))
+    rows = len(train) if net.state is None else net.layers[net.state].shape[0]
+    start, places = learner.fixed.frozen, torch.arange(min(sample, len(train), rows))
     batch = learner.encoding.batch(train, places, 0)
     now, before = net.trace(batch.images, net.current), start.trace(batch.images)
     gates = gates_moved(net, now, before)
     columns["update_cosine"] = learner.cosines(batch)
     columns["weight_change"] = [
-        None if a is None else relative(a + start.weight(index), start.weight(index)) for index, a in enumerate(own)
+        None if a is None else relative(a + learner.start(index), learner.start(index)) for index, a in enumerate(own)
     ]
     pairs = zip(now.inputs, before.inputs, strict=True)
     columns["input_change"] = [relative(a, b) if a.numel() else None for a, b in pairs]
@@ -159,7 +169,8 @@ def moved(found: Restored, own: Changes, columns: dict[str, Sequence[Any]], samp
         for a, layer in zip(own, net.layers, strict=True)
     ]
     small = batch.images[: min(16, len(places))]
-    at_start = tangent(net, start.parameters, small, change) if net.state is None else None
+    once = net.state is None and now.logits.dim() == 2  # no readout at every time
+    at_start = tangent(net, start.parameters, small, change) if once else None
     layers = [{"layer": index + 1, **{key: clean(c[index]) for key, c in columns.items()}} for index in range(len(own))]
     row: Row = {"layers": layers}
     if at_start is None or at_start.moved is None:

@@ -19,6 +19,8 @@ from alignscale.data.examples import DataError
 
 Made = TypeVar("Made")
 PIECE = 1 << 20
+REDIRECTS = urllib3.Retry(None, connect=0, read=0, status=0, other=0, redirect=5, raise_on_status=False)
+"""The library follows a server to another address, and tries nothing again by itself."""
 AGAIN = (408, 425, 429)
 """The statuses of 400 to 499 that may be others the next time."""
 
@@ -128,7 +130,7 @@ class Remote:
             pool = self.pools.setdefault((os.getpid(), proxy), made)
         response = pool.request(
             "GET", url, headers={"Accept-Encoding": "identity"} | ({"Range": span} if span else {}),
-            preload_content=False, timeout=self.timeout, retries=urllib3.Retry(0, redirect=5, raise_on_status=False),
+            preload_content=False, timeout=self.timeout, retries=REDIRECTS,
         )  # fmt: skip
         if response.status not in (200, 206):
             response.close()

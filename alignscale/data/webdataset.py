@@ -245,6 +245,7 @@ def _expanded(option: str, pattern: str) -> Sequence[str]:
             raise ConfigError(f"data.{option}={url}: expected a file, or a URL of http or https, found {scheme}")
         if not urlsplit(url).path.endswith(".tar"):
             raise ConfigError(f"data.{option}={url}: expected names that end in .tar, without compression")
-    if len(set(urls)) < len(urls):
-        raise ConfigError(f"data.{option}={pattern}: expected each shard once, found one again")
+    names = {urlsplit(url).path.rpartition("/")[2] for url in urls}
+    if len(names) < len(urls):
+        raise ConfigError(f"data.{option}={pattern}: expected each shard's file name once, found one again")
     return urls

@@ -74,7 +74,7 @@ def claimed(folder: Path, about: dict[str, Any], form: Form, moments: Moments) -
         if found != form:
             raise CacheError(f"{folder}: expected a cache in the form {form}, found {found}; use another jacobian.dir")
         return
-    strange = [path.name for path in folder.iterdir() if not path.name.startswith((".", "width-"))]
+    strange = [path.name for path in folder.iterdir() if not path.name.startswith((".", "width-", NORMS))]
     if strange:
         raise CacheError(
             f"{folder}: expected a new folder or a cache's, found {', '.join(sorted(strange)[:3])} and no {MANIFEST}; "

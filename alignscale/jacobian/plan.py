@@ -263,13 +263,12 @@ class Planner:
 
     def best(self, options: Form, tier: str, capacity: float, examples: int) -> Form:
         """Site by site the faster of gates and explicit, with as many explicit as fit ``capacity`` bytes."""
-        gates = Form(("gates",) * len(options.sites), options.dtype, options.inputs)
-        explicit = Form(("explicit",) * len(options.sites), options.dtype, options.inputs)
+        gates, explicit = (replace(options, sites=(kind,) * len(options.sites)) for kind in ("gates", "explicit"))
         gains = [self._site(gates, site, tier) - self._site(explicit, site, tier) for site in range(len(gates.sites))]
         chosen = gates
         for site in sorted(range(len(gains)), key=lambda site: -gains[site]):
             sites = (*chosen.sites[:site], "explicit", *chosen.sites[site + 1 :])
-            more = Form(sites, options.dtype, options.inputs)
+            more = replace(options, sites=sites)
             faster = self.step(more, tier) < self.step(chosen, tier)
             if faster and examples * self.size(more) <= capacity:
                 chosen = more

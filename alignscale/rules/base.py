@@ -99,9 +99,9 @@ class LocalRule(Rule, ABC):
 
     @torch.no_grad()
     def local(self, batch: Batch, parameters: Parameters | None = None) -> tuple[Trace, Deltas]:
-        """As ``assign`` gives them."""
+        """As ``assign`` gives them; in fp16 the deltas are all times a power of 2."""
         trace = self.net.trace(batch.images, parameters)
-        error = self.loss.error(trace.logits, batch.targets, batch.size).to(trace.logits.dtype)
+        error, _ = scaled(self.loss.error(trace.logits, batch.targets, batch.size), trace.logits.dtype)
         return self.assign(batch, trace, error)
 
     @abstractmethod
@@ -113,8 +113,8 @@ class LocalRule(Rule, ABC):
 
 
 PEAK, MOST = 16.0, 512
-"""What the largest error is scaled to in fp16, for up to so many examples, and less for more: sums over a batch stay
-below its largest number, 65,504."""
+"""What the largest error is scaled to in fp16, for up to so many (examples, times of a readout at each), and less for
+more: sums over a batch stay below its largest number, 65,504."""
 
 
 def scaled(error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +122,7 @@ def scaled(error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if dtype != torch.float16 or error.dtype == dtype:
         return error.to(dtype), None
     largest = error.abs().max() if error.numel() else error.new_ones(())
-    peak = PEAK * min(1.0, MOST / max(len(error), 1))
+    peak = PEAK * min(1.0, MOST * error.shape[-1] / max(error.numel(), 1))
     power = torch.exp2(torch.floor(torch.log2(peak / largest.clamp(min=1e-30))))
     return (error * power).to(dtype), 1 / power
 

@@ -140,7 +140,7 @@ def index(pattern: str, out: Path | None, classes: Path | None, processes: int, 
     place = place_of(pattern.removeprefix("file://"))
     if out is None and is_remote(place):
         raise ConfigError(f"--index {pattern}: expected --out, a folder for the manifest of shards that are elsewhere")
-    path = Path(place) if out is None else out / urlsplit(place).path.rpartition("/")[2]
+    path = Path(place).expanduser() if out is None else out / urlsplit(place).path.rpartition("/")[2]
     with closing(workers.results(_Index(urls), range(len(urls)), processes, 1, 3)) as results:
         bar = tqdm(results, "index", len(urls), unit=" shards", disable=not progress)
         found = [answer for answer, _ in bar]
