@@ -139,7 +139,8 @@ def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
             f"classes x steps x {net.width} numbers an example ({10 * 8 * net.width:,} for 10 classes and 8 steps), "
             "which costs more to read than to compute; expected live or gates"
         )
-    gates = {"gates", "auto"} & {*(options.layers or [options.name])} and net.activation != "relu"
+    wanted = options.layers or [options.name if net.norm != "batch" else ""]  # as auto is live then
+    gates = {"gates", "auto"} & {*wanted} and net.activation != "relu"
     if gates and options.dtype not in ("fp64", "fp32", "bf16"):
         yield f"jacobian.dtype={options.dtype}: expected fp32 or bf16 for the gates of {net.activation}"
     if getattr(net, "initial_state", "zero") == "trained":

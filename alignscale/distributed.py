@@ -239,8 +239,8 @@ def beside() -> int:
 
 
 def restarts() -> int:
-    """How often torchrun may start this process again."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    """How often torchrun may start this process again, or SLURM has."""
+    return max(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
 
 
 _JOINED: list[tuple[Ranks, Any]] = []

@@ -80,7 +80,8 @@ class DeepSpeedEngine(Engine):
                 mpu=zero.share_out(rule.net, mesh),
             )  # fmt: skip
         except zero.REFUSALS as problem:
-            if not config.extra or (isinstance(problem, RuntimeError) and "JIT load" not in str(problem)):
+            unlike = type(problem) is RuntimeError and "JIT load" not in str(problem)
+            if not config.extra or unlike or isinstance(problem, (torch.OutOfMemoryError, torch.distributed.DistError)):
                 raise  # for want of memory or of another rank
             found = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
             raise ConfigError(f"engine.extra: expected settings that DeepSpeed takes, found: {found}") from problem

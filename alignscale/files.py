@@ -21,8 +21,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as problem:
-        problem.filename, problem.filename2 = str(path), None
-        raise
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)

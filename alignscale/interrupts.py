@@ -33,8 +33,8 @@ class Interrupts(ExitStack):
     In a thread other than the main one, where Python allows no handlers, it does nothing.
     """
 
-    came: ClassVar[bool] = False
-    """Whether a signal has been kept in this process: who waits to be ended need not wait any more."""
+    came: ClassVar[int] = 0
+    """The last signal that was kept in this process."""
 
     def __init__(self, speaks: bool = True) -> None:
         """speaks: tell the user, as the first rank does."""
@@ -56,7 +56,7 @@ class Interrupts(ExitStack):
             self.close()
             signal.raise_signal(signum)
             return
-        self.signum, self.since, Interrupts.came = signum, time.monotonic(), True
+        self.signum, self.since, Interrupts.came = signum, time.monotonic(), signum
         with suppress(OSError, RuntimeError, ValueError):  # whoever read it, or what was being written, is none of ours
             if self.speaks:
                 print("\nstopping at the next step; once more to stop at once", file=sys.stderr)

@@ -45,8 +45,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     """
     if config.resume == "never" and restarts():
         raise ConfigError(
-            f"resume=never: expected auto under torchrun --max-restarts={restarts()}, or ranks that are started again "
-            "would begin from nothing; give --max-restarts=0 (RESTARTS=0 for launch/torchrun.sh), or another run.dir"
+            "resume=never: expected auto where torchrun (--max-restarts) or SLURM starts again, or the run would begin "
+            "from nothing each time; give --max-restarts=0 (RESTARTS=0 for launch/torchrun.sh), or another run.dir"
         )
     device, engine, mesh = _begun(config, held)
     ranks = mesh.everyone

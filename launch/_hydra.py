@@ -172,7 +172,8 @@ def _say(problem: object, status: int, before: str = "error", after: str = "") -
         with suppress(OSError):  # torchrun then starts the ranks again, as it would have
             write_atomic(mark, str(status).encode())
     if ranks is not None and not FIRST and not own:
-        if Interrupts.came:  # from torchrun, as the first has spoken
+        if Interrupts.came == signal.SIGTERM and not isinstance(problem, Interrupted):
+            # torchrun's, as the first has spoken
             return status
         time.sleep(PATIENCE)
         before = f"{before}: rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}"  # the first has not ended

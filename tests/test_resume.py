@@ -173,7 +173,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_and_a_second_one_ends_it() -> 
 def test_resume_never_is_refused_where_torchrun_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config(tmp_path, epochs=1), silent)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(ConfigError, match=r"resume=never: expected auto under torchrun --max-restarts=3"):
+    with pytest.raises(ConfigError, match=r"resume=never: expected auto where torchrun"):
         train(config(tmp_path, epochs=1, resume="never"), silent)
     assert complete(tmp_path / "checkpoints")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")

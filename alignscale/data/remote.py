@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -19,8 +19,6 @@ from alignscale.data.examples import DataError
 
 Made = TypeVar("Made")
 PIECE = 1 << 20
-REDIRECTS = urllib3.Retry(None, connect=0, read=0, status=0, other=0, redirect=5, raise_on_status=False)
-"""The library follows a server to another address, and tries nothing again by itself."""
 AGAIN = (408, 425, 429)
 """The statuses of 400 to 499 that may be others the next time."""
 
@@ -121,7 +119,8 @@ class Remote:
             "whole, and give the same command"
         )
 
-    def _get(self, url: str, span: str | None = None) -> BaseHTTPResponse:
+    def _get(self, url: str, span: str | None = None, moves: int = 5) -> BaseHTTPResponse:
+        """What the server answers, or who it sends on to, each by its own proxy."""
         split = urlsplit(url)
         proxy = None if proxy_bypass(split.hostname or "") else getproxies().get(split.scheme)
         pool = self.pools.get((os.getpid(), proxy))
@@ -130,8 +129,12 @@ class Remote:
             pool = self.pools.setdefault((os.getpid(), proxy), made)
         response = pool.request(
             "GET", url, headers={"Accept-Encoding": "identity"} | ({"Range": span} if span else {}),
-            preload_content=False, timeout=self.timeout, retries=REDIRECTS,
+            preload_content=False, timeout=self.timeout, retries=0, redirect=False,
         )  # fmt: skip
+        moved = response.get_redirect_location()
+        if moved and moves:
+            response.close()
+            return self._get(urljoin(url, moved), span, moves - 1)
         if response.status not in (200, 206):
             response.close()
             words = f"status {response.status} {response.reason or ''}".rstrip()

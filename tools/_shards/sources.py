@@ -93,13 +93,9 @@ def _folder(root: Path, split: str) -> Source:
         if not found:
             raise DataError(f"{folder / name}: expected an image in each class, found none; add some, or remove it")
         items += [Item(str(path), label, len(items) + index) for index, path in enumerate(found)]
-    found_files = [(folder / item.name).stat() for item in items]
-    listed = [
-        [item.name, item.label, one.st_size, int(one.st_mtime)] for item, one in zip(items, found_files, strict=True)
-    ]
-    stamp = {"kind": "imagefolder", "folder": folder.name, "files": len(items)}
-    stamp |= {"bytes": sum(one.st_size for one in found_files)}
-    stamp |= {"list": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]}  # names, labels, sizes, times
+    listed = [(item.name, item.label, (folder / item.name).stat().st_size) for item in items]
+    stamp = {"kind": "imagefolder", "folder": folder.name, "files": len(items), "bytes": sum(one[2] for one in listed)}
+    stamp["names_labels_sizes"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
     return Source(classes, items, stamp, root=folder)
 
 
