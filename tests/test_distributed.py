@@ -451,7 +451,7 @@ with joined(torch.device("cpu"), 60.0) as ranks:
         torchrun(2, str(tmp_path / "save.py")), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
         check=False,
     )  # fmt: skip
-    said = sorted(re.findall("<(.*)>", done.stdout))
+    said = sorted(re.findall("<([^<>]*)>", done.stdout))
     full = f"[Errno 28] No space left on device: '{tmp_path / 'step-000000002'}'"
     assert [one for one in said if "space" in one] == [f"{rank}: {full}" for rank in (0, 1)], done
     assert len([one for one in said if one.endswith("expected finite numbers, found others in b")]) == 2
