@@ -87,8 +87,21 @@ def measured(
     }  # fmt: skip
 
 
+class SameConv(nn.Conv2d):
+    """With the padding of the networks here, TensorFlow's SAME: lopsided where a stride divides the size."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))."""
+        stride = self.stride[0]
+        rows, columns = (max((-(-n // stride) - 1) * stride + 3 - n, 0) for n in images.shape[2:])
+        if rows == columns == 2:
+            return F.conv2d(images, self.weight, self.bias, self.stride, 1)
+        sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        return F.conv2d(F.pad(images, sides), self.weight, self.bias, self.stride)
+
+
 class PlainNet(nn.Module):
-    """The network in torch's own modules, its scales as factors; norm none. Padding is 1 on every side."""
+    """The network in torch's own modules, its scales as factors; norm none."""
 
     def __init__(self, config: NetConfig, shape: tuple[int, ...], classes: int) -> None:
         """Raises ConfigError for a network that it is not."""
@@ -101,7 +114,7 @@ class PlainNet(nn.Module):
         strides = config.strides if isinstance(config, ConvConfig) else []
         channels = [shape[0], *[config.width] * len(strides)]
         pairs = zip(itertools.pairwise(channels), strides, strict=True)
-        hidden += [nn.Conv2d(inputs, out, 3, stride, 1) for (inputs, out), stride in pairs]
+        hidden += [SameConv(inputs, out, 3, stride) for (inputs, out), stride in pairs]
         self.hidden, self.readout = nn.ModuleList(hidden), nn.Linear(config.width, classes)
         self.flat, self.scale = not strides, config.gain / math.sqrt(config.width)
 
