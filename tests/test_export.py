@@ -1,5 +1,6 @@
 """Claims about what tools/show_checkpoint.py exports, by the readers of others: safetensors, DeepSpeed."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -32,6 +33,14 @@ def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
     assert "layers.0.weight.momentum_buffer" in shown
     assert same(load_file(exported), weights(tmp_path / "run"))
     path = complete(tmp_path / "run/checkpoints")[-1] / "optimizer.safetensors"
+    before = path.read_bytes()
+    assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(path)]) == 2
+    assert "expected a place outside of the checkpoint" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")
+    assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(tmp_path / "pipe")]) == 2
+    assert f"found a folder or device: '{tmp_path / 'pipe'}'" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
     path.write_bytes(path.read_bytes()[:-1])
     assert show_checkpoint.main([str(path.parent)]) == 2
     assert "the file is damaged" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,13 +210,16 @@ def test_an_import_that_swallows_an_interrupt_ends_in_one_line(
 
 
 def test_a_rank_that_waits_for_the_others_in_vain_says_where() -> None:
-    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29998"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     done = subprocess.run(
         [PYTHON, "launch/train.py", "net=mlp", "engine=deepspeed", "engine.timeout=2"], env={**os.environ, **ranks},
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 4
-    said = "error: rank 0: expected all 2 ranks at localhost:29998 within engine.timeout=2 s, found: "
+    said = f"error: rank 0: expected all 2 ranks at localhost:{port} within engine.timeout=2 s, found: "
     assert next(line for line in done.stderr.splitlines() if line.startswith("error")).startswith(said), done.stderr
 
 

@@ -224,6 +224,7 @@ def test_the_cost_model_counts_what_ranks_tell_each_other(tmp_path: Path) -> Non
     )
     for name, form in (("live", None), *((kind, Form((kind,) * 2, "fp32", None)) for kind in ("gates", "explicit"))):
         assert apart.step(form, "host") - alone_.step(form, "host") == pytest.approx(told[name] / 1e3)
+    assert apart.best(Form(("gates",) * 2, "fp32", None, True), "host", math.inf, 10).gathered
     assert apart.backprop - alone_.backprop == pytest.approx(told["backprop"] / 1e3)
 
 

@@ -100,7 +100,7 @@ def replayed(found: Restored) -> Changes:
         pairs = zip(observe.changes(learner), observe.changes(found.learner), strict=True)
         ended = [relative(a, b) for a, b in pairs if a is not None and b is not None]
     worst = max((value for value in ended if math.isfinite(value)), default=0.0)
-    if worst > 0.05:
+    if worst > 0.01:
         raise ConfigError(
             f"--replay: trained again, the run ends {worst:.1%} of its change away from its checkpoint at step "
             f"{found.step}; expected the same weights to rounding. Replay it with the versions and on the machine of "

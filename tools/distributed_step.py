@@ -20,6 +20,7 @@ from typing import Any
 import collective_bytes
 import torch
 import torch.nn.functional as F
+from plain_step import same_conv
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, NetConfig, SGDConfig
@@ -88,16 +89,11 @@ def measured(
 
 
 class SameConv(nn.Conv2d):
-    """With the padding of the networks here, TensorFlow's SAME: lopsided where a stride divides the size."""
+    """With the padding of the networks here."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, out, ceil(H / stride), ceil(W / stride))."""
-        stride = self.stride[0]
-        rows, columns = (max((-(-n // stride) - 1) * stride + 3 - n, 0) for n in images.shape[2:])
-        if rows == columns == 2:
-            return F.conv2d(images, self.weight, self.bias, self.stride, 1)
-        sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-        return F.conv2d(F.pad(images, sides), self.weight, self.bias, self.stride)
+        return same_conv(images, self.weight, self.stride[0], self.bias)
 
 
 class PlainNet(nn.Module):

@@ -71,8 +71,17 @@ def plain_mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> Plain:
     return [*weights, *biases], forward
 
 
+def same_conv(a: Tensor, weight: Tensor, stride: int, bias: Tensor | None = None) -> Tensor:
+    """A 3 x 3 convolution with TensorFlow's SAME padding, (B, in, H, W) -> (B, out, H', W'); by hand if lopsided."""
+    rows, columns = (max((-(-n // stride) - 1) * stride + 3 - n, 0) for n in a.shape[2:])
+    if rows % 2 or columns % 2:
+        sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        return F.conv2d(F.pad(a, sides), weight, bias, stride)
+    return F.conv2d(a, weight, bias, stride, (rows // 2, columns // 2))
+
+
 def plain_conv(config: ConvConfig, shape: tuple[int, ...], classes: int) -> Plain:
-    """As ``plain_mlp``; SAME padding by hand where it is lopsided."""
+    """As ``plain_mlp``, with SAME padding."""
     channels = [shape[0], *[config.width] * len(config.strides)]
     weights = [torch.randn(out, inputs, 3, 3) for inputs, out in itertools.pairwise(channels)]
     readout = torch.randn(classes, config.width)
@@ -83,12 +92,7 @@ def plain_conv(config: ConvConfig, shape: tuple[int, ...], classes: int) -> Plai
         for index, (weight, bias, stride) in enumerate(zip(weights, biases, config.strides, strict=False)):
             if index:
                 a = F.relu(a)
-            rows, columns = (max((-(-n // stride) - 1) * stride + 3 - n, 0) for n in a.shape[2:])
-            if rows % 2 or columns % 2:
-                sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-                z = F.conv2d(F.pad(a, sides), weight, stride=stride)
-            else:
-                z = F.conv2d(a, weight, stride=stride, padding=(rows // 2, columns // 2))
+            z = same_conv(a, weight, stride)
             a = z * ((config.gain if index else 1.0) / math.sqrt(9 * weight.shape[1])) + bias[:, None, None]
             if config.norm == "batch":
                 a = F.batch_norm(a.flatten(1), None, None, training=True, eps=1e-6).view_as(a)

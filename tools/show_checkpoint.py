@@ -54,7 +54,8 @@ def universal(folder: Path, tag: str, step: int, tensors: Mapping[str, Mapping[s
     states = {name: tensor for name, tensor in tensors["optimizer"].items() if not name.endswith(".step")}
     if strange := sorted(name for name in states if name.rsplit(".", 1)[0] not in weights):
         raise CheckpointError(
-            f"expected states of weights, found {strange[0]}: a run with form=dual has none; --export"
+            f"expected states of weights, found {strange[0]}: form=dual trains none, so DeepSpeed cannot go on with "
+            "them; --export writes the weights alone"
         )
     if (folder / tag).exists():
         raise CheckpointError(f"{folder / tag}: expected no checkpoint of that name yet; choose another folder")
