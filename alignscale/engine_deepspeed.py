@@ -27,8 +27,6 @@ OURS = {
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast"), "precision"),
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
-UNREADABLE = "zero_optimization.round_robin_gradients"
-"""Under it DeepSpeed's own calls for whole weights mix up the parts."""
 
 
 def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any]:
@@ -42,7 +40,8 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
     for name in (*config.extra, *(f"zero_optimization.{name}" for name in inside)):
         if name in OURS:
             raise ConfigError(f"engine.extra: {name}: expected {OURS[name]}, the option that decides it")
-        if name == UNREADABLE and inside["round_robin_gradients"]:
+        if name == "zero_optimization.round_robin_gradients" and inside["round_robin_gradients"]:
+            # DeepSpeed's own calls for whole weights then mix up the parts
             raise ConfigError(f"engine.extra: {name}: expected false, as whole weights cannot be read under it")
     optimization: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload:
@@ -114,7 +113,7 @@ class DeepSpeedEngine(Engine):
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = lr
         self.engine.step()
-        if getattr(self.engine.optimizer, "overflow", False):  # ZeRO leaves such an update out
+        if zero.left_out(self.engine):
             raise FloatingPointError("the gradient is not finite")
 
     def forget(self) -> None:
