@@ -2,6 +2,7 @@
 
 A checkpoint is a folder ``step-<update>`` with the weights, the optimizer's state and a manifest of checksums. The
 initial network is not in it: it comes from the seed, before a restore, and the manifest's fingerprint must match it.
+Beside the checkpoints the file ``latest`` names the one written last, for scripts; ``find`` looks at the folders.
 """
 
 import collections
@@ -116,6 +117,7 @@ def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int, prob
         shutil.rmtree(final)
     partial.rename(final)
     sync(final.parent)
+    write_atomic(final.with_name("latest"), final.name.encode())
     for old in complete(final.parent)[:-keep]:
         if old.name != _name(about["progress"]["best"]):
             _remove(old)

@@ -26,7 +26,7 @@ from alignscale.rules import RULES
 
 OURS = (
     "metrics.jsonl", "norms.safetensors", "result.json", "report.html", "config.yaml", "versions.json", "source.diff",
-    "wandb.id",
+    "wandb.id", "checkpoints/latest",
 )  # fmt: skip
 
 
@@ -92,8 +92,7 @@ def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> 
     _write_config(folder, config)
     about = {"versions": versions(), "hardware": hardware(device), "source": source()}
     write_atomic(folder / "versions.json", json.dumps(about, indent=1).encode())
-    changes = source_diff()
-    if changes:
+    if changes := source_diff():
         write_atomic(folder / "source.diff", changes.encode())
 
 

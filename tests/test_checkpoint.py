@@ -86,7 +86,8 @@ def test_a_full_disk_leaves_what_was_there_and_still_asks_for_the_rest(tmp_path:
         save(tmp_path, 4, {"model": model, "other": other}, ABOUT, 2)
     assert caught.value.filename == str(tmp_path / "step-000000004")
     assert model.asked + other.asked == [*model, *other]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000003"]
+    assert (tmp_path / "latest").read_text() == "step-000000003"
     assert (complete(tmp_path)[0] / MANIFEST).read_bytes() == before
 
 

@@ -188,8 +188,10 @@ def test_resume_never_leaves_nothing_of_the_old_run(tmp_path: Path) -> None:
     options.calibration.examples = 50
     train(options, silent)
     (tmp_path / "run/notes.txt").write_text("mine")
+    (tmp_path / "run/checkpoints/latest").write_text("step-000000099")
     train(config(tmp_path / "run", epochs=1, resume="never"), silent)
     assert not (tmp_path / "run/norms.safetensors").exists()
+    assert (tmp_path / "run/checkpoints/latest").read_text() == complete(tmp_path / "run/checkpoints")[-1].name
     assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
     assert (tmp_path / "run/notes.txt").read_text() == "mine"
 
