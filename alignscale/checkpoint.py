@@ -50,7 +50,7 @@ def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: 
     """
     final, problem = folder / _name(step), None
     partial = final.with_name(f".{final.name}.partial")
-    coming = (make() for makers in tensors.values() for make in makers.values())
+    coming = _made(tensors, ranks)
     try:
         if ranks.first:
             problem = _write(partial, tensors, coming)
@@ -62,6 +62,13 @@ def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: 
         if isinstance(error, OSError):
             error.filename = error.filename or str(final)
         raise
+
+
+def _made(tensors: Makers, ranks: Ranks) -> Generator[Tensor, None, None]:
+    for makers in tensors.values():
+        for make in makers.values():
+            ranks.still()
+            yield make()
 
 
 def _write(
@@ -153,6 +160,8 @@ def find(folder: Path, which: str) -> Path:
     path = folder / _name(int(step) if str(step).isdecimal() else None)
     if path not in found:
         names = ", ".join(str(int(path.name[5:])) for path in found) or "none"
+        if which == "best" and step is None and found:
+            raise CheckpointError(f"checkpoint best: expected an evaluation before {found[-1]}, found none; use last")
         raise CheckpointError(f"checkpoint {which}: expected last, best or one of the steps in {folder}: {names}")
     return path
 

@@ -6,17 +6,7 @@ Stands alone (no torch) beside it.
 import importlib.util
 from collections.abc import Iterator
 
-from alignscale.choices import (
-    AddConfig,
-    ConvConfig,
-    CrossEntropyConfig,
-    FFCVConfig,
-    MLPConfig,
-    RNNConfig,
-    SGDConfig,
-    StreamedConfig,
-    WebDatasetConfig,
-)
+from alignscale import choices
 from alignscale.config import TrainConfig
 
 
@@ -26,7 +16,7 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
     shape = getattr(data, "shape", [0, 0, 0])
     if len(shape) != 3:
         yield f"data.shape={shape}: expected [channels, height, width]"
-    if isinstance(data, StreamedConfig):
+    if isinstance(data, choices.StreamedConfig):
         yield from _streamed_conflicts(data)
         yield from growth_conflicts(config, data)
     elif data.views == 0:
@@ -36,7 +26,7 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
             f"data.views={data.views}, data.shift={data.shift}, data.flip={data.flip}: views above 1 differ by shift "
             "or flip, and view 0 has neither; expected both, or neither"
         )
-    if isinstance(net, MLPConfig) and net.blocks == "public":
+    if isinstance(net, choices.MLPConfig) and net.blocks == "public":
         yield "net.blocks=public: the paper's public code has no mlp; expected theory"
     if getattr(net, "strides", None) == []:
         yield "net.strides=[]: expected at least one stride, one for each convolution"
@@ -54,12 +44,12 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
         )
     if config.form == "dual":
         yield from _dual_conflicts(config)
-    if isinstance(data, AddConfig):
+    if isinstance(data, choices.AddConfig):
         if len(data.delays) != 2 or not all(0 <= delay < data.steps for delay in data.delays):
             yield f"data.delays={data.delays}: expected two of at least 0 and below data.steps={data.steps}"
-        if isinstance(config.loss, CrossEntropyConfig):
+        if isinstance(config.loss, choices.CrossEntropyConfig):
             yield "loss=cross_entropy: data=add has numbers for targets and no classes; expected loss=mse"
-    trained = isinstance(net, RNNConfig) and net.initial_state == "trained"
+    trained = isinstance(net, choices.RNNConfig) and net.initial_state == "trained"
     if trained and config.accumulation > 1:
         yield (
             f"accumulation={config.accumulation}: expected 1 with net.initial_state=trained, whose rows belong to the "
@@ -90,10 +80,12 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
         )
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         yield "log.wandb=true: expected the package wandb, found none; pip install 'alignscale[wandb]' or leave it out"
-    if isinstance(config.optim, SGDConfig) and config.optim.nesterov and config.optim.momentum == 0:
+    if isinstance(config.optim, choices.SGDConfig) and config.optim.nesterov and config.optim.momentum == 0:
         yield "optim.nesterov=true: expected optim.momentum above 0, found 0"
     if config.schedule.warmup > config.epochs:
         yield f"schedule.warmup={config.schedule.warmup}: expected at most epochs={config.epochs}"
+    if isinstance(config.engine, choices.DeepSpeedConfig) and config.engine.offload and config.engine.zero_stage == 0:
+        yield "engine.offload=true: expected engine.zero_stage from 1 to 3, found 0, where DeepSpeed offloads nothing"
     if config.accumulation > config.batch_size:
         yield (
             f"accumulation={config.accumulation}: expected at most batch_size={config.batch_size}, the examples that "
@@ -105,8 +97,8 @@ def _dual_conflicts(config: TrainConfig) -> Iterator[str]:
     kept = config.jacobian.name == "explicit" and config.jacobian.inputs == config.jacobian.dtype == config.precision
     wrong = {
         f"rule={config.rule.name}: expected align_zero": config.rule.name != "align_zero",
-        f"net={config.net.name}: expected mlp": not isinstance(config.net, MLPConfig),
-        f"optim={config.optim.name}: expected sgd": not isinstance(config.optim, SGDConfig),
+        f"net={config.net.name}: expected mlp": not isinstance(config.net, choices.MLPConfig),
+        f"optim={config.optim.name}: expected sgd": not isinstance(config.optim, choices.SGDConfig),
         "optim.weight_decay, optim.clip_norm: expected 0, as they are of weights": bool(
             config.optim.weight_decay or config.optim.clip_norm
         ),
@@ -133,7 +125,7 @@ def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
         )
     if "explicit" in forms and net.blocks == "public":
         yield "net.blocks=public: its last gate is the current network's; expected theory with explicit Jacobians"
-    if "explicit" in forms and isinstance(net, RNNConfig):
+    if "explicit" in forms and isinstance(net, choices.RNNConfig):
         yield (
             "jacobian=explicit: net=rnn has a Jacobian for each step, "
             f"classes x steps x {net.width} numbers an example ({10 * 8 * net.width:,} for 10 classes and 8 steps), "
@@ -149,31 +141,31 @@ def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
         yield f"jacobian={options.name}: expected data.views above 0, found 0, another view in each epoch; use live"
 
 
-def _streamed_conflicts(data: StreamedConfig) -> Iterator[str]:
+def _streamed_conflicts(data: choices.StreamedConfig) -> Iterator[str]:
     if data.shift:
         yield f"data.shift={data.shift}: expected 0; views of data that is streamed differ by data.scale and data.flip"
     if len(data.scale) != 2 or not data.scale[0] <= data.scale[-1] <= 1:
         yield f"data.scale={data.scale}: expected [least, largest] parts of the image's area, from above 0 to 1"
     if data.resize < data.size:
         yield f"data.resize={data.resize}: expected at least data.size={data.size}, which is cropped from it"
-    for option in ("urls", "test_urls") if isinstance(data, WebDatasetConfig) else ():
+    for option in ("urls", "test_urls") if isinstance(data, choices.WebDatasetConfig) else ():
         if not getattr(data, option):
             yield f"data.{option}: expected files or URLs, as 'a/train-{{000000..000146}}.tar', found nothing"
-    for option in ("path", "test_path") if isinstance(data, FFCVConfig) else ():
+    for option in ("path", "test_path") if isinstance(data, choices.FFCVConfig) else ():
         if not getattr(data, option):
             yield f"data.{option}: expected an FFCV file, as train.beton, found nothing; tools/make_shards.py makes it"
 
 
-def growth_conflicts(config: TrainConfig, data: StreamedConfig) -> Iterator[str]:
+def growth_conflicts(config: TrainConfig, data: choices.StreamedConfig) -> Iterator[str]:
     """What is wrong with images that grow, in words."""
     grows = len(data.growth) == 2 and 0 <= data.growth[0] < data.growth[1] < config.epochs
     wrong = {
         f"data.growth=[from, to], 0 <= from < to < epochs={config.epochs}": not grows,
         f"data.first_size from 1 to data.size={data.size}": not 0 < data.first_size <= data.size,
         f"data.views=0, as each epoch's view has a size, found {data.views}": data.views != 0,
-        f"a convolutional network, found net={config.net.name}": not isinstance(config.net, ConvConfig),
+        f"a convolutional network, found net={config.net.name}": not isinstance(config.net, choices.ConvConfig),
         "net.norm=none or batch, as calibrated is made for one size": config.net.norm == "calibrated",
         "a rule whose feedback is made for any size": config.rule.name == "direct_feedback_alignment",
     }
     named = f"data.first_size={data.first_size}, data.growth={data.growth}: expected "
-    yield from (named + what for what, is_so in wrong.items() if is_so and (data.first_size or any(data.growth)))
+    yield from (named + what for what, is_so in wrong.items() if is_so and (data.first_size or data.growth != [0, 0]))

@@ -6,32 +6,19 @@ It stands alone so that all else works on one rank or on many without asking whi
 import atexit
 import itertools
 import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alignscale.liveness import BEAT, Heart, RankError, of_another
+
 Made = TypeVar("Made")
-BEAT = 2.0
-"""Seconds from one sign of life of a rank to the next."""
-LOST = 4
-"""The exit status of a rank that has lost another one."""
-
-
-class RankError(RuntimeError):
-    """Another rank ended or did not answer in time; the message says where each rank was. told: by that rank."""
-
-    def __init__(self, message: str, told: bool = False) -> None:
-        super().__init__(message)
-        self.told = told
 
 
 def _ending(work: dist.Work, result: Tensor) -> Callable[[], Tensor]:
@@ -51,8 +38,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0
-    store: Any = None
-    heart: "Heart | None" = None
+    heart: Heart | None = None
     group: Any = None
 
     @property
@@ -68,6 +54,12 @@ class Ranks:
         """The tensor's sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def least(self, tensor: Tensor) -> Tensor:
+        """The least of each number over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return tensor
 
     def totals(self, values: Sequence[float], device: torch.device) -> list[float]:
@@ -138,90 +130,17 @@ class Ranks:
     def still(self) -> None:
         """Note that this rank has got on where it is."""
         if self.heart is not None:
-            self.heart.at(self.heart.place)
+            self.heart.still()
 
     def explained(self, problem: Exception) -> Exception:
         """The error to raise for one that broke off a step: it tells the other ranks, or it tells of them."""
-        if self.size == 1 or getattr(problem, "of_all_ranks", False):
+        if self.heart is None or self.size == 1 or getattr(problem, "of_all_ranks", False):
             return problem
-        if not isinstance(problem, dist.DistError) and not (type(problem) is RuntimeError and "gloo" in str(problem)):
-            self.store.set("failed", f"rank {self.rank}: {problem}")
-            problem.args = (f"rank {self.rank}: {problem}",)
-            problem.of_one_rank = True  # type: ignore[attr-defined]
-            return problem
-        until = time.monotonic() + BEAT
-        while not (failed := self._stored("failed")) and time.monotonic() < until:
-            time.sleep(0.05)  # a rank that failed by itself says so before it ends, one that was killed does not
-        if failed:
-            until = time.monotonic() + 3 * BEAT
-            with suppress(RuntimeError):  # the store may be this process's: all others are to have read it by its end
-                self.store.add("told", 1)
-                while self.first and self.store.add("told", 0) < self.size - 1 and time.monotonic() < until:
-                    time.sleep(0.05)
-            return RankError(failed, told=True)
-        where, _ = self.whereabouts()
-        cause = " ".join(str(problem).split())[:160]
-        return RankError(
-            f"rank {self.rank} of {self.size}: another rank ended ({where}). See its own message; the same command "
-            f"goes on from the last checkpoint. ({cause})"
-        )
-
-    def whereabouts(self) -> tuple[str, int]:
-        """Where the ranks were last heard of, those that are late by name, and the first that is not late."""
-        heard = {}
-        try:
-            self.store.check(["failed"])
-        except RuntimeError:
-            return "rank 0 is gone, and with it what the ranks tell each other", min(1, self.size - 1)
-        for rank in range(self.size):
-            when, _, place = (self._stored(f"beat/{rank}") or "0 the start").partition(" ")
-            heard[rank] = (float(when), place)
-        newest = max(when for when, _ in heard.values())
-        late = {rank: f"rank {rank} at {heard[rank][1]}" for rank in heard if newest - heard[rank][0] > 3 * BEAT}
-        here = self.heart.place if self.heart else heard[self.rank][1]
-        alive = f"none was silent for {3 * BEAT:g} s, this one is at {here}"
-        return f"last heard of: {', '.join(late.values())}" if late else alive, min(heard.keys() - late.keys())
-
-    def _stored(self, key: str) -> str | None:
-        try:
-            return self.store.get(key).decode() if self.store.check([key]) else None
-        except RuntimeError:  # the store went with the rank that held it
-            return None
+        return self.heart.explained(problem)
 
 
 ALONE = Ranks()
 """One process."""
-
-
-class Heart(threading.Thread):
-    """Tells the other ranks every few seconds where this one is, also while it waits for them."""
-
-    end: ClassVar[Callable[[int], object]] = staticmethod(os._exit)
-    """Ends the process of a rank that waits too long; a scheduler's job first asks to be started again."""
-
-    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
-        super().__init__(daemon=True)
-        self.ranks, self.timeout, self.ended = Ranks(rank, size, store=store), timeout, threading.Event()
-        self.at("the start")
-
-    def at(self, place: str) -> None:
-        """Note the rank's place; it has ``timeout`` seconds for it."""
-        self.place, self.since = place, time.monotonic()
-
-    def run(self) -> None:
-        """Until it is told to end.
-
-        A rank that waits too long ends with its process: what it waits in listens to nothing.
-        """
-        while not self.ended.wait(BEAT):
-            with suppress(RuntimeError):  # the store went with the rank that held it
-                self.ranks.store.set(f"beat/{self.ranks.rank}", f"{time.time():.1f} {self.place}")
-            if time.monotonic() - self.since > self.timeout:
-                where, speaker = self.ranks.whereabouts()
-                if speaker == self.ranks.rank:
-                    message = f"error: no progress in {self.timeout:g} s at {self.place} ({where})"
-                    print(f"{message}; engine.timeout says how long to wait", file=sys.stderr, flush=True)
-                Heart.end(LOST)
 
 
 def launched() -> Ranks | None:
@@ -279,9 +198,14 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     ranks, store = _group("nccl" if device.type == "cuda" else "gloo", timeout)
     store = dist.PrefixStore(f"run {next(_RUNS)}", store)  # type: ignore[attr-defined]
     heart = Heart(store, ranks.rank, ranks.size, timeout)
+    ranks = replace(ranks, heart=heart)
     heart.start()
     try:
-        yield Ranks(ranks.rank, ranks.size, ranks.local, store, heart)
+        yield ranks
+    except Exception as problem:
+        if not of_another(problem):
+            raise
+        raise ranks.explained(problem) from problem
     finally:
         heart.ended.set()
         heart.join(3 * BEAT)  # a thread inside of the store when Python ends takes the process down with an abort

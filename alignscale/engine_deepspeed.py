@@ -67,8 +67,8 @@ class DeepSpeedEngine(Engine):
     def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, mesh: Mesh) -> None:
         """Partitions the parameters of ``rule`` as ``config`` says. Raises ConfigError for an option of DeepSpeed's."""
         super().__init__(rule)
-        zero.make_ready()
-        zero.logger.setLevel(logging.ERROR)
+        zero.make_ready(next(rule.net.parameters()).device.type)
+        zero.deepspeed.utils.logger.setLevel(logging.ERROR)
         self.mesh, self.stage = mesh, config.zero_stage
         self.shares = rule.net.shares()
         optimizer = make_optimizer(optim, rule.trained())

@@ -7,35 +7,23 @@ The other part is the port of alignscale/nets/layers.py, which lends a released 
 
 import functools
 import importlib
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError
 from alignscale.nets.network import Network
 from alignscale.parallel import Mesh
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the imports below
-
-import deepspeed
-from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
-from deepspeed.utils import (
-    groups,
-    logger,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)  # fmt: skip
-
-__all__ = ["deepspeed", "logger"]
+__all__ = ["deepspeed"]
 
 VERSION = "0.19.8"
 REFUSALS = (DeepSpeedConfigError, ZeRORuntimeException, ValueError, TypeError, AssertionError, RuntimeError)
@@ -44,8 +32,8 @@ for _call in ("all_gather_into", "reduce_scatter"):  # DeepSpeed's, which this t
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.{_call}_tensor` is deprecated", FutureWarning)
 
 
-def make_ready() -> None:
-    """Raise ConfigError for a DeepSpeed whose internals are not known to be these, and skip what training does not use.
+def make_ready(device: str) -> None:
+    """Raise ConfigError for a DeepSpeed that is another one or not on ``device``, and skip what training does not use.
 
     That is what the first engine would compile on CPUs for inference (a minute, with a C++ compiler), and Inductor,
     which it would import (2 s) for its own optimizer Muon; who uses that in the same process has it not compiled.
@@ -54,6 +42,12 @@ def make_ready() -> None:
     if found != VERSION:
         raise ConfigError(
             f"engine=deepspeed: expected DeepSpeed {VERSION}, found {found}; pip install deepspeed=={VERSION}"
+        )
+    chosen = deepspeed.get_accelerator().device_name()
+    if chosen != device:
+        raise ConfigError(
+            f"device={device}: expected {chosen}, which DeepSpeed has chosen in this process; unset DS_ACCELERATOR, or "
+            "use another process"
         )
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package it is torch itself
     backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
@@ -83,7 +77,7 @@ class Asked(dict[str, Any]):
 
 def share_out(net: Network, mesh: Mesh) -> SimpleNamespace | None:
     """What DeepSpeed is to know of a mesh: it partitions over ``mesh.data``; norms are of all parts."""
-    groups.mpu = None  # an engine before may have left another one
+    deepspeed.utils.groups.mpu = None  # an engine before may have left another one
     width, data = mesh.width.ranks, mesh.data
     if width.size == 1:
         return None
@@ -151,7 +145,7 @@ def inner(engine: Any, stage: int) -> torch.optim.Optimizer:
 def whole_weight(parameter: nn.Parameter, stage: int) -> Tensor:
     """A parameter in fp32, whole. A collective of all ranks."""
     if stage and parameter.requires_grad:
-        return safe_get_full_fp32_param(parameter)
+        return deepspeed.utils.safe_get_full_fp32_param(parameter)
     with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
         return parameter.detach().clone()
 
@@ -160,7 +154,7 @@ def whole_state(engine: Any, parameter: nn.Parameter, key: str, stage: int) -> T
     """An optimizer's state of a parameter, whole. A collective of all ranks."""
     if stage == 0:
         return inner(engine, 0).state[parameter][key]
-    return safe_get_full_optimizer_state(parameter, key)
+    return deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
 
 
 def set_weight(engine: Any, parameter: Any, value: Tensor, stage: int) -> None:
@@ -170,7 +164,7 @@ def set_weight(engine: Any, parameter: Any, value: Tensor, stage: int) -> None:
     if stage == 3:
         parameter.ds_tensor.data.copy_(_set_part(engine, parameter, value, None))
     elif stage:
-        safe_set_full_fp32_param(parameter, value)
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
     if parameter.numel():  # else released
         parameter.data.copy_(value)
 
@@ -194,7 +188,7 @@ def set_state(engine: Any, parameter: nn.Parameter, key: str, value: Tensor, sta
     elif stage == 3:
         _set_part(engine, parameter, value, key)
     else:
-        safe_set_full_optimizer_state(parameter, value, key)
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
 
 
 def _set_part(engine: Any, parameter: Any, value: Tensor, key: str | None) -> Tensor:

@@ -77,6 +77,17 @@ def device_called(name: str) -> torch.device:
     return torch.device(name)
 
 
+def take_gpu(local: int) -> None:
+    """Make a GPU that of this process, rank ``local`` of this machine. Raises ConfigError where it sees too few."""
+    seen = torch.cuda.device_count()
+    if local >= seen:
+        raise ConfigError(
+            f"device=cuda: expected a GPU for each rank of this machine, found {seen} that rank {local} of it sees; "
+            "start as many ranks as GPUs, and let each see all of them (with SLURM --gpus-per-node)"
+        )
+    torch.cuda.set_device(local)
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep the memory that a step frees for the next step, instead of returning it to the kernel.
 

@@ -6,6 +6,7 @@ It stands alone because a run and a user's own script or notebook train through 
 import copy
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ from alignscale.choices import (
 from alignscale.config import CalibrationConfig, EvaluationConfig, FrozenConfig, TrainConfig
 from alignscale.data.examples import Encoding, Examples, stream
 from alignscale.data.plan import Plan
+from alignscale.distributed import ALONE
 from alignscale.engine import Engine, LocalEngine, make_optimizer
 from alignscale.environment import device_called
 from alignscale.evaluate import evaluate
@@ -122,13 +124,14 @@ class Learner:
             layer.weight.data = laid_out(layer.weight.data)
         initialise(self.net, seed)
         self.mesh = mesh
-        for norm in self.net.norms:
-            if isinstance(norm, BatchNorm) and sync_norm and mesh.data.size > 1:
-                norm.total = mesh.data.sum
+        synced = [norm for norm in self.net.norms if isinstance(norm, BatchNorm) and sync_norm and mesh.data.size > 1]
+        for norm in synced:
+            norm.total = mesh.data.sum
         self.fixed = Fixed.from_seed(self.net, seed, frozen_weights, dtype, mesh.data)
         self.loss = make_loss(self.options.loss)
         made = (self.net, self.fixed, self.options.rule, self.loss)
         self.rule = DualAlignZero(*made, coefficients) if coefficients else make_rule(*made)
+        self.rule.peers = mesh.data if synced else ALONE
         self.encoding = Encoding(self.loss, dtype, master, device)
         self.errors: ErrorSums | None = None
         self.lr = optim.lr
@@ -136,6 +139,7 @@ class Learner:
 
     def _engine(self, config: EngineConfig, optim: OptimConfig) -> Engine:
         if isinstance(config, DeepSpeedConfig):
+            os.environ.setdefault("DS_ACCELERATOR", self.encoding.device.type)  # read by the import
             from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
 
             return DeepSpeedEngine(self.rule, optim, config, self.mesh)
@@ -213,7 +217,8 @@ class Learner:
         plan = Plan(len(examples), batch_size, self.seed)
         per_epoch, mean = plan.steps_per_epoch, [0.0] * epochs
         start = self.epochs * per_epoch
-        for step, batches in stream(examples, plan, self.encoding, start, start + epochs * per_epoch):
+        stop, share = start + epochs * per_epoch, self.mesh.data.part
+        for step, batches in stream(examples, plan, self.encoding, start, stop, share=share):
             loss, *_ = self.update(batches, self.lr)
             if not math.isfinite(loss):
                 raise ArithmeticError(f"the loss is {loss} at step {step}: expected a finite number; lower optim.lr")

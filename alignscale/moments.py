@@ -23,7 +23,7 @@ def calibrated(config: TrainConfig, learner: Learner, train: Split, path: Path |
     """Moments of the norms: computed once in a run's life, then read from ``path``, in its folder; None: computed."""
     mesh = learner.mesh
     if not mesh.everyone.of_first(lambda: path is not None and path.exists()):
-        mesh.everyone.together(lambda: _computed(config, learner, train) if mesh.data.first else None)
+        mesh.everyone.together(lambda: _computed(config, learner, train))  # by all, which may share initial weights
         share = learner.net.width.share(learner.net.units_axis)
         whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
         if path is None:

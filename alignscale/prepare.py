@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import yaml
 
-from alignscale import checkpoint
+from alignscale import checkpoint, environment
 from alignscale.analysis.errors import ErrorSums
 from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
 from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, beside, joined, launched, restarts
-from alignscale.environment import available_memory, device_called, keep_freed_memory, torch_settings, versions
 from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
 from alignscale.jacobian.cache import Cache
@@ -62,7 +61,12 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     learner = make_learner(config, train, device, engine, mesh)
     if config.form == "dual":
         check_size(learner.net, len(train), train.shape, train.classes)
-    made_with = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size, **versions()}
+    made_with = {
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "ranks": ranks.size,
+        **environment.versions(),
+    }
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
     made_with |= {"width_ranks": mesh.width.ranks.size, **({"overlap": True} if mesh.width.overlap else {})}
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
@@ -89,9 +93,9 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
 def _begun(config: TrainConfig, held: ExitStack) -> tuple[torch.device, EngineConfig, Mesh]:
     """The device, what runs the steps, and the ranks, for options that are valid; torch's settings are in force."""
     validate(config)
-    keep_freed_memory()
-    held.enter_context(torch_settings(config.threads, config.deterministic))
-    device = device_called(config.device)
+    environment.keep_freed_memory()
+    held.enter_context(environment.torch_settings(config.threads, config.deterministic))
+    device = environment.device_called(config.device)
     engine, ranks = _engine(config, device, held)
     return device, engine, Mesh.of(ranks, config.parallel.width, config.net.width, config.parallel.overlap)
 
@@ -110,7 +114,7 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
         if config.precision == "fp64":
             raise ConfigError("precision=fp64: expected fp32, fp16 or bf16, which are all that DeepSpeed takes")
         if device.type == "cuda":
-            torch.cuda.set_device(around.local if around else 0)
+            environment.take_gpu(around.local if around else 0)
         return engine, held.enter_context(joined(device, engine.timeout))
     if around and around.size > 1:
         raise ConfigError(f"engine=local: expected one process, found {around.size}; use engine=deepspeed")
@@ -154,7 +158,7 @@ def _check_memory(config: TrainConfig, train: Split, device: torch.device, engin
     weights = copies * master.itemsize * sum(p.numel() for p in outline.parameters())
     units = sum(math.prod(shape) for shape in outline.direct_shapes)
     outputs = max(-(-config.batch_size // (config.accumulation * mesh.data.size)), 1) * units * dtype.itemsize
-    found = available_memory(device) / (beside() if device.type == "cpu" else 1)
+    found = environment.available_memory(device) / (beside() if device.type == "cpu" else 1)
     if weights + outputs > found:
         raise ConfigError(
             f"net.width={config.net.width}: weights, gradient, optimizer and initial weights take "

@@ -111,9 +111,8 @@ class Run:
         """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged."""
         learner = self.learner
         if batch is None or not len(batch.images):
-            images = torch.zeros(2, *learner.shape, device=learner.encoding.device, dtype=learner.encoding.dtype)
-            targets = torch.zeros(2, learner.classes, device=images.device, dtype=learner.encoding.master)
-            batch = Batch(images, targets, [], 2)
+            few = torch.arange(min(2, self.config.batch_size))
+            batch = learner.encoding.batch(self.splits["train"], few, step)
         forward = partial(learner.engine.evaluate, batch)
         found = self.ranks.objects(first_not_finite(learner.net, learner.engine.state()["model"], forward))
         where = next((one for one in found if one != LOSS_ALONE), LOSS_ALONE)

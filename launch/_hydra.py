@@ -30,10 +30,11 @@ from safetensors import SafetensorError
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
-from alignscale.distributed import LOST, RankError, Ranks, launched
+from alignscale.distributed import Ranks, launched
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.jacobian.files import CacheError
+from alignscale.liveness import LOST, RankError
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"

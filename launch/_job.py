@@ -20,10 +20,10 @@ from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig
 from alignscale.data.examples import DataError
-from alignscale.distributed import LOST, Heart, RankError
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted
 from alignscale.jacobian.files import CacheError
+from alignscale.liveness import LOST, Heart, RankError
 from alignscale.run import Diverged
 
 WAITED = "another rank did not answer within engine.timeout"
@@ -75,8 +75,8 @@ class Job:
         except (Interrupted, RankError) as problem:
             status = LOST if isinstance(problem, RankError) else 128 + problem.signum
             stopped_here = isinstance(problem, Interrupted) and problem.signum != signal.SIGUSR2
-            told = isinstance(problem, RankError) and problem.told
-            error = problem if stopped_here or told else self._again(job, problem)
+            mistake = isinstance(problem, RankError) and not problem.lost
+            error = problem if stopped_here or mistake else self._again(job, problem)
         except Diverged as problem:
             status, error = 3, problem
         except Exception as problem:

@@ -53,7 +53,7 @@ from pathlib import Path
 import torch
 from alignscale.engine_zero import deepspeed, make_ready
 from alignscale.restore import restored
-make_ready()
+make_ready("cpu")
 deepspeed.init_distributed("gloo")
 torch.manual_seed(5)
 images, targets = torch.rand(8, 1, 8, 8), torch.rand(8, 10)

@@ -128,6 +128,20 @@ def test_a_large_batch_does_not_overflow_in_fp16(rule: str) -> None:
     assert all(cosine > 0.99 for cosine in cosines(*found))
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("rule", ["backprop", "align_ada"])
+def test_what_an_engine_multiplies_a_surrogate_by_takes_no_range_of_half_precision(rule: str, precision: str) -> None:
+    """As an engine does that takes a mean over so many ranks."""
+    dice = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(40, 1, 4, 4, generator=dice), torch.randint(10, (40,), generator=dice)
+    found = []
+    for ranks in (1, 2**14):
+        made = Learner(MLPConfig(width=64, depth=2), (1, 4, 4), 10, rule, precision=precision)
+        (made.rule(batch_of(made, images, labels, len(images))).surrogate * ranks).backward()
+        found.append([one.grad / ranks for one in made.net.parameters() if one.grad is not None])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("net", ["mlp", "conv7"])
 def test_bf16_rounds_backprop_no_more_than_torch_autocast_does(net: str) -> None:
     dice = torch.Generator().manual_seed(0)

@@ -28,6 +28,7 @@ LAYERS = [
         "distributed",
         "initial",
         "interrupts",
+        "liveness",
         "loss",
         "metrics",
         "nets",

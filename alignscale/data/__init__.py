@@ -6,17 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.choices import (
-    AddConfig,
-    ArchiveConfig,
-    ConfigError,
-    DataConfig,
-    DigitsConfig,
-    FFCVConfig,
-    ImageFolderConfig,
-    SyntheticConfig,
-    WebDatasetConfig,
-)
+from alignscale import choices
+from alignscale.choices import ConfigError, DataConfig
 from alignscale.data.archives import archive
 from alignscale.data.builtin import add, digits, synthetic
 from alignscale.data.examples import Examples, Split
@@ -26,11 +17,11 @@ from alignscale.initial import Stream, permutation
 __all__ = ["Examples", "Split", "load", "split"]
 
 READERS: dict[type[DataConfig], Callable[[Any], tuple[Examples, Split]]] = {
-    DigitsConfig: digits,
-    SyntheticConfig: synthetic,
-    AddConfig: add,
-    ArchiveConfig: archive,
-    ImageFolderConfig: image_folder,
+    choices.DigitsConfig: digits,
+    choices.SyntheticConfig: synthetic,
+    choices.AddConfig: add,
+    choices.ArchiveConfig: archive,
+    choices.ImageFolderConfig: image_folder,
 }
 """Of each class of options, what reads training and test examples."""
 
@@ -44,17 +35,17 @@ def load(config: DataConfig) -> dict[str, Split]:
 
 
 def _read(config: DataConfig) -> tuple[Split, Split]:
-    if isinstance(config, (FFCVConfig, WebDatasetConfig)):
+    if isinstance(config, (choices.FFCVConfig, choices.WebDatasetConfig)):
         return _streamed(config)
     if type(config) not in READERS:
         raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
     return READERS[type(config)](config)
 
 
-def _streamed(config: FFCVConfig | WebDatasetConfig) -> tuple[Split, Split]:
-    extra = "ffcv" if isinstance(config, FFCVConfig) else "stream"
+def _streamed(config: choices.FFCVConfig | choices.WebDatasetConfig) -> tuple[Split, Split]:
+    extra = "ffcv" if isinstance(config, choices.FFCVConfig) else "stream"
     try:
-        if isinstance(config, FFCVConfig):
+        if isinstance(config, choices.FFCVConfig):
             from alignscale.data.ffcv import ffcv  # an extra, and slow to import
 
             return ffcv(config)

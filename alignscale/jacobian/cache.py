@@ -110,6 +110,11 @@ class Cache:
 
         Raises CacheError, or OSError for a full disk. A collective of all ranks.
         """
+        if self.config.frozen.weights == "partitioned" and self.mesh.data.size > 1:
+            raise CacheError(
+                "frozen.weights=partitioned: expected stored or regenerated where a cache is made, as each rank makes "
+                "files of its own; a run with jacobian.build=false then reads it with any"
+            )
         everyone, about, moments = self.mesh.everyone, self.about, self.moments
         begun = all(everyone.objects((self.folder / MANIFEST).exists()))
         kept = everyone.together(lambda: checked(self.folder, about, moments) if begun else None)

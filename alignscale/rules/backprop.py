@@ -3,6 +3,8 @@
 The baseline, by autograd.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from alignscale.types import Batch, Parameters, StepOutput, Trace
 
 @register("backprop")
 class Backprop(Rule):
-    """The surrogate is the loss itself; in half precision <scaled error, logits>, and gradients are scaled back."""
+    """The surrogate is the loss itself; in half precision that of a scaled error, and gradients are scaled back."""
 
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Hooks on the parameters scale their gradients back."""
@@ -35,13 +37,30 @@ class Backprop(Rule):
         if logits.dtype == batch.targets.dtype:
             return StepOutput(loss, loss.detach(), logits.detach())
         with torch.no_grad():
-            error, self.unscale = scaled(self.loss.error(logits, batch.targets, batch.size), logits.dtype)
-        return StepOutput((error * logits).sum(dtype=loss.dtype), loss.detach(), logits.detach())
+            error = self.loss.error(logits, batch.targets, batch.size)
+            error, self.unscale = scaled(error, logits.dtype, self.peers)
+        return StepOutput(_Surrogate.apply(logits, error, self), loss.detach(), logits.detach())
 
     @torch.no_grad()
     def local(self, batch: Batch, parameters: Parameters | None = None) -> tuple[Trace, Deltas]:
         """By the network's own pullback, which equals autograd's to rounding."""
         return true_deltas(self.net, batch, self.loss, parameters)
+
+
+class _Surrogate(torch.autograd.Function):
+    """A scalar 0 whose gradient by the logits is ``error``; what it is multiplied by goes where fp16 is scaled back."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, error: Tensor, rule: Backprop) -> Tensor:
+        ctx.error, ctx.rule = error, rule
+        return error.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *factor: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.rule.unscale is None:  # bf16 has the range of fp32
+            return ctx.error * factor[0], None, None
+        ctx.rule.unscale = ctx.rule.unscale * factor[0]
+        return ctx.error, None, None
 
 
 @torch.no_grad()

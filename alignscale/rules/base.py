@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError, RuleConfig
+from alignscale.distributed import ALONE, Ranks
 from alignscale.frozen import Fixed
 from alignscale.loss import MSE, Loss
 from alignscale.nets.network import Deltas, Network
@@ -37,6 +38,8 @@ class Rule(nn.Module, ABC):
         self.loss = loss
         self.fixed = fixed
         self.config = config
+        self.peers = ALONE
+        """The ranks whose deltas meet in the moments of norms, and are scaled alike."""
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that learn, layer by layer; the others are marked as such."""
@@ -80,7 +83,8 @@ class LocalRule(Rule, ABC):
     """A rule that gives every layer its delta itself. No graph is kept from one layer to another.
 
     In fp16 the error is scaled by a power of 2 before the pullback, as the deltas of a wide network would vanish, and
-    the weight gradients are scaled back in the weights' precision.
+    the weight gradients are scaled back in the weights' precision. Where norms take their moments over ranks, it is the
+    same power on all of them.
     """
 
     reads_trace: ClassVar[bool] = True
@@ -91,7 +95,8 @@ class LocalRule(Rule, ABC):
         with torch.no_grad():
             trace = self.net.trace(batch.images)
             loss = self.loss.value(trace.logits, batch.targets, batch.size)
-            error, unscale = scaled(self.loss.error(trace.logits, batch.targets, batch.size), trace.logits.dtype)
+            error = self.loss.error(trace.logits, batch.targets, batch.size)
+            error, unscale = scaled(error, trace.logits.dtype, self.peers)
             if not self.reads_trace:
                 trace = Trace([], [], [], trace.logits)
             local, deltas = self.assign(batch, trace, error)
@@ -117,13 +122,16 @@ PEAK, MOST = 16.0, 512
 more: sums over a batch stay below its largest number, 65,504."""
 
 
-def scaled(error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The error in ``dtype``, times a power of 2 where its range is narrower, and what scales it back (None: 1)."""
+def scaled(error: Tensor, dtype: torch.dtype, peers: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
+    """The error in ``dtype``, times a power of 2 where its range is narrower, and what scales it back (None: 1).
+
+    peers: take the least of their powers. A collective of theirs in fp16.
+    """
     if dtype != torch.float16 or error.dtype == dtype:
         return error.to(dtype), None
-    largest = error.abs().max() if error.numel() else error.new_ones(())
+    largest = error.abs().max() if error.numel() else error.new_zeros(())
     peak = PEAK * min(1.0, MOST * error.shape[-1] / max(error.numel(), 1))
-    power = torch.exp2(torch.floor(torch.log2(peak / largest.clamp(min=1e-30))))
+    power = peers.least(torch.exp2(torch.floor(torch.log2(peak / largest.clamp(min=1e-30)))))
     return (error * power).to(dtype), 1 / power
 
 
