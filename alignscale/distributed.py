@@ -88,10 +88,6 @@ class Ranks:
         own = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
         return _ending(dist.reduce_scatter_tensor(own, parts, group=self.group, async_op=True), own)
 
-    def collect(self, part: Tensor, parts: list[Tensor] | None) -> None:
-        """Each rank's part into the first one's ``parts``."""
-        dist.gather(part, parts, group=self.group, group_dst=0)
-
     def objects(self, own: Made) -> list[Made]:
         """An object of each rank."""
         found = [own] * self.size

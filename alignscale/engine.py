@@ -55,13 +55,15 @@ def pull_to_start(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], c
 class Engine(ABC):
     """Runs a rule, and turns its surrogates into updates."""
 
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rule, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Module: runs the rule. The optimizer holds the rule's parameters, or what stands for them."""
+        self.rule, self.module, self.optimizer = rule, module, optimizer
         self.names: dict[Tensor, str] = {one: name.removeprefix("net.") for name, one in rule.named_parameters()}
 
-    @abstractmethod
     def __call__(self, batch: Batch) -> StepOutput:
-        """Run the rule on a batch."""
+        """Run the rule on a batch, or on this rank's part of it."""
+        found: StepOutput = self.module(batch)
+        return found
 
     @abstractmethod
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
@@ -74,9 +76,13 @@ class Engine(ABC):
         One that is not finite ruins the weights, or raises FloatingPointError on all ranks.
         """
 
-    @abstractmethod
+    def _set_rate(self, lr: float | None) -> None:
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+
     def forget(self) -> None:
         """Forget the gradient without an update."""
+        self.optimizer.zero_grad()
 
     @abstractmethod
     def state(self) -> Makers:
@@ -100,16 +106,11 @@ class LocalEngine(Engine):
 
     def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, config: OptimConfig | None = None) -> None:
         """The optimizer holds the parameters of ``rule``, at their start. config: clips and decays as it says."""
-        super().__init__(rule)
-        self.optimizer = optimizer
+        super().__init__(rule, rule, optimizer)
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.clip_norm = config.clip_norm if config else 0.0
         if config and config.weight_decay and config.decay_towards == "initial":
             pull_to_start(optimizer, self.parameters, config)
-
-    def __call__(self, batch: Batch) -> StepOutput:
-        """Run the rule on a batch."""
-        return self.rule(batch)
 
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
         """Add the update's gradient to that of the parameters."""
@@ -117,17 +118,11 @@ class LocalEngine(Engine):
 
     def step(self, lr: float | None = None) -> None:
         """Apply the update, with learning rate ``lr`` if one is given, and forget the gradient."""
-        if lr is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        self._set_rate(lr)
         if self.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
         self.forget()
-
-    def forget(self) -> None:
-        """Forget the gradient without an update."""
-        self.optimizer.zero_grad()
 
     def state(self) -> Makers:
         """As they are, not copies."""

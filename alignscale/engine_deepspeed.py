@@ -18,7 +18,6 @@ from alignscale.choices import AdamConfig, ConfigError, DeepSpeedConfig, OptimCo
 from alignscale.engine import Engine, make_optimizer, pull_to_start
 from alignscale.parallel import Mesh
 from alignscale.rules import Rule
-from alignscale.types import Batch, StepOutput
 
 OURS = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size", "optimizer": "optim",
@@ -66,7 +65,6 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, mesh: Mesh) -> None:
         """Partitions the parameters of ``rule`` as ``config`` says. Raises ConfigError for an option of DeepSpeed's."""
-        super().__init__(rule)
         zero.make_ready(next(rule.net.parameters()).device.type)
         zero.deepspeed.utils.logger.setLevel(logging.ERROR)
         self.mesh, self.stage = mesh, config.zero_stage
@@ -86,6 +84,7 @@ class DeepSpeedEngine(Engine):
             raise ConfigError(f"engine.extra: expected settings that DeepSpeed takes, found: {found}") from problem
         for name in config.extra.keys() - settings.names:
             raise ConfigError(f"engine.extra: {name}: expected a setting of DeepSpeed's, found one it never looks for")
+        super().__init__(rule, self.engine, self.engine.optimizer)
         self.keys = ["exp_avg", "exp_avg_sq"] if isinstance(optim, AdamConfig) else []
         if isinstance(optim, SGDConfig) and optim.momentum:
             self.keys = ["momentum_buffer"]
@@ -96,10 +95,6 @@ class DeepSpeedEngine(Engine):
         if optim.weight_decay and optim.decay_towards == "initial":
             pull_to_start(zero.inner(self.engine, self.stage), zero.partitions(self.engine, self.stage), optim)
 
-    def __call__(self, batch: Batch) -> StepOutput:
-        """Run the rule on this rank's part of a batch."""
-        return self.engine(batch)
-
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
         """Add to the gradient; DeepSpeed, which takes the mean over ranks, sums them over ranks with the last part."""
         self.engine.set_gradient_accumulation_boundary(last)
@@ -109,16 +104,10 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float | None = None) -> None:
         """Apply the update on all ranks."""
-        if lr is not None:
-            for group in self.engine.optimizer.param_groups:
-                group["lr"] = lr
+        self._set_rate(lr)
         self.engine.step()
         if zero.left_out(self.engine):
             raise FloatingPointError("the gradient is not finite")
-
-    def forget(self) -> None:
-        """Forget the gradient without an update."""
-        self.engine.optimizer.zero_grad()
 
     def state(self) -> Makers:
         """Whole on the first rank, gathered when it is asked for; each is a collective of all ranks."""
@@ -127,13 +116,13 @@ class DeepSpeedEngine(Engine):
             for name, parameter in self.rule.net.named_parameters()
         }
         model |= {name: partial(self._whole, name, Tensor.detach, own) for name, own in self.rule.net.named_buffers()}
-        optimizer = {
+        optimizer: dict[str, Callable[[], Tensor]] = {
             f"{name}.{key}": partial(self._whole, name, zero.whole_state, self.engine, parameter, key, self.stage)
             for parameter, name in self._trained()
             for key in self.keys
         }
         if self.counts:
-            optimizer |= {f"{name}.step": partial(self._steps) for _, name in self._trained()}
+            optimizer |= {f"{name}.step": self._steps for _, name in self._trained()}
         return {"model": model, "optimizer": optimizer}
 
     def _trained(self) -> Iterator[tuple[nn.Parameter, str]]:

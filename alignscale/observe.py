@@ -24,10 +24,7 @@ Changes = list[Tensor | None]
 
 def place_of(layer: Layer) -> Map:
     """Where a layer is applied."""
-    if not isinstance(layer, Conv):
-        return POINT
-    _, height, width = layer.padded
-    return Map.same((height - sum(layer.extra[2:]), width - sum(layer.extra[:2])), layer.stride)
+    return Map.same((layer.inputs[1], layer.inputs[2]), layer.stride) if isinstance(layer, Conv) else POINT
 
 
 @torch.no_grad()
@@ -62,13 +59,9 @@ def frozen_changes(learner: Learner, examples: Split, errors: Tensor, places: Te
 
 def scores(learner: Learner, first: Changes, second: Changes, budget: float = BUDGET) -> list[Score | None]:
     """The score of each layer, estimated beyond ``budget``; None for one without weights, or that has not moved."""
-    found: list[Score | None] = []
+    found, probes = list[Score | None](), PROBES if budget < BUDGET else 100
     for layer, a, b in zip(learner.net.layers, first, second, strict=True):
-        one = (
-            None
-            if a is None or b is None or isinstance(layer, State)
-            else score(a, b, place_of(layer), budget, PROBES if budget < BUDGET else 100)
-        )
+        one = None if a is None or b is None else score(a, b, place_of(layer), budget, probes)
         found.append(one if one is not None and math.isfinite(one.value) else None)
     return found
 

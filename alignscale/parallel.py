@@ -217,11 +217,10 @@ class Mesh:
             return own
         sizes, axis = self.width.sizes, share.axis
         padded = _padded(own, max(sizes), axis).contiguous()
-        if not self.everyone.first:
-            self.width.ranks.collect(padded, None)
+        parts = [torch.empty_like(padded) for _ in sizes] if self.everyone.first else None
+        dist.gather(padded, parts, group=self.width.ranks.group, group_dst=0)
+        if parts is None:
             return own
-        parts = [torch.empty_like(padded) for _ in sizes]
-        self.width.ranks.collect(padded, parts)
         return torch.cat([part.narrow(axis, 0, size) for part, size in zip(parts, sizes, strict=True)], axis)
 
     def part(self, whole: Tensor | None, share: Share | None, own: Tensor) -> Tensor:

@@ -36,9 +36,8 @@ def restored(folder: Path, which: str = "last") -> Restored:
 
     Raises ConfigError, DataError or CheckpointError where a part of the run is missing or damaged.
     """
-    config = replace(
-        read_config(folder), log=LogConfig(), analysis=AnalysisConfig(), threads=0
-    )  # what another machine had is nothing to refuse
+    # what another machine had is nothing to refuse
+    config = replace(read_config(folder), log=LogConfig(), analysis=AnalysisConfig(), threads=0)
     validate(config)
     path = checkpoint.find(folder / "checkpoints", which)
     splits = load(config.data)

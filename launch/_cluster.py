@@ -178,7 +178,8 @@ def submit(executor: submitit.Executor, jobs: Sequence[Any]) -> list[submitit.Jo
     for job in submitted:
         reason = show_job(job.job_id).get("Reason", "") if isinstance(job, submitit.SlurmJob) else ""
         if reason in HOPELESS:
-            job.cancel(check=False)
+            for one in submitted:
+                one.cancel(check=False)
             raise ConfigError(
                 f"cluster: expected a request that can start; SLURM would let job {job.job_id} wait for ever: {reason}"
             )

@@ -46,8 +46,8 @@ FINAL = (2, 3, 140)
 
 SIGTERM is not one: torchrun sends it to the ranks that it is about to start again.
 """
-PATIENCE = 60.0
-"""Seconds that the others wait until they speak: torchrun ends them all when one has, and the first is to speak."""
+MOMENT, PATIENCE = 5.0, 60.0
+"""Seconds that the others wait until they end or speak: torchrun ends them all when one has, and the first speaks."""
 
 
 def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -140,7 +140,7 @@ def command_line(script: str) -> str:
     return shlex.join(["python", script, *sys.argv[1:]])
 
 
-def guarded(work: Callable[[], None]) -> None:
+def guarded(work: Callable[[], object]) -> None:
     """Do the work of an entry point; a user's mistake ends with one line and status 2, a divergence with 3.
 
     Called inside Hydra's main as well, which would print a stack trace for any exception that reached it.
@@ -173,8 +173,9 @@ def _say(problem: object, status: int, before: str = "error", after: str = "") -
         with suppress(OSError):  # torchrun then starts the ranks again, as it would have
             write_atomic(mark, str(status).encode())
     if ranks is not None and not FIRST and not own:
-        if Interrupts.came == signal.SIGTERM and not isinstance(problem, Interrupted):
-            # torchrun's, as the first has spoken
+        stopped = isinstance(problem, Interrupted)
+        if stopped or Interrupts.came == signal.SIGTERM:  # torchrun's, as the first has spoken
+            time.sleep(MOMENT * stopped)  # the first has saved with this one, and says so now
             return status
         time.sleep(PATIENCE)
         before = f"{before}: rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}"  # the first has not ended

@@ -37,8 +37,10 @@ WORDS = {int: "int", float: "float", bool: "bool (true or false)", str: "str"}
 NAME = re.compile(r"[+~]*[\w/@:-]+(\.[\w/@:-]+)*")
 
 
-def check(name: str, arguments: Sequence[str]) -> None:
-    """Compose every job that a command line asks for. Raises ConfigError for the first mistake; nothing is written.
+def check(name: str, arguments: Sequence[str]) -> list[Any]:
+    """The options of every job that a command line asks for; of none where it asks for Hydra's help.
+
+    Raises ConfigError for the first mistake; nothing is written.
 
     name: of the configuration in configs/.
     """
@@ -48,7 +50,7 @@ def check(name: str, arguments: Sequence[str]) -> None:
     flags, strangers = get_args_parser().parse_known_args(list(arguments))
     _check_flags(flags, strangers)
     if flags.hydra_help or flags.shell_completion or flags.experimental_rerun:
-        return
+        return []
     given: list[str] = flags.overrides
     folders = [f'hydra.searchpath=["file://{Path(flags.config_dir).absolute()}"]'] if flags.config_dir else []
     try:
@@ -66,6 +68,7 @@ def check(name: str, arguments: Sequence[str]) -> None:
     if len(configs) > 1:  # a single job does it itself
         for config in configs:
             validate(config)
+    return configs
 
 
 def _check_flags(flags: argparse.Namespace, strangers: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from alignscale.nets.layers import Conv
 
 IMAGES, CLASSES = 1_281_167, 1000
 """ImageNet's training set."""
-PASSES = {"align_ada": 4, "align_zero": 4, "readout_only": 1}
+PASSES = {"align_ada": 4, "align_zero": 4, "direct_feedback_alignment": 2, "readout_only": 1}
 """Forward passes that a step costs: 3 (forward, pullback, weight gradients), or 4 with those of the initial network."""
 PEAK = {"fp32": 66.9e12, "fp16": 989e12, "bf16": 989e12, "fp64": 66.9e12}
 """Dense FLOP/s of an H100 SXM, from its data sheet."""
@@ -28,8 +28,12 @@ def forward_flops(config: TrainConfig, size: int, channels: int) -> int:
     """Of one image: two for each multiplication and addition of a layer."""
     with torch.device("meta"):
         net = build(config.net, (channels, size, size), CLASSES, 1)
-    maps = [math.prod(layer.outputs[1:]) if isinstance(layer, Conv) else 1 for layer in net.layers]
-    return sum(2 * math.prod(layer.shape) * count for layer, count in zip(net.layers, maps, strict=True))
+    steps = net.shapes[0][0] if net.recurrent else 1  # at which all layers but the readout run
+    found = 0
+    for index, layer in enumerate(net.layers):
+        places = math.prod(layer.outputs[1:]) if isinstance(layer, Conv) else 1 if index == net.readout else steps
+        found += 2 * math.prod(layer.shape) * places
+    return found
 
 
 def cost(config: TrainConfig) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from _hydra import command_line, for_jobs, guarded, quoted
-from _options import CONFIGS, CompareConfig, register, typed
+from _options import CompareConfig, register
 
 from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig, run_folder, run_name
@@ -31,14 +31,8 @@ MARK = ".job"
 def expand(options: Sequence[str]) -> list[TrainConfig]:
     """The runs that the options ask for, checked. Raises ConfigError for the first mistake."""
     from _mistakes import check
-    from hydra import compose, initialize_config_dir
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    check("train", [*options, "--multirun"])
-    jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(options)), None)[0]
-    with initialize_config_dir(version_base="1.3", config_dir=CONFIGS):
-        configs: list[TrainConfig] = [typed(compose("train", job)) for job in jobs]
+    configs: list[TrainConfig] = check("train", [*options, "--multirun"])
     for config in configs:
         validate(config)
     return configs

@@ -6,7 +6,9 @@
 #
 # HOST is one of the machines, which all can reach. Ranks on each: the number of its GPUs, or RANKS=4. A machine that is
 # lost is replaced by giving the command on another one; RESTARTS says how often the ranks start again (default 3), each
-# time from the last checkpoint, so run.root or run.dir must be on a disk that all machines share.
+# time from the last checkpoint, so run.root or run.dir must be on a disk that all machines share. A path that does not
+# begin with / is taken from the top folder of this checkout. A signal to this command reaches its ranks, which save and
+# end; they have 120 s for it.
 set -euo pipefail
 
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]] || [[ $2 == *=* ]]; then
@@ -26,4 +28,5 @@ ranks=${RANKS:-$("$python" -c 'import torch; print(max(torch.cuda.device_count()
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-3}" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 --shutdown-timeout=120 \
     --rdzv-backend=c10d --rdzv-endpoint="$host" --rdzv-id="${RUN_ID:-alignscale}" launch/train.py "$@"

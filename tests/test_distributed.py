@@ -129,6 +129,7 @@ def test_align_needs_the_current_weights_once_and_backprop_twice(ranks: int, row
         gathered = sum(count for name, count in row["bytes"].items() if name.startswith("all_gather")) / row["psi"]
         scattered = sum(count for name, count in row["bytes"].items() if name.startswith("reduce_scatter")) / row["psi"]
         assert scattered == pytest.approx(1, rel=0.01), case
+        assert sum(row["bytes"].values()) / row["psi"] - gathered - scattered < 0.01, case  # by no other way
         if "partitioned" not in case or "feedback" in case:
             assert gathered == pytest.approx(2 if "backprop" in case else 1, rel=0.01), case
     extra = {rule: found[f"wide-none-{rule}-zero3-sgd-parts1-partitioned"] for rule in ("align_prop", "align_ada")}
@@ -531,7 +532,7 @@ with joined(torch.device("cpu"), 60.0) as ranks:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_torchrun_sh_trains_on_two_nodes(tmp_path: Path) -> None:
+def test_torchrun_sh_trains_on_two_nodes_and_passes_signals_on(tmp_path: Path) -> None:
     """Two launchers on this machine, as two machines would have them."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -546,6 +547,17 @@ def test_torchrun_sh_trains_on_two_nodes(tmp_path: Path) -> None:
     said = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert result(tmp_path / "run")["ranks"] == 2
+    (tmp_path / "long").mkdir()
+    more = [*options[:-4], "checkpoint.every_steps=10", "epochs=400", f"run.dir={tmp_path / 'long'}", *options[-2:]]
+    nodes = [
+        subprocess.Popen([*command[:3], *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    wait_for(nodes[0], lambda: bool(complete(tmp_path / "long/checkpoints")))
+    for node in nodes:  # as it is, torchrun dies of this one, and its ranks train on
+        node.send_signal(signal.SIGUSR2)
+    said = [node.communicate(timeout=200) for node in nodes]
+    assert "".join(err for _, err in said).count("stopped by signal 12 after step") == 1, said
     wrong = subprocess.run(["launch/torchrun.sh", "net=mlp"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "usage: launch/torchrun.sh NODES HOST[:PORT] OPTIONS..." in wrong.stderr

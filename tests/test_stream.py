@@ -249,6 +249,9 @@ def test_a_transform_of_torchvisions_is_a_function_of_example_and_view(tmp_path:
     assert not same(first, plain)
     with pytest.raises(ConfigError, match=r"data\.transform=Nonsense: expected the name of a class in torchvision"):
         load(config(tmp_path, transform="Nonsense"))
+    for other in ("ConvertImageDtype", "RandomZoomOut", "ToPILImage"):
+        with pytest.raises(ConfigError, match=rf"data\.transform={other}: expected .* of the same size and type"):
+            load(config(tmp_path, transform=other))
 
 
 def test_a_killed_worker_is_started_again_and_one_killed_too_often_is_an_error(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from argument_types import positive
+
 from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
 from alignscale.config import AnalysisConfig, EvaluationConfig, LogConfig, RunConfig, TrainConfig
 from alignscale.files import write_atomic
@@ -114,7 +116,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--shape", type=int, nargs=3, default=[3, 32, 32], metavar=("C", "H", "W"))
     parser.add_argument("--views", type=int, default=1, help="more than 1 adds shifts and flips")
-    parser.add_argument("--steps", type=int, default=400, help="steps in an epoch")
+    parser.add_argument("--steps", type=positive, default=400, help="steps in an epoch")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=1, help="hidden layers")
     parser.add_argument("--alignment-every", type=int, default=0, metavar="N", help="steps; 0: never")
@@ -125,6 +127,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.alignment_every and (options.views > 1 or options.alignment_every > 2 * options.steps):
         parser.error("--alignment-every: expected --views 1 and at most the steps of the run, twice --steps")
+    if options.steps < 2 or options.step_ms <= 0:
+        parser.error("--steps, --step-ms: expected at least 2 steps in an epoch, and a time above 0")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

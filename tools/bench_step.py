@@ -72,7 +72,7 @@ def depth_of(config: NetConfig) -> int:
 def rule_step(learner: Learner, batch: Batch, fused: bool = True) -> Callable[[], None]:
     """One step of our engine, as the training loop makes it."""
     engine = learner.engine
-    for group in engine.optimizer.param_groups:  # type: ignore[attr-defined]
+    for group in engine.optimizer.param_groups:
         group["fused"] = fused
 
     def step() -> None:

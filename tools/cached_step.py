@@ -45,7 +45,7 @@ def cached_step(
     learner = Learner(
         config, train.shape, classes, options.rule, options.optim, precision=precision, device=batch.images.device
     )
-    for group in learner.engine.optimizer.param_groups:  # type: ignore[attr-defined]
+    for group in learner.engine.optimizer.param_groups:
         group["fused"] = fused
     cache = cache_of(options, learner, train)
     cache.make(lambda line: None)

@@ -157,6 +157,9 @@ def main(command: list[str] | None = None) -> int:
     for group in arguments.groups:
         with without_tf32():
             findings = list(CHECKS[group](device, arguments.rules))
+        if not findings:
+            print(f"{group}: nothing to compare for {', '.join(arguments.rules)}")
+            continue
         bad = [one for one in findings if not (one[1] <= one[2] if one[3] else one[1] >= one[2])]
         worst = max(findings, key=lambda one: one[1] / one[2] if one[3] else one[2] / max(one[1], 1e-9))
         good = f"{len(findings) - len(bad)} of {len(findings)}"

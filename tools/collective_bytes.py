@@ -22,12 +22,17 @@ WHOLE = {
     "all_gather_into_tensor": ("output_tensor",),
     "all_gather_single": ("output_tensor", "output"),
     "all_reduce": ("tensor",),
+    "all_reduce_coalesced": ("tensors",),
+    "all_to_all": ("output_tensor_list",),
     "all_to_all_single": ("output",),
     "broadcast": ("tensor",),
+    "gather": ("tensor",),
+    "isend": ("tensor",),
     "reduce": ("tensor",),
     "reduce_scatter": ("input_list",),
     "reduce_scatter_single": ("input_tensor", "input"),
     "reduce_scatter_tensor": ("input",),
+    "scatter": ("tensor",),
     "send": ("tensor",),
 }
 """Of each collective, the argument that holds the whole tensor, under the names that versions of torch give it."""

@@ -165,11 +165,11 @@ def padded_bytes(learner: Learner, ranks: int) -> int:
 
 
 def calculated_bytes(psi: int, ranks: int, stage: int, rule: str) -> int:
-    """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and the initial weights where they are read."""
+    """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and the initial or random weights."""
     share = psi / ranks
     weights, gradient = share if stage == 3 else psi, share if stage >= 2 else psi
     copy = share if stage else 0
-    frozen = psi if rule.startswith("align") else 0
+    frozen = psi if rule.startswith("align") or rule == "feedback_alignment" else 0
     return round(weights + gradient + copy + frozen)
 
 

@@ -40,7 +40,6 @@ def memory(plan: Plan) -> dict[str, int]:
     psi = sum(one.parameters for one in every) * MASTER
     share = -(-psi // plan.data)
     frozen = plan.rule == "align_prop" or (plan.rule in FROZEN and plan.jacobian != "explicit")
-    feedback = plan.rule in ("feedback_alignment", "sign_symmetric")
     traces = 2 if plan.rule == "align_ada" and plan.jacobian == "live" else 1
     activations = sum(one.inputs for one in every) + sum(one.outputs for one in every[:-1])
     return {
@@ -48,7 +47,7 @@ def memory(plan: Plan) -> dict[str, int]:
         "gradients": share if plan.stage >= 2 else psi,
         "fp32 copy": share if plan.stage else 0,
         "optimizer": plan.states * (share if plan.stage else psi),
-        "initial weights": psi // MASTER * plan.itemsize if frozen or feedback else 0,
+        "initial weights": psi // MASTER * plan.itemsize if frozen or plan.rule == "feedback_alignment" else 0,
         "activations": traces * own * activations * plan.itemsize,
     }
 

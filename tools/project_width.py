@@ -130,6 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--latency, --optimizer-states: expected numbers of at least 0")
     plan = Plan(net_of(options), options.shape, options.classes, options.batch, states=options.optimizer_states)
     plans = [dataclasses.replace(plan, rule=rule, jacobian=jacobian) for rule, jacobian in CONTENDERS]
+    for ranks in options.ranks:
+        if not layouts(plan, ranks):
+            parser.error(f"--ranks {ranks}: expected a layout of at most --width x --batch = {options.width} x "
+                         f"{options.batch} ranks, found none")  # fmt: skip
     rows = [row(one, ranks, options) for ranks in options.ranks for one in plans]
     print(table(rows))
     if options.json:

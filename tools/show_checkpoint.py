@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         whole = (options.run / checkpoint.MANIFEST).is_file()
         if not whole and not (options.run / "checkpoints").is_dir():
             raise CheckpointError(f"{options.run}: expected a run's folder, or a checkpoint's, found neither")
-        path = options.run if whole else checkpoint.find(options.run / "checkpoints", options.checkpoint)
+        path = options.run.resolve() if whole else checkpoint.find(options.run / "checkpoints", options.checkpoint)
         for target in filter(None, (options.export, options.export_universal, options.json)):
             if target.resolve().is_relative_to(path.resolve()):
                 raise CheckpointError(

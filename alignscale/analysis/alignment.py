@@ -137,12 +137,9 @@ def estimate(first: Tensor, second: Tensor, at: Map = POINT, probes: int = 100, 
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (first.shape[1], *(at.inputs if first.dim() == 4 else ()))
-    sums = torch.cat(
-        [
-            _moments(first, second, torch.randn(len(part), *shape, generator=generator).to(first), at)
-            for part in torch.arange(probes).split(PROBES)
-        ]
-    ).cpu()
+    parts = torch.arange(probes).split(PROBES)
+    noise = (torch.randn(len(part), *shape, generator=generator).to(first) for part in parts)
+    sums = torch.cat([_moments(first, second, z, at) for z in noise]).cpu()
     means = sums.mean(0)
     if means[1:].min() <= 0:
         return Score(math.nan)

@@ -25,10 +25,7 @@ def digits(config: DigitsConfig) -> tuple[Examples, Examples]:
     labels = torch.from_numpy(data.target).long()
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))  # a stream that numpy never changes
     images, labels = images[order], labels[order]
-    return (
-        Examples.whole(images[:TRAIN], labels[:TRAIN], 10, "digits-train"),
-        Examples.whole(images[TRAIN:], labels[TRAIN:], 10, "digits-test"),
-    )
+    return _cut(images, labels, TRAIN, 10, "digits")
 
 
 def synthetic(config: SyntheticConfig) -> tuple[Examples, Examples]:
@@ -47,11 +44,7 @@ def synthetic(config: SyntheticConfig) -> tuple[Examples, Examples]:
     labels = torch.arange(config.train + config.test) % config.classes
     noise = normal(config.seed, Stream.DATA, 1, (len(labels), *shape))
     images = prototypes[labels] + config.noise * noise
-    train, test = slice(0, config.train), slice(config.train, None)
-    return (
-        Examples.whole(images[train], labels[train], config.classes, "synthetic-train"),
-        Examples.whole(images[test], labels[test], config.classes, "synthetic-test"),
-    )
+    return _cut(images, labels, config.train, config.classes, "synthetic")
 
 
 def add(config: AddConfig) -> tuple[Examples, Examples]:
@@ -59,10 +52,14 @@ def add(config: AddConfig) -> tuple[Examples, Examples]:
     bits = (normal(config.seed, Stream.DATA, 2, (config.train + config.test, config.steps)) > 0).float()
     first, second = (_delayed(bits, delay, config.public) for delay in config.delays)
     targets = 0.5 + 0.5 * first - 0.25 * second
-    images, labels, train = bits[:, None, :, None], targets[:, :, None], config.train
+    return _cut(bits[:, None, :, None], targets[:, :, None], config.train, 1, "add")
+
+
+def _cut(images: torch.Tensor, labels: torch.Tensor, train: int, classes: int, name: str) -> tuple[Examples, Examples]:
+    """The first ``train`` examples for training, the rest for testing."""
     return (
-        Examples.whole(images[:train], labels[:train], 1, "add-train"),
-        Examples.whole(images[train:], labels[train:], 1, "add-test"),
+        Examples.whole(images[:train], labels[:train], classes, f"{name}-train"),
+        Examples.whole(images[train:], labels[train:], classes, f"{name}-test"),
     )
 
 

@@ -82,8 +82,8 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         """Remove what killed processes have left, and shards, the longest unused first, until ``size`` more fit."""
-        found, total = [], size
-        for path in self.folder.glob("*-*"):
+        found, total, ours = [], size, "[0-9a-f]" * 12 + "-*"  # whatever else is in the folder is somebody's own
+        for path in [*self.folder.glob(ours), *self.folder.glob(f".{ours}.partial")]:
             with suppress(FileNotFoundError):
                 if path.suffix == ".partial":
                     total += 0 if self._abandoned(path) else int(path.suffixes[-2][1:])

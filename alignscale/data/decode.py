@@ -57,13 +57,16 @@ def transform_called(name: str) -> Callable[[Pixels, int], Pixels]:
     found = transforms()
     kind: Any = getattr(found, name, None)
     try:
-        apply = kind()
-        apply(torch.zeros(3, 8, 8, dtype=torch.uint8))
+        apply, image = kind(), torch.zeros(3, 8, 8, dtype=torch.uint8)
+        for _ in range(20):  # some change an image at times
+            made = apply(image)
+            if (made.shape, made.dtype) != (image.shape, image.dtype):
+                raise ValueError(f"{made.dtype} of {tuple(made.shape)} for {image.dtype} of {tuple(image.shape)}")
     except Exception as problem:  # another one may need arguments, boxes or anything
         some = "TrivialAugmentWide, RandAugment, AutoAugment, AugMix or RandomErasing"
         raise ConfigError(
             f"data.transform={name}: expected the name of a class in torchvision.transforms.v2 that needs no arguments "
-            f"and takes images, as {some}, found: {' '.join(str(problem).split())[:120]}"
+            f"and makes images of the same size and type, as {some}, found: {' '.join(str(problem).split())[:120]}"
         ) from None
 
     def applied(pixels: Pixels, seed: int) -> Pixels:

@@ -43,7 +43,7 @@ class Split(ABC):
 
     labels: Tensor
     classes: int
-    skipped: int
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)

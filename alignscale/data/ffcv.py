@@ -193,7 +193,6 @@ class FFCV(Streamed):
     classes: int
     rows: Tensor
     sums: Any
-    skipped: int = 0
 
     @property
     def digest(self) -> str:

@@ -185,8 +185,9 @@ class Manifest:
 def _beside(place: str) -> str:
     """Where the arrays of the manifest at ``place`` are."""
     split = urlsplit(place)
-    path = split.path.removesuffix(".json") + ".safetensors"
-    return split._replace(path=path).geturl() if split.scheme else path
+    if split.scheme not in ("http", "https"):  # a path, in which # and ? are letters
+        return place.removesuffix(".json") + ".safetensors"
+    return split._replace(path=split.path.removesuffix(".json") + ".safetensors").geturl()
 
 
 def place_of(urls: str) -> str:

@@ -34,10 +34,8 @@ class Shards:
     def __init__(self, urls: Sequence[str], manifest: Manifest, config: WebDatasetConfig) -> None:
         self.urls, self.manifest, self.starts = list(urls), manifest, manifest.starts
         self.remote = Remote(config.retries, config.timeout)
-        limit = int(config.cache_gib * 2**30)
-        self.cache = Cache(config.cache, limit, self.remote) if config.cache else None
-        remote = any(map(is_remote, urls))
-        self.checked = config.checksums == "always" or (config.checksums == "remote" and remote)
+        self.cache = Cache(config.cache, int(config.cache_gib * 2**30), self.remote) if config.cache else None
+        self.checked = config.checksums == "always" or (config.checksums == "remote" and any(map(is_remote, urls)))
         self.files: dict[str, int] = {}
         self.owner = os.getpid()
         self.pool: ThreadPoolExecutor | None = None

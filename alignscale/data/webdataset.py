@@ -49,7 +49,6 @@ class WebDataset(Streamed):
     labels: Tensor
     classes: int
     places: Tensor
-    skipped: int = 0
     missing: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -23,7 +23,7 @@ from alignscale.jacobian import build
 from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form, Layout, bytes_of
 from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, folder_of, identity, made, seal
-from alignscale.jacobian.plan import Planner
+from alignscale.jacobian.plan import Costs, Machine, Planner, network_speed
 from alignscale.jacobian.store import Store, Wanted, missing
 from alignscale.nets import build as build_net
 from alignscale.parallel import Mesh
@@ -95,13 +95,8 @@ class Cache:
         return form.layout(self.frozen.net, self.train.classes, self.input_shapes)
 
     def _form(self) -> Form:
-        """As the options name it."""
-        return replace(self._auto_form(), sites=Form.of(self.config.jacobian, self.frozen.net, self.inputs).sites)
-
-    def _auto_form(self) -> Form:
-        """What ``auto`` leaves to the options: all but the sites."""
-        gates = replace(self.config.jacobian, name="gates", layers=[])
-        form = Form.of(gates, self.frozen.net, self.inputs)
+        """As the options name it; ``auto`` leaves all but the sites to them."""
+        form = Form.of(self.config.jacobian, self.frozen.net, self.inputs)
         gathered = self.config.parallel.inputs == "gathered" and self.mesh.width.ranks.size > 1
         return replace(form, gathered=bool(form.inputs and gathered))
 
@@ -154,22 +149,28 @@ class Cache:
 
     @cached_property
     def planner(self) -> Planner:
-        """The cost model, with this machine's measured speeds."""
-        config, net, encoding = self.config, self.frozen.net, self.encoding
+        """The cost model, with the speeds of the first rank's machine. A collective of all ranks."""
+        config, net, inputs = self.config, self.frozen.net, self.input_shapes
+        device, dtype, classes = self.encoding.device, self.encoding.dtype, self.train.classes
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         part = max(-(-config.batch_size // config.accumulation // self.mesh.data.size), 1)
 
+        def measured() -> tuple[Machine, Costs]:
+            machine = Machine.measured(device, self.folder.parent)
+            return machine, Costs.measured(net, inputs, part, device, dtype, machine)
+
+        machine, costs = self.mesh.everyone.of_first(measured)
+        machine = replace(machine, network=network_speed(self.mesh.everyone, device))
         ranks = (self.mesh.width.ranks.size, self.mesh.data.size)
-        told = wires(plan_of(config, self.train.shape, self.train.classes, *ranks, encoding.dtype.itemsize))
-        where = (encoding.device, encoding.dtype, self.folder.parent, self.mesh.everyone)
-        return Planner.measured(net, self.input_shapes, self.train.classes, part, *where, told, self.inputs)
+        told = wires(plan_of(config, self.train.shape, classes, *ranks, dtype.itemsize))
+        return Planner(net, inputs, classes, part, machine, costs, dtype.itemsize, self.inputs, told)
 
     def chosen(self) -> Form:
         """The form that the options name; of ``auto`` the one that the cost model finds fastest, which may be live."""
         options, net = self.config.jacobian, self.frozen.net
         if options.name != "auto" or options.layers:
             return self._form()
-        live = replace(self._auto_form(), sites=("live",) * len(net.shapes))
+        live = replace(self._form(), sites=("live",) * len(net.shapes))
         if self.config.net.norm == "batch":
             return live
         best = self.candidates()["auto"]
@@ -179,7 +180,7 @@ class Cache:
         """Gates, explicit where the net has it, and the fastest mixture of both that fits."""
         options, net = self.config.jacobian, self.frozen.net
         forms = {
-            name: replace(self._auto_form(), sites=(name,) * len(net.shapes))
+            name: replace(self._form(), sites=(name,) * len(net.shapes))
             for name in (("gates",) if net.recurrent or net.public else ("gates", "explicit"))
         }
         mixed = forms["gates"]
@@ -243,7 +244,7 @@ class Cache:
         options, everyone, about, moments = self.config.jacobian, self.mesh.everyone, self.about, self.moments
         found = everyone.together(lambda: checked(self.folder, about, moments))
         free = options.name == "auto" and not options.layers
-        asked = replace(self._auto_form(), sites=found.sites) if free else self._form()
+        asked = replace(self._form(), sites=found.sites) if free else self._form()
         if found.sites[0] == "live" and asked.sites == found.sites:
             return None
         if found != asked:

@@ -44,7 +44,6 @@ class Writer:
         """about: goes into the header."""
         self.path, self.about = path, about
         self.partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-        self.places: dict[str, int] = {}
         self.header: dict[str, Any] = {}
         self.sums = dict.fromkeys(layout, 0)
         end = 0
@@ -54,7 +53,6 @@ class Writer:
         self.begin = len(self._head())
         self.file = self.partial.open("w+b")
         self.places = {name: self.begin + place["data_offsets"][0] for name, place in self.header.items()}
-        self.end = self.begin + end
 
     def _head(self) -> bytes:
         sums = {f"crc32.{name}": f"{value:08x}" for name, value in self.sums.items()}

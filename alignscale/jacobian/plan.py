@@ -111,7 +111,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(found[1:])
 
 
-def _network(ranks: Ranks, device: torch.device) -> float:
+def network_speed(ranks: Ranks, device: torch.device) -> float:
     """Bytes a second that pass a rank's card while all gather a part of each; the first rank's figure."""
     if ranks.size == 1:
         return math.inf
@@ -183,21 +183,6 @@ class Planner:
     reads_inputs: bool
     wires: Mapping[str, float]
     """Bytes that pass a rank's network card in a step of backprop, and of the rule with each form."""
-
-    @classmethod
-    def measured(
-        cls, net: Network, inputs: Sequence[tuple[int, ...]], classes: int, batch: int, device: torch.device,
-        dtype: torch.dtype, folder: Path, ranks: Ranks, wires: Mapping[str, float], reads_inputs: bool,
-    ) -> "Planner":  # fmt: skip
-        """With the speeds of the first rank's machine, for all. A collective of ``ranks``."""
-
-        def work() -> tuple[Machine, Costs]:
-            machine = Machine.measured(device, folder)
-            return machine, Costs.measured(net, inputs, batch, device, dtype, machine)
-
-        machine, costs = ranks.of_first(work)
-        machine = replace(machine, network=_network(ranks, device))
-        return cls(net, inputs, classes, batch, machine, costs, dtype.itemsize, reads_inputs, wires)
 
     def _exchanged(self, what: str) -> float:
         """Seconds of what ranks tell each other, not overlapped."""

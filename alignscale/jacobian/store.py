@@ -79,16 +79,13 @@ class Store:
             for name in tensors.keys() - self.files[place].keys():
                 one = tensors[name]
                 if name not in self.tables:
-                    self.tables[name] = self._table(total, one, tiers[name])
+                    where = self.device if tiers[name] == "device" else torch.device("cpu")
+                    self.tables[name] = torch.empty(total, *one.shape[1:], dtype=one.dtype, device=where)
                 self.tables[name][start : start + len(at)] = _take(one, at)
 
         tables = [table for name, table in self.tables.items() if name.startswith(EXPLICIT)]
         whole = sum(name.startswith(EXPLICIT) for name in tiers) == len(tables)  # or some are on disk
-        self.stays = bool(tables) and whole and all(table.device == self.device for table in tables)
-
-    def _table(self, rows: int, like: Tensor, tier: str) -> Tensor:
-        where = self.device if tier == "device" else torch.device("cpu")
-        return torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=where)
+        self.stays = bool(tables) and whole and all(one.device.type == self.device.type for one in tables)
 
     def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Generator[tuple[int, list[Batch]], None, None]:
         """The same batches with what the cache holds of them, which a thread fetches while another step is made."""
@@ -138,15 +135,11 @@ class Store:
         result: Rows = {}
         for name, table in self.tables.items():
             result[name] = table if self.stays and name.startswith(EXPLICIT) else _take(table, at, self.pinned)
-        if self._on_disk:
+        if any(self.files.values()):
             result |= self._from_disk(at)
         if self.stays:
             result["at"] = torch.from_numpy(at)
         return result
-
-    @property
-    def _on_disk(self) -> bool:
-        return any(self.files.values())
 
     def _from_disk(self, at: np.ndarray[Any, Any]) -> Rows:
         """The rows ``at`` of what is on disk, file by file."""

@@ -44,11 +44,9 @@ class Rule(nn.Module, ABC):
     def trained(self) -> list[nn.Parameter]:
         """The parameters that learn, layer by layer; the others are marked as such."""
         last = (self.net.readout, self.net.state)
-        learns = [self.trains_hidden or index in last for index, _ in enumerate(self.net.layers)]
-        for layer, does in zip(self.net.layers, learns, strict=True):
-            layer.requires_grad_(does)
-        pairs = zip(self.net.layers, learns, strict=True)
-        return [one for layer, does in pairs if does for one in layer.held if one is not None]
+        for index, layer in enumerate(self.net.layers):
+            layer.requires_grad_(self.trains_hidden or index in last)
+        return [one for layer in self.net.layers for one in layer.held if one is not None and one.requires_grad]
 
     def saved(self) -> dict[str, Tensor]:
         """Weights and norms, for a checkpoint."""
