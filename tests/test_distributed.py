@@ -225,7 +225,7 @@ def children(pid: int) -> list[int]:
     return sorted(int(line) for line in listed.stdout.split())
 
 
-@pytest.mark.parametrize(("ranks", "stage", "optim"), [(3, 3, "sgd"), (2, 2, "adam")])
+@pytest.mark.parametrize(("ranks", "stage", "optim"), [(3, 3, "sgd"), (2, 2, "adam"), (2, 1, "sgd"), (2, 0, "sgd")])
 def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_to_the_same_bits(
     tmp_path: Path, ranks: int, stage: int, optim: str
 ) -> None:
@@ -302,11 +302,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("phase", ["step", "save", "evaluation"])
+@pytest.mark.parametrize(("phase", "first"), [("step", False), ("save", True), ("evaluation", False)])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(
-    tmp_path: Path, phase: str, uninterrupted: Path
+    tmp_path: Path, phase: str, first: bool, uninterrupted: Path
 ) -> None:
-    killed = signalled(3, "SIGKILL", phase, tmp_path, *KILLED)
+    killed = signalled(3, "SIGKILL", phase, tmp_path, *KILLED, first=first, restarts=2)
     assert killed.returncode == 0, killed.stderr[-3000:]
     assert "resumed after step" in killed.stdout
     assert same(weights(tmp_path / "run"), weights(uninterrupted))
@@ -314,33 +314,44 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(
 
 
 def signalled(
-    ranks: int, name: str, phase: str, tmp_path: Path, *options: str, first: bool = False
+    ranks: int, name: str, phase: str, tmp_path: Path, *options: str, first: bool = False, restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """The last rank, or the first, gives itself the signal in the first such phase after step 60, once.
 
-    A SIGSTOP only when the store, which hears of ranks every few seconds, has heard of a step.
+    In a save before its third tensor. A SIGSTOP only when the store, which hears of ranks every few seconds, has heard
+    of a step.
     """
     given, always, who = [*RUN, *options, f"run.dir={tmp_path / 'run'}"], name == "SIGKILL", 0 if first else ranks - 1
     (tmp_path / "signal_itself.py").write_text(f"""
 import os, pathlib, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from alignscale.distributed import Ranks
-beat, mark = Ranks.beat, pathlib.Path({str(tmp_path / "given")!r})
+beat, still, mark = Ranks.beat, Ranks.still, pathlib.Path({str(tmp_path / "given")!r})
 def told(self):
     key = f"beat/{{self.rank}}"
     store = self.heart.store
     return {always} or store.check([key]) and b"(step)" in store.get(key)
+now = []
 def deadly(self, step, phase):
     beat(self, step, phase)
-    if self.rank == {who} and phase == {phase!r} and step > 60 and not mark.exists() and told(self):
+    now[:] = [step, phase]
+    if phase != "save":
+        die(self)
+def counted(self):
+    still(self)
+    now.append("a tensor")
+    if len(now) == 5:
+        assert list((pathlib.Path({str(tmp_path / "run")!r}) / "checkpoints").glob(".*.partial")) or self.rank
+        die(self)
+def die(self):
+    if self.rank == {who} and now[1] == {phase!r} and now[0] > 60 and not mark.exists() and told(self):
         mark.touch()
         os.kill(os.getpid(), signal.{name})
-Ranks.beat = deadly
+Ranks.beat, Ranks.still = deadly, counted
 sys.path.insert(0, {str(ROOT / "launch")!r})
 sys.argv[0] = {str(ROOT / "launch/train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
-    restarts = 2 if name == "SIGKILL" and not first else 0
     command = torchrun(ranks, str(tmp_path / "signal_itself.py"), *given, restarts=restarts)
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert (tmp_path / "given").exists()
