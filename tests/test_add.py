@@ -10,6 +10,7 @@ from run_cases import config, silent
 from alignscale.choices import AddConfig, ConfigError, CrossEntropyConfig, MSEConfig, RNNConfig, SGDConfig
 from alignscale.data import load
 from alignscale.loss import right
+from alignscale.run import Diverged
 from alignscale.train import train
 
 NET = RNNConfig(width=16, readout="every")
@@ -49,6 +50,14 @@ def test_backprop_learns_it(tmp_path: Path) -> None:
     first, *_, last = train(options, silent)["runs"][0]["curve"]
     assert last["test_loss"] < first["test_loss"] / 5
     assert last["test_accuracy"] > 0.5
+
+
+def test_weights_that_are_not_finite_when_they_are_saved_end_the_run_as_diverged(tmp_path: Path) -> None:
+    data = AddConfig(train=40, test=10, steps=6, delays=[2, 5])
+    options = config(tmp_path / "run", "backprop", net=NET, data=data, batch_size=40)
+    options.optim, options.checkpoint.every_steps, options.evaluation.every_epochs = SGDConfig(lr=3e38), 1, 9
+    with pytest.raises(Diverged, match="weight is not finite at step 1"):
+        train(options, silent)
 
 
 @pytest.mark.parametrize(

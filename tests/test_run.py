@@ -15,7 +15,7 @@ import torch
 from run_cases import config, silent
 from safetensors.torch import load_file
 
-from alignscale import prepare
+from alignscale import environment, prepare
 from alignscale.checkpoint import CheckpointError, complete, sealed
 from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, MLPConfig, RuleConfig, SyntheticConfig
 from alignscale.config import EvaluationConfig, FrozenConfig
@@ -117,10 +117,16 @@ def test_network_that_cannot_fit_is_refused_before_it_is_built(tmp_path: Path) -
         train(config(tmp_path / "run", net=MLPConfig(width=9_999_999)), silent)
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as of a job with a GPU for each task
+    with pytest.raises(ConfigError, match="expected a GPU for each rank of this machine, found 1 that rank 1 of it"):
+        environment.take_gpu(1)
+
+
 def test_ranks_share_the_batch_and_what_zero_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = config(tmp_path, net=MLPConfig(width=20_000, depth=3), frozen=FrozenConfig("regenerated"))
     train = load(wide.data)["train"]  # 3.2 GB of weights
-    monkeypatch.setattr(prepare, "available_memory", lambda device: 5 * 10**9)
+    monkeypatch.setattr(environment, "available_memory", lambda device: 5 * 10**9)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
     def fits(stage: int, ranks: int, **changes: object) -> bool:

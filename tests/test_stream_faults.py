@@ -264,6 +264,8 @@ def test_a_cache_keeps_to_its_limit_and_lets_the_longest_unused_go(tmp_path: Pat
     make(tmp_path)
     with server(tmp_path) as (url, faults):
         cache = Cache(str(tmp_path / "cache"), 2500, Remote(0, 5.0))
+        (tmp_path / "cache/a-folder").mkdir(parents=True)  # somebody's own
+        (tmp_path / "cache/my-notes.partial").write_bytes(bytes(3000))
         held = cache.opened(f"{url}/0.tar", 1000)
         for number in (1, 0, 2):
             assert read(cache, f"{url}/{number}.tar") == bytes([number]) * 1000
@@ -271,6 +273,7 @@ def test_a_cache_keeps_to_its_limit_and_lets_the_longest_unused_go(tmp_path: Pat
         assert len(faults.asked) == 3
         read(cache, f"{url}/3.tar")
         assert cached(tmp_path / "cache") == ["2.tar", "3.tar"]
+        assert {"a-folder", "my-notes.partial"} <= {path.name for path in (tmp_path / "cache").iterdir()}
         assert os.pread(held, 2000, 0) == bytes(1000)  # who has it open still reads it
         os.close(held)
         with pytest.raises(DataError, match=r"expected at most data\.cache_gib="):

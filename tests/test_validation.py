@@ -10,6 +10,7 @@ from alignscale.choices import (
     AdamConfig,
     ConfigError,
     CrossEntropyConfig,
+    DeepSpeedConfig,
     ImageFolderConfig,
     RNNConfig,
     RuleConfig,
@@ -85,6 +86,7 @@ def change(path: str, value: object) -> Callable[[TrainConfig], None]:
         ("evaluation.splits", ["validation"], "validation needs data.validation above 0"),
         ("checkpoint.best", "train", "checkpoint.best=train: expected a split that is evaluated, one of test"),
         ("checkpoint.every_minutes", -1.0, "checkpoint.every_minutes=-1.0"),
+        ("engine", DeepSpeedConfig(zero_stage=0, offload=True), "engine.zero_stage from 1 to 3, found 0"),
         ("parallel", ParallelConfig(overlap=True), "parallel.width above 1, .* found 1, "),
         ("parallel", ParallelConfig(2, overlap="yes"), "parallel.overlap=.yes.: expected bool, found str"),  # type: ignore[arg-type]
     ],
@@ -108,6 +110,7 @@ def test_wrong_value_is_named_with_the_valid_ones(path: str, value: object, mess
         ),
         ({"growth": [3, 10]}, {}, r"data.growth=\[3, 10\]: expected .* < to < epochs=10"),
         ({"growth": [3]}, {}, r"data.growth=\[3\]: expected"),
+        ({"growth": [], "first_size": 0}, {}, r"data.growth=\[\]: expected data.growth=\[from, to\]"),
         ({"views": 2}, {}, "expected data.views=0, as each epoch's view has a size, found 2"),
         ({}, {"net": NETS["mlp"]}, "expected a convolutional network, found net=mlp"),
         ({}, {"net.norm": "calibrated"}, "expected net.norm=none or batch"),

@@ -111,7 +111,7 @@ class Remote:
                 reason = getattr(failed, "reason", None)
                 problem = reason if isinstance(reason, Exception) else failed  # without what wraps it
                 if attempt < self.retries:
-                    time.sleep(min(0.1 * 2**attempt, 5.0))
+                    time.sleep(min(0.1 * 2 ** min(attempt, 6), 5.0))
         found = " ".join(str(problem).split()) or type(problem).__name__
         tries = f" (tried {attempt + 1} times; data.timeout={self.timeout:g} s without a byte ends one)"
         raise DataError(

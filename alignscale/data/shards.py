@@ -6,6 +6,7 @@ ever unpacked from a tar, so that no path in it is followed.
 """
 
 import os
+import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ class Shards:
         self.files: dict[str, int] = {}
         self.owner = os.getpid()
         self.pool: ThreadPoolExecutor | None = None
+        self.lock = threading.Lock()
 
     def shard(self, place: int) -> int:
         """The index of the shard that the example at ``place`` is in."""
@@ -51,7 +53,7 @@ class Shards:
     def read(self, places: Sequence[int]) -> Iterator["bytes | Damaged"]:
         """Of each place the file's bytes, or why it cannot be used. Raises DataError where a shard cannot be read."""
         if self.owner != os.getpid():  # a fork, whose descriptors and threads are its parent's
-            self.files, self.owner, self.pool = {}, os.getpid(), None
+            self.files, self.owner, self.pool, self.lock = {}, os.getpid(), None, threading.Lock()
         if not any(is_remote(self.urls[self.shard(place)]) for place in places):
             return map(self._read, places)
         if self.cache:
@@ -71,7 +73,8 @@ class Shards:
                 if attempt and self.cache:  # a flaw in the copy is none of the shard's
                     self.cache.forget(url)
                     os.close(self.files.pop(url))
-                content = os.pread(self._file(shard), length, start)
+                with self.lock:  # a thread of the pool may open more files than stay open
+                    content = os.pread(self._file(shard), length, start)
                 if len(content) < length:
                     raise DataError(
                         f"{self.what(place)}: expected {length} bytes from byte {start} on, found {len(content)}: the "

@@ -107,7 +107,7 @@ class Mapped:
             self.tensors = {name: self._tensor(raw[8 + length :], place) for name, place in header.items()}
             for name in header if verify else ():
                 self._check(name)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError) as problem:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as problem:
             found = "no file" if isinstance(problem, FileNotFoundError) else problem
             raise CacheError(f"{path}: expected a whole cache file, found: {found}; {remedy}") from problem
 
