@@ -6,8 +6,9 @@ It stands alone so that all else works on one rank or on many without asking whi
 import atexit
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -181,11 +182,21 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
                 f"rank {ranks.rank}: expected all {ranks.size} ranks at {where} within engine.timeout={timeout:g} s, "
                 f"found: {' '.join(str(problem).split())[:160]}; start them all, or wait longer"
             ) from problem
-    group, beats = (dist.PrefixStore(name, store) for name in ("group", "alignscale"))  # type: ignore[attr-defined]
+    beats = dist.PrefixStore("alignscale", store.clone())  # type: ignore[attr-defined] # a client is for one at a time
+    group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.size, timeout=limit)
     atexit.register(dist.destroy_process_group)
     _JOINED.append((ranks, beats))
     return ranks, beats
+
+
+def outlive_first(seconds: float) -> None:
+    """Wait until the first rank's process has ended, if it is that which holds the store; at most so long."""
+    with suppress(RuntimeError):
+        if not _JOINED:
+            time.sleep(seconds)
+            return
+        _JOINED[0][1].wait(["nothing"], timedelta(seconds=seconds))
 
 
 @contextmanager

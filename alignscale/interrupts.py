@@ -24,7 +24,7 @@ class Interrupted(RuntimeError):
 
 
 REPEAT = 5.0
-"""Seconds in which a second SIGTERM is the same one: SLURM sends it to a rank and to torchrun, which sends it on."""
+"""Seconds in which SIGTERM or SIGUSR2 again is the same one: SLURM tells a rank and torchrun, which tells the rank."""
 
 
 class Interrupts(ExitStack):
@@ -50,7 +50,7 @@ class Interrupts(ExitStack):
         return [int(self.signum == number) for number in SIGNALS]
 
     def _keep(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum == signum == signal.SIGTERM and time.monotonic() - self.since < REPEAT:
+        if self.signum == signum != signal.SIGINT and time.monotonic() - self.since < REPEAT:
             return
         if self.signum:
             self.close()

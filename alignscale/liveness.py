@@ -49,17 +49,21 @@ def of_another(problem: Exception) -> bool:
 class Heart(threading.Thread):
     """Tells the other ranks every few seconds where this one is, also while it waits for them."""
 
-    end: ClassVar[Callable[[int], object]] = staticmethod(os._exit)
+    end: ClassVar[Callable[[int, str], object]] = staticmethod(lambda status, why: os._exit(status))
     """Ends the process of a rank that waits too long; a scheduler's job first asks to be started again."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         super().__init__(daemon=True)
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.ended, self.counts, self.phases = threading.Event(), itertools.count(1), 0
+        self.voice = threading.RLock()
+        """Held, and never given back, by the thread that says why this rank ends."""
         self.told = ""
         """What the first rank that failed has told: ``lost`` or ``own``, a space, and its message."""
         self.silent: set[int] = set()
         self.place, self.since = "the start", time.monotonic()
+        self.answered = self.since
+        """When the store answered last."""
 
     def at(self, place: str) -> None:
         """Note the phase that the rank begins, as all do in the same order; it has ``timeout`` seconds for it."""
@@ -78,80 +82,93 @@ class Heart(threading.Thread):
         threading.Thread(target=self._watch, daemon=True).start()
         while not self.ended.wait(BEAT):
             self.pulse()
-            if time.monotonic() - self.since > self.timeout:
-                message = f"no progress in {self.timeout:g} s at {self.place} ({self._whereabouts(self._beats())})"
-                message = f"rank {self.rank} of {self.size}: {message}; engine.timeout says how long to wait"
-                if self.tell("lost", message):
-                    print(f"error: {message}", file=sys.stderr, flush=True)
-                Heart.end(LOST)
+            since = self.since
+            if time.monotonic() - since > self.timeout:
+                found = f"no progress in {self.timeout:g} s at {self.place} ({self._whereabouts()})"
+                if self.since == since and not self.ended.is_set():  # it did not get on in the meantime
+                    self._end(f"{found}; engine.timeout says how long to wait")
 
     def _watch(self) -> None:
         """End the process where ``run`` does not: a store in a rank that is frozen answers nothing, and never fails."""
         while not self.ended.wait(BEAT):
-            if time.monotonic() - self.since > self.timeout + 5 * BEAT:
-                message = f"error: rank {self.rank} of {self.size}: no progress in {self.timeout:g} s at {self.place}"
-                why = "rank 0, which keeps what the ranks tell each other, does not answer"
-                print(f"{message}, and {why}; look at its machine", file=sys.stderr, flush=True)
-                Heart.end(LOST)
+            waits, mute = (time.monotonic() - since for since in (self.since, self.answered))
+            if waits > self.timeout + 5 * BEAT and mute > 5 * BEAT:
+                self.ended.set()
+                why = "rank 0, which keeps what the ranks tell each other, does not answer; look at its machine"
+                why = f"rank {self.rank} of {self.size}: no progress in {self.timeout:g} s at {self.place}, and {why}"
+                print(f"error: {why}", file=sys.stderr, flush=True)
+                Heart.end(LOST, why)
+
+    def _end(self, why: str) -> None:
+        """End the process, unless the main thread has begun to say why it ends."""
+        if self.voice.acquire(blocking=False):
+            self.ended.set()
+            why = f"rank {self.rank} of {self.size}: {why}"
+            if self.tell("lost", why):
+                print(f"error: {why}", file=sys.stderr, flush=True)
+            Heart.end(LOST, self.told.partition(" ")[2] or why)
 
     def pulse(self) -> None:
         """Tell where this rank is, and hear of one that failed."""
         with suppress(RuntimeError):  # the store went with the rank that held it
             self.store.set(f"beat/{self.rank}", f"{next(self.counts)} {self.phases} {self.place}")
-            self.told = self.told or self._stored("told")
-            if self.told:
+            if self.store.check(["told"]):
+                self.told = self.store.get("told").decode()
                 self.store.set(f"heard/{self.rank}", "")
+            self.answered = time.monotonic()
 
     def tell(self, kind: str, message: str) -> bool:
         """Tell all ranks why this one ends; returns whether it is the first to."""
         own = f"{kind} {message}"
         with suppress(RuntimeError):  # there is no store any more, so each rank says it
             self.told = self.told or self.store.compare_set("told", "", own).decode()
+            self.store.set(f"heard/{self.rank}", "")
             self._let_hear()
         return self.told in ("", own)
 
     def _let_hear(self) -> None:
         """The first rank's process may hold the store: all others that live are to have heard by its end."""
         until, others = time.monotonic() + 3 * BEAT, {*range(self.size)} - {self.rank} - self.silent
-        while self.rank == 0 and any(not self.store.check([f"heard/{rank}"]) for rank in others):
+        while self.rank == 0 and not self.store.check([f"heard/{rank}" for rank in sorted(others)]):
             if time.monotonic() > until:
                 break
             time.sleep(0.05)
 
     def explained(self, problem: Exception) -> Exception:
         """The error to raise for one that broke off a step: it tells the other ranks, or it tells of them."""
+        self.voice.acquire()  # for good; where the other thread has it, the process is about to end
         if not of_another(problem):
             self.tell("own", f"rank {self.rank}: {problem}")
-            self.pulse()
             if isinstance(problem, OSError) and problem.strerror:  # which its text is made of
                 problem.strerror = f"rank {self.rank}: {problem.strerror}"
             else:
                 problem.args = (f"rank {self.rank}: {problem}",)
             problem.of_one_rank = True  # type: ignore[attr-defined]
             return problem
-        where = self._whereabouts(self._beats())  # a rank that failed by itself has said so by then
+        where = self._whereabouts()  # a rank that failed by itself has said so by then
         cause = " ".join(str(problem).split())[:160]
         message = (
-            f"rank {self.rank} of {self.size}: another rank ended ({where}). See its own message; the same command "
-            f"goes on from the last checkpoint. ({cause})"
+            f"rank {self.rank} of {self.size}: another rank ended or did not answer ({where}). See its own message; "
+            f"the same command goes on from the last checkpoint. ({cause})"
         )
         if self.tell("lost", message):
             return RankError(message)
         kind, _, told = self.told.partition(" ")
         return RankError(told, told=True, lost=kind == "lost")
 
-    def _whereabouts(self, before: dict[int, Beat]) -> str:
-        """Which ranks are silent, and which are behind the others, some seconds after ``before``."""
+    def _whereabouts(self) -> str:
+        """Which ranks are silent for some seconds from now on, and which are behind the others; of nobody once told."""
+        before = self._beats()
+        if not before and not self.told:
+            return "rank 0 is gone, and with it what the ranks tell each other"
         for wait in (0, BEAT, BEAT):
             time.sleep(wait)
             self.pulse()
             if self.told:
-                return ""  # nobody is to be told
-        now = self._beats()
-        if not now:
-            return "rank 0 is gone, and with it what the ranks tell each other"
-        furthest = max(beat.phases for beat in now.values())
+                return ""
+        now = self._beats() or before
         self.silent = {rank for rank, beat in now.items() if rank in before and beat.number == before[rank].number}
+        furthest = max((beat.phases for rank, beat in now.items() if rank not in self.silent), default=0)
         behind = [rank for rank, beat in now.items() if beat.phases < furthest and rank not in self.silent]
         found = []
         for what, ranks in (("last heard of", sorted(self.silent)), ("behind the others", behind)):
@@ -161,15 +178,15 @@ class Heart(threading.Thread):
         return "; ".join(found) or f"none is silent or behind, this one is at {self.place}"
 
     def _beats(self) -> dict[int, Beat]:
-        """The last sign of life of each rank; of none where the store is gone."""
-        found = {}
-        try:
-            for rank in range(self.size):
-                number, phases, place = (self._stored(f"beat/{rank}") or "0 0 the start").split(" ", 2)
+        """The last sign of life of each rank, in few messages; of none where the store is gone."""
+        found = {rank: Beat(0, 0, "the start") for rank in range(self.size)}
+        with suppress(RuntimeError):
+            ranks = [*found]
+            if not self.store.check([f"beat/{rank}" for rank in ranks]):
+                ranks = [rank for rank in ranks if self.store.check([f"beat/{rank}"])]
+            texts = self.store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
+            for rank, text in zip(ranks, texts, strict=True):
+                number, phases, place = text.decode().split(" ", 2)
                 found[rank] = Beat(int(number), int(phases), place)
-        except RuntimeError:
-            return {}
-        return found
-
-    def _stored(self, key: str) -> str:
-        return self.store.get(key).decode() if self.store.check([key]) else ""
+            return found
+        return {}

@@ -23,7 +23,9 @@ def calibrated(config: TrainConfig, learner: Learner, train: Split, path: Path |
     """Moments of the norms: computed once in a run's life, then read from ``path``, in its folder; None: computed."""
     mesh = learner.mesh
     if not mesh.everyone.of_first(lambda: path is not None and path.exists()):
-        mesh.everyone.together(lambda: _computed(config, learner, train))  # by all, which may share initial weights
+        computes = mesh.data.first or config.frozen.weights == "partitioned"  # each rank has a part of the weights
+        images = mesh.everyone.together(lambda: _images(config, learner, train) if computes else None)
+        mesh.everyone.together(lambda: None if images is None else learner.calibrate_on(images))
         share = learner.net.width.share(learner.net.units_axis)
         whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
         if path is None:
@@ -34,11 +36,11 @@ def calibrated(config: TrainConfig, learner: Learner, train: Split, path: Path |
     load_moments(path, learner)
 
 
-def _computed(config: TrainConfig, learner: Learner, train: Split) -> None:
+def _images(config: TrainConfig, learner: Learner, train: Split) -> torch.Tensor:
     parts = even_batches(config.calibration.examples, CALIBRATION_CHUNK)
     wanted = (Wanted(torch.arange(part.start, part.stop), 0, part.stop - part.start) for part in parts)
     batches = train.batches(wanted, learner.encoding)
-    learner.calibrate_on(torch.cat([batch.images for batch in batches]))
+    return torch.cat([batch.images for batch in batches])
 
 
 def _set(learner: Learner, whole: dict[str, torch.Tensor]) -> None:

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
-from alignscale.distributed import Ranks, launched
+from alignscale.distributed import Ranks, launched, outlive_first
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.jacobian.files import CacheError
@@ -46,8 +46,8 @@ FINAL = (2, 3, 140)
 
 SIGTERM is not one: torchrun sends it to the ranks that it is about to start again.
 """
-MOMENT, PATIENCE = 5.0, 60.0
-"""Seconds that the others wait until they end or speak: torchrun ends them all when one has, and the first speaks."""
+PATIENCE = 60.0
+"""Seconds that the others wait for the first to end, which is to speak: torchrun ends them all when one has ended."""
 
 
 def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -173,9 +173,10 @@ def _say(problem: object, status: int, before: str = "error", after: str = "") -
         with suppress(OSError):  # torchrun then starts the ranks again, as it would have
             write_atomic(mark, str(status).encode())
     if ranks is not None and not FIRST and not own:
-        stopped = isinstance(problem, Interrupted)
-        if stopped or Interrupts.came == signal.SIGTERM:  # torchrun's, as the first has spoken
-            time.sleep(MOMENT * stopped)  # the first has saved with this one, and says so now
+        if isinstance(problem, Interrupted):  # the first has saved with this one, and says so
+            outlive_first(PATIENCE)
+            return status
+        if Interrupts.came == signal.SIGTERM:  # torchrun's, as the first has spoken
             return status
         time.sleep(PATIENCE)
         before = f"{before}: rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}"  # the first has not ended

@@ -26,7 +26,6 @@ from alignscale.jacobian.files import CacheError
 from alignscale.liveness import LOST, Heart, RankError
 from alignscale.run import Diverged
 
-WAITED = "another rank did not answer within engine.timeout"
 MEND = "; free space or mend it, then give the same command"
 PATIENCE = 60.0
 """Seconds that a rank leaves to SLURM, and to a rank that speaks, to end it."""
@@ -57,7 +56,7 @@ class Job:
         failure.unlink(missing_ok=True)
         if job.num_tasks > 1:  # the variables that torchrun would have set
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-            Heart.end = lambda status: self._end(failure, job, status, self._again(job, RankError(WAITED)))
+            Heart.end = lambda status, why: self._end(failure, job, status, self._again(job, RankError(why)))
         status = 1
         try:
             from _report.series import summary  # the rest, after the ranks are known

@@ -12,7 +12,7 @@ from alignscale.choices import ConfigError, StreamedConfig
 from alignscale.config import TrainConfig
 from alignscale.conflicts import growth_conflicts
 from alignscale.nets import build
-from alignscale.nets.layers import Conv
+from alignscale.nets.layers import Conv, State
 
 IMAGES, CLASSES = 1_281_167, 1000
 """ImageNet's training set."""
@@ -28,11 +28,12 @@ def forward_flops(config: TrainConfig, size: int, channels: int) -> int:
     """Of one image: two for each multiplication and addition of a layer."""
     with torch.device("meta"):
         net = build(config.net, (channels, size, size), CLASSES, 1)
-    steps = net.shapes[0][0] if net.recurrent else 1  # at which all layers but the readout run
+    steps = net.shapes[0][0] if net.recurrent else 1
+    last = steps if getattr(config.net, "readout", "last") == "every" else 1
     found = 0
     for index, layer in enumerate(net.layers):
-        places = math.prod(layer.outputs[1:]) if isinstance(layer, Conv) else 1 if index == net.readout else steps
-        found += 2 * math.prod(layer.shape) * places
+        places = math.prod(layer.outputs[1:]) if isinstance(layer, Conv) else last if index == net.readout else steps
+        found += 0 if isinstance(layer, State) else 2 * math.prod(layer.shape) * places
     return found
 
 

@@ -7,8 +7,8 @@
 # HOST is one of the machines, which all can reach. Ranks on each: the number of its GPUs, or RANKS=4. A machine that is
 # lost is replaced by giving the command on another one; RESTARTS says how often the ranks start again (default 3), each
 # time from the last checkpoint, so run.root or run.dir must be on a disk that all machines share. A path that does not
-# begin with / is taken from the top folder of this checkout. A signal to this command reaches its ranks, which save and
-# end; they have 120 s for it.
+# begin with / is taken from the top folder of this checkout. Ctrl-C, SIGTERM or SIGUSR2 to this command, on each machine,
+# reach the ranks, which save and end; they have 120 s for it.
 set -euo pipefail
 
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]] || [[ $2 == *=* ]]; then

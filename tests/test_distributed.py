@@ -425,7 +425,8 @@ def test_calibrated_norms_with_partitioned_initial_weights_train_and_a_cache_of_
 
 
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
-    done = signalled(3, "SIGSTOP", "step", tmp_path, "epochs=4000", "engine=deepspeed", "engine.timeout=20")
+    options = ["epochs=4000", "engine=deepspeed", "engine.timeout=20", "net.norm=batch"]  # moments over all ranks
+    done = signalled(3, "SIGSTOP", "step", tmp_path, *options)
     assert done.returncode != 0
     said = re.findall("error: rank .*", done.stderr)
     assert len(said) == 1, done.stderr[-3000:]

@@ -47,8 +47,9 @@ def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
 
 
 PLAIN = """
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
+os.environ["DS_ACCELERATOR"] = "cpu"
 from pathlib import Path
 import torch
 from alignscale.engine_zero import deepspeed, make_ready

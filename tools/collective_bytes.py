@@ -1,7 +1,8 @@
 """Bytes that torch.distributed's collectives move in this process, counted from outside of the program under test.
 
 Imported before DeepSpeed, which keeps references to the functions. A size is that of the whole tensor, gathered or to
-be scattered, on this rank. A collective that is made of another one is counted once.
+be scattered, on this rank; of gather and scatter, which move none here, this rank's part. A collective that is made of
+another one is counted once.
 """
 
 import functools

@@ -105,11 +105,6 @@ class Cache:
 
         Raises CacheError, or OSError for a full disk. A collective of all ranks.
         """
-        if self.config.frozen.weights == "partitioned" and self.mesh.data.size > 1:
-            raise CacheError(
-                "frozen.weights=partitioned: expected stored or regenerated where a cache is made, as each rank makes "
-                "files of its own; a run with jacobian.build=false then reads it with any"
-            )
         everyone, about, moments = self.mesh.everyone, self.about, self.moments
         begun = all(everyone.objects((self.folder / MANIFEST).exists()))
         kept = everyone.together(lambda: checked(self.folder, about, moments) if begun else None)
@@ -120,6 +115,11 @@ class Cache:
             self._placed(layout)
             found = everyone.objects(missing(self.folder, self.wanted, self.config.data.views))
             lacking = sorted({file for files in found for file in files})  # all units of a file are made together
+            if lacking and self.config.frozen.weights == "partitioned" and self.mesh.data.size > 1:
+                raise CacheError(
+                    "frozen.weights=partitioned: expected stored or regenerated where a cache is made, as each rank "
+                    f"makes files of its own, found {len(lacking)} to make; a run then reads them with any"
+                )
             size = bytes_of(layout)
             count = sum(rows for _, _, rows in lacking)
             everyone.of_first(lambda: self._check_disk(count * size * self.mesh.width.ranks.size))
