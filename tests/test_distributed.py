@@ -361,7 +361,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_the_loss_of_the_first_rank_which_keeps_what_ranks_tell_is_said(tmp_path: Path) -> None:
     done = signalled(3, "SIGKILL", "step", tmp_path, "engine=deepspeed", first=True)
     assert done.returncode != 0
-    assert re.search(r"error: rank \d of 3: another rank ended \(rank 0 is gone", done.stderr), done.stderr[-3000:]
+    assert re.search(r"error: rank \d of 3: another rank ended or did not answer \(rank 0 is gone", done.stderr), (
+        done.stderr[-3000:]
+    )
 
 
 def test_what_a_script_trains_on_two_ranks_is_what_one_process_trains(tmp_path: Path) -> None:
@@ -653,7 +655,7 @@ def test_an_error_of_one_rank_in_a_step_ends_all_and_is_said_once(
 
 
 def test_a_rank_that_waits_for_its_data_is_named_though_it_lives(tmp_path: Path) -> None:
-    done = at_step_20(3, 1, "time.sleep(500)", tmp_path, "engine.timeout=15", "data.workers=0")
+    done = at_step_20(3, 1, "time.sleep(500)", tmp_path, "engine.timeout=15")
     said = re.findall("error: .*", done.stderr)
     assert len(said) == 1, done.stderr[-3000:]
     assert re.search(r"\(behind the others: rank 1 at step \d+ \(step\)\)", said[0]), said
