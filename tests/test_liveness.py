@@ -11,7 +11,7 @@ from alignscale import liveness
 from alignscale.liveness import LOST, Heart, RankError
 
 Made = Callable[..., Heart]
-BEAT = 0.05
+BEAT = 0.15
 
 
 @pytest.fixture
