@@ -165,6 +165,14 @@ _RUNS = itertools.count()
 """Each run tells other ranks under a name of its own: what failed in one is over in the next."""
 
 
+def _missing(ranks: Ranks, timeout: float, problem: Exception) -> RankError:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return RankError(
+        f"rank {ranks.rank}: expected all {ranks.size} ranks at {where} within engine.timeout={timeout:g} s, "
+        f"found: {' '.join(str(problem).split())[:160]}; start them all, or wait longer"
+    )
+
+
 def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
     """The ranks, and a store that they share."""
     if _JOINED:
@@ -177,14 +185,15 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as problem:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise RankError(
-                f"rank {ranks.rank}: expected all {ranks.size} ranks at {where} within engine.timeout={timeout:g} s, "
-                f"found: {' '.join(str(problem).split())[:160]}; start them all, or wait longer"
-            ) from problem
+            raise _missing(ranks, timeout, problem) from problem
     beats = dist.PrefixStore("alignscale", store.clone())  # type: ignore[attr-defined] # a client is for one at a time
     group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.size, timeout=limit)
+    try:
+        dist.init_process_group(backend, store=group, rank=ranks.rank, world_size=ranks.size, timeout=limit)
+    except RuntimeError as problem:
+        if ranks.size == 1 or not of_another(problem):
+            raise
+        raise _missing(ranks, timeout, problem) from problem
     atexit.register(dist.destroy_process_group)
     _JOINED.append((ranks, beats))
     return ranks, beats

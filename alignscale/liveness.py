@@ -46,10 +46,19 @@ def of_another(problem: Exception) -> bool:
     return isinstance(problem, dist.DistError) or (type(problem) is RuntimeError and "gloo" in str(problem))
 
 
+def leave(problem: RankError) -> None:
+    """Say why, unless another rank does, and end the process."""
+    if problem.told:
+        time.sleep(5 * BEAT)  # torchrun ends all when one has ended, and the other is to speak first
+    with suppress(OSError, ValueError):  # whoever read it has ended
+        print(*[f"error: {problem}"] * (not problem.told), file=sys.stderr, flush=True)
+    os._exit(LOST)
+
+
 class Heart(threading.Thread):
     """Tells the other ranks every few seconds where this one is, also while it waits for them."""
 
-    end: ClassVar[Callable[[int, str], object]] = staticmethod(lambda status, why: os._exit(status))
+    end: ClassVar[Callable[[RankError], object]] = staticmethod(leave)
     """Ends the process of a rank that waits too long; a scheduler's job first asks to be started again."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
@@ -75,38 +84,46 @@ class Heart(threading.Thread):
         self.since = time.monotonic()
 
     def run(self) -> None:
-        """Until it is told to end.
+        """Until it is told to end. A process alone needs none.
 
-        A rank that waits too long ends with its process: what it waits in listens to nothing.
+        A rank that waits too long ends with its process: what it waits in listens to nothing. So does one that waits
+        when another has told why it ended.
         """
+        if self.size == 1:
+            return
         threading.Thread(target=self._watch, daemon=True).start()
         while not self.ended.wait(BEAT):
             self.pulse()
             since = self.since
-            if time.monotonic() - since > self.timeout:
+            if time.monotonic() - since > (min(30 * BEAT, self.timeout) if self.told else self.timeout):
                 found = f"no progress in {self.timeout:g} s at {self.place} ({self._whereabouts()})"
                 if self.since == since and not self.ended.is_set():  # it did not get on in the meantime
                     self._end(f"{found}; engine.timeout says how long to wait")
 
     def _watch(self) -> None:
         """End the process where ``run`` does not: a store in a rank that is frozen answers nothing, and never fails."""
+        seen = 0  # in so many beats, as a process that was stopped itself finds all late when it goes on
         while not self.ended.wait(BEAT):
             waits, mute = (time.monotonic() - since for since in (self.since, self.answered))
-            if waits > self.timeout + 5 * BEAT and mute > 5 * BEAT:
+            seen = seen + 1 if waits > self.timeout + 5 * BEAT and mute > 5 * BEAT else 0
+            if seen > 3:
                 self.ended.set()
                 why = "rank 0, which keeps what the ranks tell each other, does not answer; look at its machine"
                 why = f"rank {self.rank} of {self.size}: no progress in {self.timeout:g} s at {self.place}, and {why}"
-                print(f"error: {why}", file=sys.stderr, flush=True)
-                Heart.end(LOST, why)
+                Heart.end(RankError(why))
 
     def _end(self, why: str) -> None:
         """End the process, unless the main thread has begun to say why it ends."""
         if self.voice.acquire(blocking=False):
             self.ended.set()
-            why = f"rank {self.rank} of {self.size}: {why}"
-            if self.tell("lost", why):
-                print(f"error: {why}", file=sys.stderr, flush=True)
-            Heart.end(LOST, self.told.partition(" ")[2] or why)
+            Heart.end(self._lost(f"rank {self.rank} of {self.size}: {why}"))
+
+    def _lost(self, why: str) -> RankError:
+        """The error of a rank that has lost another one, or of the one that told first."""
+        if self.tell("lost", why):
+            return RankError(why)
+        kind, _, told = self.told.partition(" ")
+        return RankError(told, told=True, lost=kind == "lost")
 
     def pulse(self) -> None:
         """Tell where this rank is, and hear of one that failed."""
@@ -119,7 +136,7 @@ class Heart(threading.Thread):
 
     def tell(self, kind: str, message: str) -> bool:
         """Tell all ranks why this one ends; returns whether it is the first to."""
-        own = f"{kind} {message}"
+        own = f"{kind} {message}".encode(errors="replace").decode()  # the name of a file may be no text
         with suppress(RuntimeError):  # there is no store any more, so each rank says it
             self.told = self.told or self.store.compare_set("told", "", own).decode()
             self.store.set(f"heard/{self.rank}", "")
@@ -144,17 +161,18 @@ class Heart(threading.Thread):
             else:
                 problem.args = (f"rank {self.rank}: {problem}",)
             problem.of_one_rank = True  # type: ignore[attr-defined]
+            self.ended.set()
             return problem
         where = self._whereabouts()  # a rank that failed by itself has said so by then
-        cause = " ".join(str(problem).split())[:160]
+        cause = " ".join(str(problem).split())
+        cause = cause if len(cause) < 250 else f"{cause[:80]} ... {cause[-160:]}"  # NCCL's last words tell most
         message = (
             f"rank {self.rank} of {self.size}: another rank ended or did not answer ({where}). See its own message; "
             f"the same command goes on from the last checkpoint. ({cause})"
         )
-        if self.tell("lost", message):
-            return RankError(message)
-        kind, _, told = self.told.partition(" ")
-        return RankError(told, told=True, lost=kind == "lost")
+        found = self._lost(message)
+        self.ended.set()
+        return found
 
     def _whereabouts(self) -> str:
         """Which ranks are silent for some seconds from now on, and which are behind the others; of nobody once told."""

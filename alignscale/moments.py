@@ -61,16 +61,15 @@ def load_moments(path: Path, learner: Learner) -> None:
     shapes = {name: one.shape if share is None else share.whole(one.shape) for name, one in moments.items()}
 
     def read() -> dict[str, torch.Tensor]:
-        found = load_file(path)
-        if {name: tuple(one.shape) for name, one in found.items()} != {name: (*one,) for name, one in shapes.items()}:
-            raise RuntimeError("moments of another network's")
+        try:
+            found = load_file(path)
+            if {name: (*one.shape,) for name, one in found.items()} != {name: (*one,) for name, one in shapes.items()}:
+                raise RuntimeError("moments of another network's")
+        except (OSError, SafetensorError, RuntimeError) as problem:
+            raise CheckpointError(
+                f"{path}: expected the moments of this network's norms, found: {problem}; put the file "
+                "back, or train again with resume=never"
+            ) from problem
         return found
 
-    try:
-        found = mesh.everyone.together(lambda: read() if mesh.everyone.first else {})
-    except (OSError, SafetensorError, RuntimeError) as problem:
-        raise CheckpointError(
-            f"{path}: expected the moments of this network's norms, found: {problem}; put the file "
-            "back, or train again with resume=never"
-        ) from problem
-    _set(learner, found)
+    _set(learner, mesh.everyone.together(lambda: read() if mesh.everyone.first else {}))

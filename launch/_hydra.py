@@ -34,7 +34,7 @@ from alignscale.distributed import Ranks, launched, outlive_first
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.jacobian.files import CacheError
-from alignscale.liveness import LOST, RankError
+from alignscale.liveness import RankError, leave
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
@@ -159,9 +159,8 @@ def guarded(work: Callable[[], object]) -> None:
     except Interrupted as problem:
         sys.exit(_say(problem, 128 + problem.signum, "stopped"))
     except RankError as problem:
-        if not problem.told:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(LOST)
+        sys.stdout.flush()
+        leave(problem)
     except KeyboardInterrupt:
         sys.exit(_say(INTERRUPTED, 130))
 

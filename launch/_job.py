@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -32,7 +33,11 @@ PATIENCE = 60.0
 
 
 class Lost(RuntimeError):
-    """A job that started again as often as it may."""
+    """A job that started again as often as it may, for ``problem``; told: by another rank."""
+
+    def __init__(self, problem: Exception, why: str) -> None:
+        super().__init__(f"{problem}; {why}")
+        self.told = getattr(problem, "told", False)
 
 
 @dataclass
@@ -56,7 +61,7 @@ class Job:
         failure.unlink(missing_ok=True)
         if job.num_tasks > 1:  # the variables that torchrun would have set
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-            Heart.end = lambda status, why: self._end(failure, job, status, self._again(job, RankError(why)))
+            Heart.end = lambda problem: self._end(failure, job, LOST, self._again(job, problem))
         status = 1
         try:
             from _report.series import summary  # the rest, after the ranks are known
@@ -74,8 +79,7 @@ class Job:
         except (Interrupted, RankError) as problem:
             status = LOST if isinstance(problem, RankError) else 128 + problem.signum
             stopped_here = isinstance(problem, Interrupted) and problem.signum != signal.SIGUSR2
-            mistake = isinstance(problem, RankError) and not problem.lost
-            error = problem if stopped_here or mistake else self._again(job, problem)
+            error = problem if stopped_here else self._again(job, problem)
         except Diverged as problem:
             status, error = 3, problem
         except Exception as problem:
@@ -91,11 +95,11 @@ class Job:
 
     def _again(self, job: submitit.JobEnvironment, problem: Exception) -> Exception:
         """Have SLURM start the job again, which ends this process; else say why not."""
-        if job.cluster != "slurm":
+        if job.cluster != "slurm" or not getattr(problem, "lost", True):
             return problem
         before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if before >= self.requeues:
-            return Lost(f"{problem}; started again {before} times, and cluster.requeues={self.requeues} allows no more")
+            return Lost(problem, f"started again {before} times, and cluster.requeues={self.requeues} allows no more")
         time.sleep(min(job.global_rank, 30))  # one rank asks, the lowest that is left
         print(f"requeued ({before + 1} of {self.requeues}): {problem}", file=sys.stderr, flush=True)
         try:
@@ -103,7 +107,7 @@ class Job:
         except (OSError, subprocess.SubprocessError) as refused:
             words = (getattr(refused, "stderr", b"") or b"").decode().strip() or str(refused)
             if "pending" not in words:  # another rank has asked
-                return Lost(f"{problem}; SLURM did not requeue the job: {words}")
+                return Lost(problem, f"SLURM did not requeue the job: {words}")
         time.sleep(PATIENCE)  # SLURM ends the job; a rank that ended first would make it one that failed
         return problem
 
@@ -111,9 +115,10 @@ class Job:
         node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         error = {"rank": job.global_rank, "node": node, "status": status, "error": str(problem)}
         error["told"] = bool(getattr(problem, "told", False))
-        write_atomic(failure, json.dumps(error).encode())
         where = f"rank {job.global_rank} on {node}: " if job.num_tasks > 1 else ""
-        print(f"error: {where}{problem}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # on a full disk it ends all the same
+            print(f"error: {where}{problem}", file=sys.stderr, flush=True)
+            write_atomic(failure, json.dumps(error).encode())
         if job.num_tasks > 1 and error["told"]:
             time.sleep(5)  # the rank that failed ends the job, with its own status
         sys.stdout.flush()
