@@ -48,10 +48,11 @@ def of_another(problem: Exception) -> bool:
 
 def leave(problem: RankError) -> None:
     """Say why, unless another rank does, and end the process."""
-    if problem.told:
-        time.sleep(5 * BEAT)  # torchrun ends all when one has ended, and the other is to speak first
     with suppress(OSError, ValueError):  # whoever read it has ended
-        print(*[f"error: {problem}"] * (not problem.told), file=sys.stderr, flush=True)
+        if problem.told:
+            time.sleep(5 * BEAT)  # torchrun ends all when one has ended, and the other is to speak first
+        else:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
     os._exit(LOST)
 
 
