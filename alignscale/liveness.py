@@ -5,6 +5,7 @@ It stands alone because it talks to the ranks' store and to nothing else: a rank
 
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,6 +14,8 @@ from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
 import torch.distributed as dist
+
+from alignscale.interrupts import Interrupts
 
 BEAT = 2.0
 """Seconds from one sign of life of a rank to the next."""
@@ -49,9 +52,9 @@ def of_another(problem: Exception) -> bool:
 def leave(problem: RankError) -> None:
     """Say why, unless another rank does, and end the process."""
     with suppress(OSError, ValueError):  # whoever read it has ended
-        if problem.told:
-            time.sleep(5 * BEAT)  # torchrun ends all when one has ended, and the other is to speak first
-        else:
+        if problem.told and Interrupts.came != signal.SIGTERM:  # by which torchrun has told all to end
+            time.sleep(5 * BEAT)  # it does when one has ended, and the other is to speak first
+        elif not problem.told:
             print(f"error: {problem}", file=sys.stderr, flush=True)
     os._exit(LOST)
 
