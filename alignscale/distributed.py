@@ -201,10 +201,10 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
 
 def outlive_first(seconds: float) -> None:
     """Wait until the first rank's process has ended, if it is that which holds the store; at most so long."""
-    with suppress(RuntimeError):
-        if not _JOINED:
-            time.sleep(seconds)
-            return
+    if not _JOINED:
+        time.sleep(seconds)
+        return
+    with suppress(RuntimeError):  # the store is gone, or the time is over
         _JOINED[0][1].wait(["nothing"], timedelta(seconds=seconds))
 
 

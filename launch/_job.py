@@ -116,9 +116,10 @@ class Job:
         error = {"rank": job.global_rank, "node": node, "status": status, "error": str(problem)}
         error["told"] = bool(getattr(problem, "told", False))
         where = f"rank {job.global_rank} on {node}: " if job.num_tasks > 1 else ""
-        with suppress(OSError):  # on a full disk it ends all the same
-            print(f"error: {where}{problem}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # on a full disk it is said and ends all the same
             write_atomic(failure, json.dumps(error).encode())
+        with suppress(OSError):
+            print(f"error: {where}{problem}", file=sys.stderr, flush=True)
         if job.num_tasks > 1 and error["told"]:
             time.sleep(5)  # the rank that failed ends the job, with its own status
         sys.stdout.flush()
