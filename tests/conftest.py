@@ -31,7 +31,7 @@ def lacks_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-LONG = ["test_distributed", "test_slurm", "test_width", "test_submit"]
+LONG = ["test_slurm", "test_distributed", "test_width", "test_lost_ranks", "test_rank_errors", "test_submit"]
 """Files that take minutes, the longest first."""
 
 # Each mark's requirement: a reason to skip, or None. A mark that is not here needs nothing.

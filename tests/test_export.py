@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import ENVIRONMENT, ROOT, run, torchrun
 from run_cases import same, weights
 from safetensors.torch import load_file
-from test_distributed import ENVIRONMENT, ROOT, run, torchrun
 from warm import PYTHON
 
 from alignscale.checkpoint import complete

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from data_cases import digit_shards
+from launches import ENVIRONMENT, torchrun
 from run_cases import same, weights
 from slurm_cluster import Cluster
-from test_distributed import ENVIRONMENT, torchrun
 from warm import PYTHON
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import make_shards
 import pytest
+from launches import ENVIRONMENT, ROOT, torchrun
 from stream_cases import config, jpeg, write
-from test_distributed import ENVIRONMENT, ROOT, torchrun
 from test_make_shards import plant
 from warm import PYTHON, RANKS
 

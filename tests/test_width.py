@@ -14,10 +14,11 @@ import alignment
 import pytest
 import torch
 from cases import RULE_NAMES
+from launches import ENVIRONMENT, ROOT, alone, result, run, stopped, torchrun
 from mesh_costs import flop, memory, seconds
 from run_cases import same, weights
 from safetensors.torch import load_file
-from test_distributed import ENVIRONMENT, ROOT, STAGES, alone, check_equal, result, run, stopped, torchrun
+from test_distributed import STAGES, check_equal
 
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig
 from alignscale.jacobian.form import Form
