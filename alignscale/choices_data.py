@@ -52,9 +52,9 @@ class SyntheticConfig(DataConfig):
 class AddConfig(DataConfig):
     """Random bits x_t, and at each step the target 1/2 + x_{t-a} / 2 - x_{t-b} / 4 with ``delays`` [a, b].
 
-    It wants net=rnn net.readout=every loss=mse loss.centred=false. Before the first step x is 0. ``public``: as the
-    paper's public code has it, where x wraps around in time and is 0 in the first a (b) EXAMPLES. An output is right
-    if it is within 1/8 of its target, which is half of the least difference between two targets.
+    It wants net=rnn net.readout=every loss=mse, whose ``centred`` is of labels alone. Before the first step x is 0.
+    ``public``: as the paper's public code has it, where x wraps around in time and is 0 in the first a (b) EXAMPLES. An
+    output is right if it is within 1/8 of its target, which is half of the least difference between two targets.
     """
 
     name: str = "add"

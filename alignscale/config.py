@@ -139,6 +139,9 @@ class RunConfig:
 class TrainConfig:
     """One training run.
 
+    ``name``: its folder begins with it. ``seed``: of the initial network and of the order of examples. ``device``:
+    ``auto`` (a GPU where there is one) or one of torch's. ``threads``: of torch's, 0 for as many as it takes.
+    ``resume``: ``auto`` goes on from the folder's newest checkpoint, ``never`` starts again.
     ``batch_size``: examples in an update on all ranks, computed in ``accumulation`` parts that are as equal as they can
     be. Norm batch takes the moments of each part, over all ranks with ``sync_norm``, else over each rank's examples.
     ``form``: of what learns: ``primal`` (weights) or ``dual`` (align_zero's coefficients of the training examples).

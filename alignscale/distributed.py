@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alignscale.choices import ConfigError
 from alignscale.liveness import BEAT, Heart, RankError, of_another
 
 Made = TypeVar("Made")
@@ -140,13 +141,26 @@ ALONE = Ranks()
 """One process."""
 
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun sets."""
+
+
 def launched() -> Ranks | None:
     """The ranks that torchrun, or whoever set its variables, started; None for a process that was started alone."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in names):
+    rank, size, local, *where = (os.environ.get(name, "") for name in LAUNCHED)
+    if not (all(where) and all(number.isdecimal() for number in (rank, size, local)) and int(rank) < int(size)):
         return None
-    rank, size, local = (int(os.environ[name]) for name in names[:3])
-    return Ranks(rank, size, local)
+    return Ranks(int(rank), int(size), int(local))
+
+
+def check_launched() -> None:
+    """Raise ConfigError for a part of torchrun's variables, with which each of many ranks would train alone."""
+    found = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
+    if launched() is None and "RANK" in found and found.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"the environment: expected {', '.join(LAUNCHED)} with RANK below WORLD_SIZE, found "
+            f"{', '.join('='.join(one) for one in found.items())}; start with torchrun, which sets them, or unset RANK"
+        )
 
 
 def beside() -> int:

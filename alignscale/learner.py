@@ -87,7 +87,7 @@ class Learner:
             seed: of the initial network and the order of examples.
             precision: fp32, fp16 or bf16 (computation alone), or fp64.
             device: auto, or what torch.device takes.
-            frozen_weights: the initial weights are ``stored``, or ``regenerated`` at each use.
+            frozen_weights: the initial weights are ``stored``, ``regenerated`` at each use, or ``partitioned``.
             state_rows: of a recurrent network's trained initial state: the largest batch.
             engine: what runs a step.
             mesh: the processes that train together; those of ``mesh.data`` are given their own parts of each batch.
@@ -146,7 +146,7 @@ class Learner:
         return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim)
 
     def calibrate(self, images: Tensor) -> None:
-        """Set the norms ``calibrated`` to the initial network's moments over ``images``, before any training."""
+        """Set norms ``calibrated`` to the initial network's moments over ``images`` (N > 1, *shape); or ConfigError."""
         if self.trained:
             raise ConfigError("calibrate: expected an untrained network, whose moments they are; make a new Learner")
         if self.options.net.norm != "calibrated":
@@ -237,7 +237,10 @@ class Learner:
         return evaluate(self.engine, examples, self.encoding, batch_size, self.mesh.data)
 
     def alignment(self, images: Tensor, labels: Tensor) -> list[float]:
-        """``cosines`` on these examples as one batch."""
+        """Layer by layer the cosine of the rule's next update with backprop's, on these examples as one batch.
+
+        images (N, *shape), labels (N,); 0 where a layer learns nothing. The score of docs/alignment.md is another one.
+        """
         examples = self._examples(images, labels, "train", len(images))
         return self.cosines(self.encoding.batch(examples, torch.arange(len(examples)), 0))
 

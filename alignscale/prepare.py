@@ -19,7 +19,7 @@ from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig
 from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
-from alignscale.distributed import Ranks, beside, joined, launched, restarts
+from alignscale.distributed import Ranks, beside, check_launched, joined, launched, restarts
 from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
 from alignscale.jacobian.cache import Cache
@@ -39,8 +39,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     """Check the options, make the data, the initial network, the rule and the engine, and restore a checkpoint.
 
     Shows the resolved configuration, the derived numbers and the folder first. held: is given torch's settings and the
-    hold on the folder, which end with it. Raises ConfigError, DataError, CheckpointError, or Diverged for a run that is
-    known to diverge.
+    hold on the folder, which end with it. Raises ConfigError, DataError, CheckpointError, CacheError, or Diverged for a
+    run that is known to diverge.
     """
     if config.resume == "never" and restarts():
         raise ConfigError(
@@ -102,8 +102,8 @@ def _begun(config: TrainConfig, held: ExitStack) -> tuple[torch.device, EngineCo
 
 def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple[EngineConfig, Ranks]:
     """What runs the steps, and the ranks, whose process group ends with ``held``."""
-    around = launched()
-    engine = config.engine
+    check_launched()
+    around, engine = launched(), config.engine
     if engine.name == "auto":
         engine = ENGINES["local" if around is None else "deepspeed"]
     if isinstance(engine, DeepSpeedConfig):

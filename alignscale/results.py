@@ -2,8 +2,8 @@
 
 Format 1 holds `title`, `created`, `command`, `hardware`, `versions`, `config` (the options common to all runs) and
 `runs`: a list with one object per run, each with its resolved `config`, its final `test` and `train` numbers and a
-`curve` with one point per epoch. A loss that ended as NaN or infinity is null or JSON's NaN: the run diverged.
-Some runs have more: OPTIONAL, and top-5 accuracies; accuracies are fractions.
+`curve` with one point per evaluation, the first before training. A loss that ended as NaN or infinity is null or
+JSON's NaN: the run diverged. Some runs have more: OPTIONAL, and top-5 accuracies; accuracies are fractions.
 
 Stands alone because the loop, the page and the terminal must agree on when a run diverged and how it ended.
 """

@@ -28,8 +28,9 @@ def train(config: TrainConfig, show: Callable[[str], None] = print, command: str
     Draws no report: ``tools/plot_runs.py`` and the commands of launch/ do, from the result.
 
     show: is given each line for the user. command: shown in the report. Raises ConfigError before any work for a wrong
-    option, DataError for a data file that cannot be used, CheckpointError for such a checkpoint, Diverged when the loss
-    is not finite, Interrupted after a checkpoint when SIGINT or SIGTERM came, OSError when the disk is full.
+    option, DataError for a data file that cannot be used, CheckpointError and CacheError for such a checkpoint and such
+    a cache, Diverged when the loss is not finite, Interrupted after a checkpoint when SIGINT, SIGTERM or SIGUSR2 came,
+    RankError when another rank was lost, OSError when the disk is full.
     """
     with ExitStack() as held, Interrupts((launched() or Ranks()).first) as interrupts:
         run = prepare(config, show, command, held)

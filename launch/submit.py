@@ -131,7 +131,8 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         from _cluster import ClusterConfig
 
-        print(f"{__doc__}\n{ClusterConfig.__doc__}")
+        options = "\n".join(f"    cluster.{name}={value!r}" for name, value in vars(ClusterConfig()).items())
+        print(f"{__doc__}\n{ClusterConfig.__doc__}\nAll of them, with their defaults:\n\n{options}")
         return
     register()
     for_jobs()

@@ -37,10 +37,13 @@ def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
     assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(path)]) == 2
     assert "expected a place outside of the checkpoint" in capsys.readouterr().err
     assert path.read_bytes() == before
-    os.mkfifo(tmp_path / "pipe")
-    assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(tmp_path / "pipe")]) == 2
-    assert f"found a folder or device: '{tmp_path / 'pipe'}'" in capsys.readouterr().err
-    assert (tmp_path / "pipe").is_fifo()
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(pipe)]) == 2
+    assert f"found a folder or device: '{pipe}'" in capsys.readouterr().err
+    assert pipe.is_fifo()
+    assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(tmp_path / "weights.pt")]) == 2
+    assert "weights.pt: expected a name that ends in .safetensors" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:-1])
     assert show_checkpoint.main([str(path.parent)]) == 2
     assert "the file is damaged" in capsys.readouterr().err

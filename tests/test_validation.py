@@ -20,6 +20,7 @@ from alignscale.choices import (
 )
 from alignscale.choices_schedule import StepConfig
 from alignscale.config import ParallelConfig, TrainConfig, difference, digest, run_name
+from alignscale.distributed import check_launched, launched
 from alignscale.validation import validate
 
 
@@ -153,3 +154,22 @@ def test_folder_follows_from_what_defines_the_run() -> None:
 
 def test_difference_names_each_option_that_differs() -> None:
     assert difference({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}}) == ["a.c: 2 -> 4", "d: 3 -> (absent)"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["RANK=a WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=here MASTER_PORT=1", "RANK=1 WORLD_SIZE=4", "RANK=0 WORLD_SIZE="],
+)
+def test_a_part_of_torchruns_variables_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in given.split():
+        monkeypatch.setenv(*word.split("="))
+    with pytest.raises(ConfigError, match=f"expected RANK, WORLD_SIZE, .*found {given.replace(' ', ', ')}; start with"):
+        check_launched()
+
+
+@pytest.mark.parametrize("given", ["", "RANK=3", "RANK=0 WORLD_SIZE=1", "MASTER_ADDR=here WORLD_SIZE=8"])
+def test_variables_of_no_launcher_leave_a_process_alone(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in given.split():
+        monkeypatch.setenv(*word.split("="))
+    check_launched()
+    assert launched() is None

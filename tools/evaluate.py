@@ -1,6 +1,6 @@
 """Accuracy (top-1 and top-5) and loss of a trained run on any of its splits, from any of its checkpoints.
 
-    python tools/evaluate.py runs/demo/run-align_ada-conv3-w128-s0-1a2b3c4d
+    python tools/evaluate.py runs/demo/demo-align_ada-conv3-w128-s0-1a2b3c4d
     python tools/evaluate.py RUN --checkpoint best --splits train test --json scores.json
 
 Stands alone because a number for a paper is often asked for long after training.

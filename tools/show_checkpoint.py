@@ -107,6 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise CheckpointError(
                     f"{target}: expected a place outside of the checkpoint {path}, which must stay whole"
                 )
+        if options.export and options.export.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{options.export}: expected a name that ends in .safetensors, the format of the export"
+            )
         manifest = checkpoint.read_manifest(path)
         tensors = {part: checkpoint.read(path, manifest, part) for part in ("model", "optimizer")}
         found = rows(manifest, tensors)

@@ -98,7 +98,7 @@ def _small_rates(data: Result) -> Judged:
 
 
 def _low_data(data: Result) -> Judged:
-    """The gaps with the fewest examples are at least those with all, and at least -1 point."""
+    """The gaps with the fewest examples are at least -1 point, and at most 1 below those with all."""
     width, option = widths(data["runs"])[-1], data["experiment"]["option"]
     sizes = sorted({_option(run, option) or float("inf") for run in data["runs"]})
     words, holds = [], True
@@ -112,10 +112,8 @@ def _low_data(data: Result) -> Judged:
             gaps.append(gap)
         holds = holds and gaps[0] >= max(gaps[1] - 1.0, -1.0)
         words.append(f"{rule} {gaps[0]:+.1f} points with the fewest, {gaps[1]:+.1f} with the most")
-    return (
-        holds,
-        f"Gap at width {width}: {'; '.join(words)} (at least -1 with the fewest, and no worse than with most).",
-    )
+    wanted = "at least -1 with the fewest, and at most 1 below that with the most"
+    return holds, f"Gap at width {width}: {'; '.join(words)} ({wanted})."
 
 
 def _seeds(data: Result) -> Judged:
