@@ -124,10 +124,17 @@ def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int, prob
         shutil.rmtree(final)
     partial.rename(final)
     sync(final.parent)
-    write_atomic(final.with_name("latest"), final.name.encode())
+    note_latest(final)
     for old in complete(final.parent)[:-keep]:
         if old.name != _name(about["progress"]["best"]):
             _remove(old)
+
+
+def note_latest(path: Path) -> None:
+    """Have ``latest`` beside the checkpoint name it, as it does unless a process was killed before it could."""
+    latest = path.with_name("latest")
+    if not latest.is_file() or latest.read_bytes() != path.name.encode():
+        write_atomic(latest, path.name.encode())
 
 
 def _name(step: int | None) -> str:

@@ -163,6 +163,15 @@ def check_launched() -> None:
         )
 
 
+def alone_beside() -> str:
+    """What to say to one of the tasks of srun or mpirun that know nothing of each other."""
+    names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    found = next((name for name in names if os.environ.get(name, "1") != "1"), None)
+    if launched() is not None or found is None:
+        return ""
+    return f"; {found}={os.environ[found]}: tasks that shall train together want torchrun, or launch/submit.py"
+
+
 def beside() -> int:
     """How many ranks this machine has."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -16,6 +16,7 @@ from alignscale import engine_zero as zero
 from alignscale.checkpoint import Makers, Tensors
 from alignscale.choices import AdamConfig, ConfigError, DeepSpeedConfig, OptimConfig, SGDConfig
 from alignscale.engine import Engine, make_optimizer, pull_to_start
+from alignscale.environment import out_of_memory
 from alignscale.parallel import Mesh
 from alignscale.rules import Rule
 
@@ -26,6 +27,12 @@ OURS = {
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast"), "precision"),
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
+OTHERS = {
+    "gradient_allreduce_op", "sequence_parallel_size", "data_parallel_size", "tensor_parallel", "elasticity",
+    "managed_gradient_accumulation", "progressive_layer_drop", "curriculum_learning", "data_efficiency",
+    "compression_training", "zero_optimization.zenflow",
+}  # fmt: skip
+"""Its settings under which a step would be another one: other gradients, other batches, another network."""
 
 
 def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any]:
@@ -39,6 +46,8 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
     for name in (*config.extra, *(f"zero_optimization.{name}" for name in inside)):
         if name in OURS:
             raise ConfigError(f"engine.extra: {name}: expected {OURS[name]}, the option that decides it")
+        if name in OTHERS:
+            raise ConfigError(f"engine.extra: {name}: expected settings that leave a step's numbers as they are")
         if name == "zero_optimization.round_robin_gradients" and inside["round_robin_gradients"]:
             # DeepSpeed's own calls for whole weights then mix up the parts
             raise ConfigError(f"engine.extra: {name}: expected false, as whole weights cannot be read under it")
@@ -76,9 +85,9 @@ class DeepSpeedEngine(Engine):
                 model=rule, optimizer=optimizer, config=settings, dist_init_required=False,
                 mpu=zero.share_out(rule.net, mesh),
             )  # fmt: skip
-        except zero.REFUSALS as problem:
+        except Exception as problem:
             unlike = type(problem) is RuntimeError and "JIT load" not in str(problem)
-            if not config.extra or unlike or isinstance(problem, (torch.OutOfMemoryError, torch.distributed.DistError)):
+            if not config.extra or unlike or out_of_memory(problem) or isinstance(problem, torch.distributed.DistError):
                 raise  # for want of memory or of another rank
             found = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
             raise ConfigError(f"engine.extra: expected settings that DeepSpeed takes, found: {found}") from problem

@@ -15,8 +15,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError
@@ -26,8 +24,6 @@ from alignscale.parallel import Mesh
 __all__ = ["deepspeed"]
 
 VERSION = "0.19.8"
-REFUSALS = (DeepSpeedConfigError, ZeRORuntimeException, ValueError, TypeError, AssertionError, RuntimeError)
-"""What DeepSpeed raises for settings that it does not take."""
 for _call in ("all_gather_into", "reduce_scatter"):  # DeepSpeed's, which this torch has other names for
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.{_call}_tensor` is deprecated", FutureWarning)
 

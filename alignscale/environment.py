@@ -77,6 +77,11 @@ def device_called(name: str) -> torch.device:
     return torch.device(name)
 
 
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether the memory of this machine, or of its GPU, was too small."""
+    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
+
+
 def take_gpu(local: int) -> None:
     """Make a GPU that of this process, rank ``local`` of this machine. Raises ConfigError where it sees too few."""
     seen = torch.cuda.device_count()
@@ -126,10 +131,12 @@ def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
     """
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = (torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, cuda.allow_tf32)
-    strict = torch.are_deterministic_algorithms_enabled()
+    empty: Any = torch.utils.deterministic
+    strict, filled = torch.are_deterministic_algorithms_enabled(), empty.fill_uninitialized_memory
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
         torch.use_deterministic_algorithms(True)
+        empty.fill_uninitialized_memory = False  # DeepSpeed leaves gigabytes of it untouched
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, cuda.allow_tf32 = True, False, False, False
     else:
         cudnn.benchmark = True  # on a GPU each shape's fastest convolution, found when it is first met
@@ -139,5 +146,6 @@ def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(strict)
+        empty.fill_uninitialized_memory = filled
         count, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, cuda.allow_tf32 = before
         torch.set_num_threads(count)

@@ -3,6 +3,7 @@
 config.yaml, versions.json, metrics.jsonl, tensorboard/, checkpoints/, norms.safetensors, result.json, report.html.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ import yaml
 from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, ConfigError
 from alignscale.choices_schedule import SCHEDULES
 from alignscale.config import TrainConfig, as_dict, defining, refuse_difference, without_display
+from alignscale.distributed import alone_beside
 from alignscale.environment import hardware, source, source_diff, versions
 from alignscale.files import write_atomic
 from alignscale.rules import RULES
@@ -41,19 +43,21 @@ def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_strange(folder)
-            lock = held.enter_context((folder / ".lock").open("a+"))
+            lock = held.enter_context((folder / ".lock").open("ab+", buffering=0))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             _claim(folder, config)
         except BlockingIOError as problem:
             lock.seek(0)
+            holder = lock.read().decode(errors="replace").strip()
             raise ConfigError(
-                f"run folder {folder}: in use by another run ({lock.read().strip()}); wait for it to end, or choose "
-                "another run.dir"
+                f"run folder {folder}: in use by another run ({holder}); wait for it to end, or choose another run.dir"
+                f"{alone_beside()}"
             ) from problem
         except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # another folder there is no better
+                raise
             raise ConfigError(
                 f"run folder {folder}: expected a folder that can be written, found: {problem}; choose another "
                 "(run.dir or run.root, compare.folder for a comparison)"

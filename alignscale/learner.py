@@ -164,7 +164,7 @@ class Learner:
     @torch.enable_grad()
     def update(
         self, batches: Sequence[Batch], lr: float, flags: Sequence[float] = ()
-    ) -> tuple[float, int, list[float]]:
+    ) -> tuple[float, float, list[float]]:
         """One update from a batch in parts; returns its loss and how many examples it had right before the update.
 
         Both are of all ranks, and so are the sums of ``flags``, which need no message of their own then. Where the loss
@@ -188,7 +188,7 @@ class Learner:
                 self.errors.add(batch.keys, error, lr)
         else:
             self.engine.forget()
-        return value, int(count), sums
+        return value, count, sums
 
     def start(self, index: int) -> Tensor:
         """The initial weight of a layer, in the precision that weights have."""

@@ -159,7 +159,9 @@ class Heart(threading.Thread):
         """The error to raise for one that broke off a step: it tells the other ranks, or it tells of them."""
         self.voice.acquire()  # for good; where the other thread has it, the process is about to end
         if not of_another(problem):
-            self.tell("own", f"rank {self.rank}: {problem}")
+            if not self.tell("own", f"rank {self.rank}: {problem}") and self.told.startswith("own"):
+                self.ended.set()
+                return self._lost("")  # of all that fail in the same step one speaks
             if isinstance(problem, OSError) and problem.strerror:  # which its text is made of
                 problem.strerror = f"rank {self.rank}: {problem.strerror}"
             else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -44,7 +44,8 @@ class Metrics(ExitStack):
         self.wandb: Any = _wandb(config, folder, name, first, options) if config.wandb else None
         if self.wandb:
             self.push(self._end)
-        self.file = self.enter_context(path.open("a", buffering=1))
+        self.file = path.open("a", buffering=1)
+        self.push(_closing(self.file))
         self.events = self.enter_context(_Events(folder / "tensorboard", first)) if config.tensorboard else None
         self.bar = tqdm(total=steps, initial=first, dynamic_ncols=True, bar_format=BAR, disable=not config.progress)
         self.callback(self._draw, self.bar.close)
@@ -63,7 +64,7 @@ class Metrics(ExitStack):
     def _end(self, kind: object, *_: object) -> None:
         self.wandb.finish(exit_code=0 if kind is None else 1)
 
-    def step(self, step: int, loss: float, right: int, examples: int, seconds: float, lr: float) -> None:
+    def step(self, step: int, loss: float, right: float, examples: int, seconds: float, lr: float) -> None:
         """After update ``step``: advance the bar, and write a row when one is due.
 
         right: of this batch's examples. seconds: of the step with the data it waited for.
@@ -103,6 +104,19 @@ class Metrics(ExitStack):
             self.wandb.log(numbers, step=step)
 
 
+def _closing(file: IO[Any]) -> Callable[..., None]:
+    """Closes the file at the end of a stack; what it cannot write then is no news where an error ends it."""
+
+    def close(kind: object, *_: object) -> None:
+        try:
+            file.close()
+        except OSError:
+            if kind is None:
+                raise
+
+    return close
+
+
 class _Events(ExitStack):
     """A file of TensorBoard's, written at once: its own writer has a thread, in which errors are lost."""
 
@@ -110,7 +124,8 @@ class _Events(ExitStack):
         super().__init__()
         folder.mkdir(exist_ok=True)
         path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.file = self.enter_context(path.open("wb"))
+        self.file = path.open("wb")
+        self.push(_closing(self.file))
         self.records = RecordWriter(self.file)
         self.write(0, file_version="brain.Event:2")
         # makes TensorBoard forget what a killed run wrote after its last checkpoint

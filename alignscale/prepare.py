@@ -32,6 +32,7 @@ from alignscale.rules.dual import DualAlignZero, check_size
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
 
+CURRENT = ("backprop", "sign_symmetric", "direct_feedback_alignment", "readout_only")  # no initial weight
 USES = {"train": "training", "validation": "validation", "test": "testing"}
 
 
@@ -53,9 +54,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     splits = ranks.together(lambda: load(config.data))
     check_data(config, {split: len(examples) for split, examples in splits.items()})
     check_ranks(config, len(splits["train"]), ranks.size)
-    name = run_name(config)
-    folder = run_folder(config)
-    train = splits["train"]
+    name, folder, train = run_name(config), run_folder(config), splits["train"]
     ranks.together(lambda: _check_memory(config, train, device, engine, mesh))
     plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     learner = make_learner(config, train, device, engine, mesh)
@@ -148,14 +147,15 @@ def _check_memory(config: TrainConfig, train: Split, device: torch.device, engin
         outline = build(config.net, train.shape, train.classes, config.batch_size, mesh.width)
     dtype, master = PRECISIONS[config.precision]
     states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
-    frozen = config.frozen.weights == "stored" and config.rule.name != "backprop"
+    frozen = config.frozen.weights == "stored" and config.rule.name not in CURRENT
+    pulled = config.optim.weight_decay > 0 and config.optim.decay_towards == "initial"
     stage, share = getattr(engine, "zero_stage", 0), 1 / mesh.data.size
     weight, gradient = share if stage == 3 else 1, share if stage >= 2 else 1
     optimizer = share * (states + 1) if stage else states
     if getattr(engine, "offload", False) and device.type == "cuda":
         optimizer = 0
-    copies = frozen + max(1, weight + gradient + optimizer)  # a network is built whole before it is partitioned
-    weights = copies * master.itemsize * sum(p.numel() for p in outline.parameters())
+    copies = max(1, weight + gradient + optimizer) + pulled  # a network is built whole before it is partitioned
+    weights = (copies * master.itemsize + frozen * dtype.itemsize) * sum(p.numel() for p in outline.parameters())
     units = sum(math.prod(shape) for shape in outline.direct_shapes)
     outputs = max(-(-config.batch_size // (config.accumulation * mesh.data.size)), 1) * units * dtype.itemsize
     found = environment.available_memory(device) / (beside() if device.type == "cpu" else 1)
@@ -257,6 +257,7 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
         found = checkpoint.complete(run.folder / "checkpoints")
         if found:
             manifest = checkpoint.verified(found[-1], run.about)
+            checkpoint.note_latest(found[-1])
             if errors is not None and "errors.safetensors" not in manifest["files"]:
                 raise ConfigError(
                     f"analysis.track_errors=true: expected the errors from the start on, and {found[-1]} has none; use "

@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignscale import checkpoint
-from alignscale.analysis.finite import LOSS_ALONE, first_not_finite
+from alignscale.analysis.finite import IMAGES, LOSS_ALONE, first_not_finite
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data import Split
 from alignscale.data.plan import Plan
@@ -99,7 +99,7 @@ class Run:
         try:
             checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep, self.ranks)
         except FloatingPointError:
-            self.diverge(step, "weight", None)
+            self.diverge(step, "weight")
         self.saved = time.monotonic()
 
     def errors(self) -> Tensor:
@@ -107,18 +107,19 @@ class Run:
         assert self.learner.errors is not None
         return self.ranks.sum(self.learner.errors.sums.to(self.learner.encoding.device, copy=True)).cpu()
 
-    def diverge(self, step: int, what: str, batch: Batch | None) -> NoReturn:
-        """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged."""
+    def diverge(self, step: int, what: str, seen: Sequence[Batch] | Callable[[], object] = ()) -> NoReturn:
+        """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged.
+
+        seen: the parts of the batch, or the evaluation, in which it shows.
+        """
         learner = self.learner
-        if batch is None or not len(batch.images):
-            few = torch.arange(min(2, self.config.batch_size))
-            batch = learner.encoding.batch(self.splits["train"], few, step)
-        forward = partial(learner.engine.evaluate, batch)
+        forward = seen if callable(seen) else partial(self._again, seen, step)
         found = self.ranks.objects(first_not_finite(learner.net, learner.engine.state()["model"], forward))
         where = next((one for one in found if one != LOSS_ALONE), LOSS_ALONE)
+        remedy = f"lower optim.lr (now {self.config.optim.lr:g}) or clip (optim.clip_norm)"
         message = (
             f"the {what} is not finite at step {step}: expected a finite number, found the first NaN or "
-            f"infinity in {where}; lower optim.lr (now {self.config.optim.lr:g}) or clip (optim.clip_norm)"
+            f"infinity in {where}; {'look at the data' if where == IMAGES else remedy}"
         )
         self.finish(step, failed=message)
         kept = checkpoint.complete(self.folder / "checkpoints")
@@ -126,6 +127,13 @@ class Run:
             f"the last good checkpoint is {kept[-1]}" if kept else f"no checkpoint was due before it in {self.folder}"
         )
         raise Diverged(f"{self.name}: {message}; {good}")
+
+    def _again(self, parts: Sequence[Batch], step: int) -> None:
+        """Forward passes of a batch's parts; of the first examples where there are none, as all ranks take part."""
+        learner, few = self.learner, torch.arange(min(2, self.config.batch_size))
+        first = learner.encoding.batch(self.splits["train"], few, step)
+        for part in parts or [first]:
+            learner.engine.evaluate(part if len(part.images) else first)
 
     def lost(self) -> set[str]:
         """The keys of the examples that some rank had to leave out, in this session of the run."""

@@ -105,7 +105,8 @@ def exchanges(plan: Plan) -> list[Exchange]:
             found.append(Exchange(layer, "activations", "all_gather", "width", messages, moved))
             if down:
                 found.append(Exchange(layer, "signals", "reduce_scatter", "width", steps * plan.turns, size))
-        size = own * plan.classes * plan.itemsize
+        every = getattr(plan.net, "readout", "last") == "every"  # logits at each step
+        size = own * plan.classes * plan.itemsize * (net.shapes[0][0] if every else 1)
         found.append(Exchange(net.readout, "logits", "all_reduce", "width", forward * plan.turns, forward * size))
     if plan.data > 1:
         for layer, shape in enumerate(shapes(plan)):

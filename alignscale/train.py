@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
     if run.store:
         batches = metrics.enter_context(closing(run.store.attached(batches)))
     asked = first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
-    if run.start == 0 and not asked:
-        measure(run, metrics, 0, None, None)
+    if not asked and run.start % per_epoch == 0 and (not run.curve or run.curve[-1]["step"] < run.start):
+        rate = config.optim.lr * factor(config.schedule, run.start - 1, per_epoch, run.stop) if run.start else None
+        end_epoch(run, metrics, run.start, rate)
     stop_if_asked(run, run.start, asked)
     begin = time.perf_counter()
     for step, parts in batches:
@@ -69,26 +71,31 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         try:
             loss, right, (by_clock, *flags) = run.learner.update(parts, lr, (run.due_by_clock, *interrupts.flags))
         except FloatingPointError:
-            run.diverge(done, "gradient", parts[0])
+            run.diverge(done, "gradient", parts)
         asked = first_signal(flags)
         run.timings.append(time.perf_counter() - begin)
         metrics.step(done, loss, right, size, run.timings[-1], lr)
         run.counts, run.epoch_loss = metrics.counts, run.epoch_loss + loss * size / len(examples)
         if not math.isfinite(loss):
-            run.diverge(done, "loss", parts[0])
+            run.diverge(done, "loss", parts)
         due = run.due(done) or by_clock > 0
         if config.log.alignment_every and done % config.log.alignment_every == 0:
             metrics.align(done, alignment(run, done))
-        if done % per_epoch == 0:
-            if done // per_epoch % config.evaluation.every_epochs == 0 or done == run.stop:
-                if not measure(run, metrics, done, run.epoch_loss, lr):
-                    run.diverge(done, "test loss", parts[0])
-                due = due or run.best() is run.curve[-1]
-            run.epoch_loss = 0.0
+        if done % per_epoch == 0 and not (asked and done < run.stop):  # it saves first, and measures when it goes on
+            due = end_epoch(run, metrics, done, lr) or due
         if due or asked:
             run.save(done)
         stop_if_asked(run, done, asked)
         begin = time.perf_counter()
+
+
+def end_epoch(run: Run, metrics: Metrics, done: int, lr: float | None) -> bool:
+    """Measure after update ``done``, if it is time to. Returns whether the network is the best so far."""
+    due = done // run.plan.steps_per_epoch % run.config.evaluation.every_epochs == 0 or done == run.stop
+    if due:
+        measure(run, metrics, done, run.epoch_loss if done else None, lr)
+    run.epoch_loss = 0.0
+    return due and run.best() is run.curve[-1]
 
 
 def stop_if_asked(run: Run, done: int, asked: int) -> None:
@@ -103,13 +110,16 @@ def stop_if_asked(run: Run, done: int, asked: int) -> None:
         )
 
 
-def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float | None) -> bool:
-    """Evaluate and add a point to the run's curve. Returns whether the losses are finite."""
+def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float | None) -> None:
+    """Evaluate and add a point to the run's curve. Raises Diverged after training if a loss is not finite."""
     point: dict[str, Any] = {"train_loss": train_loss, "lr": lr}
     run.ranks.beat(step, "evaluation")
     engine, encoding, most = run.learner.engine, run.learner.encoding, run.config.evaluation.batch_size
+    lost: list[tuple[str, Callable[[], object]]] = []
     for split in dict.fromkeys(("test", *run.config.evaluation.splits)):
-        found = evaluate(engine, run.splits[split], encoding, most, run.learner.mesh.data)
+        scores = partial(evaluate, engine, run.splits[split], encoding, most, run.learner.mesh.data)
+        found = scores()
+        lost += [] if math.isfinite(found["loss"]) else [(f"{split} loss", scores)]
         loss_key = "train_end_loss" if split == "train" else f"{split}_loss"  # train_loss is the mean over the epoch
         point |= {f"{split}_accuracy": found["accuracy"], f"{split}_top5": found["top5"], loss_key: found["loss"]}
     point["update_cosine"] = update_cosine(run, step) if run.config.log.update_cosine else None
@@ -118,7 +128,8 @@ def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr:
     epoch = step // run.plan.steps_per_epoch
     run.curve.append({"epoch": epoch, "step": step, **point})
     metrics.row("epoch", step, {"epoch": epoch, **point})
-    return all(math.isfinite(point[key]) for key in point if key.endswith("_loss") and point[key] is not None)
+    if lost and step:
+        run.diverge(step, *lost[0])
 
 
 def alignment(run: Run, step: int, whole: bool = False) -> dict[str, float | None]:

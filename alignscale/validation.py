@@ -67,6 +67,13 @@ KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool,
 
 def validate(config: TrainConfig) -> None:
     """Check every value that does not depend on the data. Raises ConfigError for the first that is wrong."""
+    check_values(config)
+    for conflict in conflicts(config):
+        raise ConfigError(conflict)
+
+
+def check_values(config: TrainConfig) -> None:
+    """``validate`` each value for itself."""
     for option, value, kind in _untyped(config):
         raise ConfigError(f"{option}={value!r}: expected {kind}, found {type(value).__name__}")
     for option, values in flatten(as_dict(config)).items():
@@ -74,8 +81,6 @@ def validate(config: TrainConfig) -> None:
             wanted = _wanted(option, value)
             if wanted:
                 raise ConfigError(f"{option}={values}: expected {wanted}")
-    for conflict in conflicts(config):
-        raise ConfigError(conflict)
 
 
 def _untyped(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -1,6 +1,7 @@
 """What the Hydra entry points share. It is the first import of each, so that Ctrl-C is quiet from then on."""
 
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -8,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -20,10 +21,18 @@ if (
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace out of an import, until the work begins
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not all(map(importlib.util.find_spec, ("hydra", "torch"))):
+    sys.stderr.write(
+        f"error: expected the packages of alignscale, found none in {sys.executable}; make setup, and then "
+        f".venv/bin/python {' '.join(sys.argv)}\n"
+    )
+    sys.exit(2)
 
 import hydra
 from _mistakes import check
 from _options import CONFIGS, register, typed
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
@@ -31,6 +40,7 @@ from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
 from alignscale.distributed import Ranks, launched, outlive_first
+from alignscale.environment import out_of_memory
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.jacobian.files import CacheError
@@ -38,6 +48,7 @@ from alignscale.liveness import RankError, leave
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
+SMALLER = "; a smaller batch_size, evaluation.batch_size or net.width, or more accumulation, needs less"
 MEND = "; free space or mend it, then give the same command"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
@@ -57,22 +68,37 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """
 
     def decorate(work: Callable[[Any], None]) -> Callable[[], None]:
+        lost: list[str] = []
+
+        def one(config: Any) -> None:
+            try:
+                work(config)
+            except Diverged as problem:
+                if HydraConfig.get().mode is not RunMode.MULTIRUN or "submitit" in HydraConfig.get().launcher._target_:
+                    raise
+                lost.append(str(problem))  # and the others of the sweep go on
+                if FIRST:
+                    print(f"diverged: {problem}", file=sys.stderr)
+
         @functools.wraps(work)  # Hydra names the command after the file of the function
         def job(options: DictConfig) -> None:
             with _interruptible():
-                guarded(lambda: work(typed(options)))
+                guarded(lambda: one(typed(options)))
 
         command = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=name)(job)
 
         def main() -> None:
             status: object = 0
             try:
+                final_signal()
                 not_again()
                 register()
                 for_jobs()
                 sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-                guarded(lambda: check(name, sys.argv[1:]))
+                guarded(lambda: _apart(check(name, sys.argv[1:])))
                 guarded(command)
+                if lost:
+                    sys.exit(_say(f"{len(lost)} of the runs diverged, as was said above", 3))
             except SystemExit as ended:
                 if launched() is None:
                     raise
@@ -87,6 +113,16 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     return decorate
 
 
+def _apart(configs: Sequence[Any]) -> None:
+    """Raise ConfigError for runs of a sweep with the same folder, where each would take the other's place."""
+    folders = [config.run.dir for config in configs if config.run.dir]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(
+            f"run.dir={folders[0]}: expected a folder of its own for each of {len(configs)} runs; leave it out, and "
+            "give run.root"
+        )
+
+
 def not_again() -> None:
     """End as the ranks did before torchrun started them again, if it should not have (``FINAL``)."""
     mark = _mark()
@@ -98,6 +134,18 @@ def _mark() -> Path | None:
     """The file for a ``FINAL`` status in torchrun's folder of this launch on this machine."""
     error = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     return Path(error).parents[2] / "final" if error and error != os.devnull else None
+
+
+def final_signal() -> None:
+    """Have SIGUSR2 end a rank for good before it trains, too: as it is, torchrun takes it for one that was lost."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        if mark := _mark():
+            write_atomic(mark, b"140")
+        os._exit(140)
+
+    if launched() is not None:
+        signal.signal(signal.SIGUSR2, end)
 
 
 def for_jobs() -> None:
@@ -163,6 +211,10 @@ def guarded(work: Callable[[], object]) -> None:
         leave(problem)
     except KeyboardInterrupt:
         sys.exit(_say(INTERRUPTED, 130))
+    except (MemoryError, RuntimeError) as problem:
+        if not out_of_memory(problem):
+            raise
+        sys.exit(_say(problem, 1, "error: expected more memory, found", SMALLER))
 
 
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:

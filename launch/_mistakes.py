@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.metadata
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -89,6 +90,13 @@ def _check_flags(flags: argparse.Namespace, strangers: Sequence[str]) -> None:
 
 def _parsed(given: Sequence[str]) -> list[Override]:
     parsed: list[Override] = []
+    for key, repeated in itertools.groupby(given, lambda line: line.partition("=")[0]):
+        values = list(dict.fromkeys(repeated))
+        if len(values) > 2 or (len(values) > 1 and key.endswith("urls")):
+            raise ConfigError(
+                f"{values[0]} {values[1]}: expected {key} once; a shell makes words of braces without quotes: give "
+                f"{key} in quotes, or several values as {key}=a,b"
+            )
     for line in given:
         key, equals, value = line.partition("=")
         if not (equals or key.startswith("~")) or not NAME.fullmatch(key):
@@ -168,13 +176,16 @@ def explain(problem: BaseException, overrides: Sequence[str]) -> str:
 
 
 def _unknown_choice(problem: MissingConfigException, overrides: Sequence[str]) -> str:
-    group, _, choice = str(problem.missing_cfg_file).rpartition("/")
+    path = str(problem.missing_cfg_file)
+    group, slash, choice = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
+    group, choice = (group, choice) if slash else ("", path)
     if not group:
         valid = sorted(path.stem for path in Path(CONFIGS).glob("*.yaml"))
         return f"--config-name={choice}: expected one of {', '.join(valid)}{_hint(choice, valid)}"
     valid = sorted(problem.options or [])
     where = _given(group, overrides) or f"{group}={choice}, which a configuration file asks for"
-    return f"{where}: expected one of {', '.join(valid)}{_hint(choice, valid)}"
+    folder = "; a folder is data.root=" if group == "data" and "/" in choice else ""
+    return f"{where}: expected one of {', '.join(valid)}{_hint(Path(choice).stem, valid)}{folder}"
 
 
 def _unknown_option(parent: DictConfig, path: str) -> str:

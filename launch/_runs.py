@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -55,6 +56,11 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     command: shown in the report. Raises ConfigError before any work for an option that is wrong.
     """
     grid = list(expand(config))
+    if len({run.run.dir for run in grid}) < len(grid):
+        raise ConfigError(
+            f"compare.option={config.compare.option}, compare.values={config.compare.values}: expected values that "
+            "each make another run, found the same run twice: a value is there twice, or the option changes no numbers"
+        )
     first = (launched() or Ranks()).first
     if not first:
         show = silent
@@ -120,7 +126,7 @@ def _set(config: TrainConfig, option: str, value: float) -> None:
     found = getattr(node, name, None)
     if not isinstance(found, int | float) or isinstance(found, bool):
         raise ConfigError(f"compare.option={option}: expected an option that is a number, such as optim.lr")
-    if isinstance(found, int) and value != int(value):
+    if isinstance(found, int) and not (math.isfinite(value) and value == int(value)):
         raise ConfigError(f"compare.values={value}: expected whole numbers for {option}")
     setattr(node, name, int(value) if isinstance(found, int) else float(value))
 

@@ -13,11 +13,14 @@ from alignscale.config import TrainConfig
 from alignscale.conflicts import growth_conflicts
 from alignscale.nets import build
 from alignscale.nets.layers import Conv, State
+from alignscale.validation import check_values
 
 IMAGES, CLASSES = 1_281_167, 1000
 """ImageNet's training set."""
-PASSES = {"align_ada": 4, "align_zero": 4, "direct_feedback_alignment": 2, "readout_only": 1}
-"""Forward passes that a step costs: 3 (forward, pullback, weight gradients), or 4 with those of the initial network."""
+PASSES = {"direct_feedback_alignment": 2, "readout_only": 1}
+"""Forward passes that a step costs where it is not 3: forward, pullback, weight gradients."""
+KEPT = {"gates": 3, "explicit": 2}
+"""Those of an Align rule where a cache has this of the initial network; 4 with a pass of the initial network live."""
 PEAK = {"fp32": 66.9e12, "fp16": 989e12, "bf16": 989e12, "fp64": 66.9e12}
 """Dense FLOP/s of an H100 SXM, from its data sheet."""
 UTILISATION = 0.4
@@ -37,6 +40,17 @@ def forward_flops(config: TrainConfig, size: int, channels: int) -> int:
     return found
 
 
+def passes(config: TrainConfig) -> int:
+    """How many forward passes' work a step has. Raises ConfigError for ``jacobian=auto``, which a machine decides."""
+    if config.rule.name not in ("align_ada", "align_zero"):
+        return PASSES.get(config.rule.name, 3)
+    kind = config.jacobian.name
+    if kind == "auto":
+        raise ConfigError("jacobian=auto: expected live, gates or explicit; tools/cache_jacobian.py --plan chooses")
+    again = config.rule.name == "align_zero" and kind != "live" and config.jacobian.inputs == "recomputed"
+    return KEPT.get(kind, 4) + again
+
+
 def cost(config: TrainConfig) -> dict[str, float]:
     """FLOPs an image and in all, images a second that keep one GPU busy, hours on 1 and on 8.
 
@@ -45,7 +59,7 @@ def cost(config: TrainConfig) -> dict[str, float]:
     data = config.data
     sizes = [data.pixels(epoch + 1) if isinstance(data, StreamedConfig) else 224 for epoch in range(config.epochs)]
     forward = sum(forward_flops(config, size, 3) * sizes.count(size) for size in set(sizes)) / config.epochs
-    step = forward * PASSES.get(config.rule.name, 3)
+    step = forward * passes(config)
     total = step * IMAGES * config.epochs
     rate = UTILISATION * PEAK[config.precision] / step
     hours = IMAGES * config.epochs / rate / 3600
@@ -55,6 +69,7 @@ def cost(config: TrainConfig) -> dict[str, float]:
 @entry("train")
 def main(config: TrainConfig) -> None:
     """Print the cost as a row of a table."""
+    check_values(config)
     for conflict in growth_conflicts(config, config.data) if isinstance(config.data, StreamedConfig) else ():
         raise ConfigError(conflict)
     found = cost(config)

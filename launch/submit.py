@@ -7,6 +7,7 @@ The same command again submits only the runs that are not finished and not under
 """
 
 import copy
+import importlib.util
 import json
 import shlex
 import sys
@@ -52,7 +53,10 @@ def place(configs: list[TrainConfig], sweep: str) -> Path | None:
     for config in configs:
         config.run.dir = str(folder / run_name(config))
     if len({config.run.dir for config in configs}) < len(configs):
-        raise ConfigError("the sweep has the same run twice; expected each value once")
+        raise ConfigError(
+            "the sweep has the same run twice; expected values that each make another run: one is there twice, or the "
+            "option changes no numbers"
+        )
     return folder
 
 
@@ -128,6 +132,7 @@ def in_process(job: Any) -> tuple[int, str]:
 
 def main() -> None:
     """Submit, and with --wait follow."""
+    guarded(_installed)
     if {"--help", "-h"} & set(sys.argv[1:]):
         from _cluster import ClusterConfig
 
@@ -139,8 +144,14 @@ def main() -> None:
     guarded(run)
 
 
+def _installed() -> None:
+    if importlib.util.find_spec("submitit") is None:
+        raise ConfigError("expected the package submitit, found none; pip install 'alignscale[slurm]', or make setup")
+
+
 def run() -> None:
     """What ``main`` guards."""
+    import submitit
     from _cluster import read_cluster
     from _follow import wait
 
@@ -150,11 +161,12 @@ def run() -> None:
     configs = expand([line for line in given if line not in ours])
     folder = place(configs, cluster.sweep)
     command = command_line("launch/submit.py")
-    todo = [config for config in configs if not finished(config)]
+    todo, begun = [config for config in configs if not finished(config)], []
     for config in list(todo):
         job = under_way(config)
         if job is not None:
             todo.remove(config)
+            begun.append(job)
             print(f"job {job}: {run_folder(config)}, already under way")
     print(f"{len(configs)} runs: {len(todo)} to submit, {sum(map(finished, configs))} finished")
     cluster.wait = cluster.wait or "--wait" in sys.argv or cluster.executor != "slurm"
@@ -166,6 +178,9 @@ def run() -> None:
             ends += map(in_process, jobs)
         elif cluster.wait:
             ends += wait(jobs, lambda text: print(text, flush=True))
+    if cluster.wait and begun:
+        logs = Path(cluster.folder).expanduser().absolute()
+        ends += wait([submitit.SlurmJob(logs, job) for job in begun], lambda text: print(text, flush=True))
     if todo and not cluster.wait:
         return
     for _, error in ends:

@@ -1,6 +1,7 @@
 """Claims about grids of runs."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,8 @@ def test_an_experiment_varies_an_option_and_judges_the_claim(tmp_path: Path) -> 
         ({"option": "optim.lr"}, "expected both, or neither"),
         ({"option": "rule.name", "values": [1.0]}, "compare.option=rule.name: expected an option that is a number"),
         ({"option": "epochs", "values": [1.5]}, "expected whole numbers for epochs"),
+        ({"option": "epochs", "values": [math.nan]}, "expected whole numbers for epochs"),
+        ({"option": "threads", "values": [1.0, 2.0]}, "found the same run twice"),
         ({"option": "net.width", "values": [8.0]}, "expected compare.widths or compare.seeds in its place"),
         ({"claim": "magic"}, "compare.claim=magic: expected one of width, during_training"),
     ],

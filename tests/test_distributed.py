@@ -104,8 +104,11 @@ def test_our_options_become_deepspeeds() -> None:
     }
     with pytest.raises(ConfigError, match=r"engine\.extra: bf16: expected precision, the option that decides it"):
         deepspeed_config(DeepSpeedConfig(extra={"bf16": {"enabled": True}}), 0.0)
+    with pytest.raises(ConfigError, match=r"gradient_allreduce_op: expected settings that leave a step's numbers"):
+        deepspeed_config(DeepSpeedConfig(extra={"gradient_allreduce_op": "sum"}), 0.0)
     for inside, message in (
         ({"stage": 2}, "zero_optimization.stage: expected engine.zero_stage"),
+        ({"zenflow": {}}, "zero_optimization.zenflow: expected settings that leave a step's numbers as they are"),
         ({"round_robin_gradients": True}, "zero_optimization.round_robin_gradients: expected false"),
         (5, "zero_optimization: expected settings by name, found 5"),
     ):

@@ -1,5 +1,6 @@
 """Claims about what goes wrong around a run: full disks, held and closed folders, numbers that are not finite."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ from warm import PYTHON
 from alignscale.checkpoint import complete
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig, MSEConfig, RNNConfig, SGDConfig, SyntheticConfig
 from alignscale.config import CheckpointConfig, RunConfig
+from alignscale.data.examples import Encoding, Split, Wanted
 from alignscale.folder import opened
 from alignscale.run import Diverged
 from alignscale.train import train
+from alignscale.types import Batch
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["net=mlp", "net.width=64", "epochs=5", "optim.lr=0.1", "log.progress=false", "threads=1"]
@@ -146,6 +149,64 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 def test_images_that_are_not_finite_are_no_layers_fault(tmp_path: Path) -> None:
     options = config(tmp_path / "run", data=SyntheticConfig(shape=[1, 4, 4], train=107, test=31, noise=3e38))
     with pytest.raises(Diverged, match="in the images"):
+        train(options, silent)
+
+
+@pytest.mark.parametrize(("size", "bad", "what"), [(107, 40, "loss"), (31, 25, "test loss")])
+def test_a_bad_image_is_found_in_any_part_of_a_batch_and_of_the_test_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, bad: int, what: str
+) -> None:
+    def spoilt(self: Encoding, split: Split, images: torch.Tensor, wanted: Wanted) -> Batch:
+        batch = encoded(self, split, images, wanted)
+        if len(split) == size:
+            batch.images[wanted.places == bad] = torch.nan
+        return batch
+
+    encoded = Encoding.encoded
+    monkeypatch.setattr(Encoding, "encoded", spoilt)
+    with pytest.raises(Diverged, match=rf"the {what} is not finite at step \d+: .* in the images; look at the data"):
+        train(config(tmp_path / "run", accumulation=2), silent)
+
+
+def test_a_file_that_cannot_be_written_is_named_once(tmp_path: Path) -> None:
+    """The kernel refuses to let metrics.jsonl grow, also when it is closed."""
+    script = """
+import resource, runpy, sys
+sys.path[:0] = ["launch", "."]
+import alignscale.train
+steps = alignscale.train.steps
+def limited(*given):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    steps(*given)
+alignscale.train.steps = limited
+sys.argv[0] = "launch/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    words = [*SMALL, "log.every_steps=1", "log.tensorboard=false", f"run.dir={tmp_path / 'run'}"]
+    done = run([PYTHON, "-c", script, *words])
+    assert done.returncode == 1, done.stderr
+    said = f"could not be read or written: [Errno 27] File too large: '{tmp_path / 'run/metrics.jsonl'}'"
+    assert said in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_full_disk_is_no_mistake_in_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("alignscale.folder._claim", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(config(tmp_path / "run"), silent)
+
+
+def test_tasks_that_train_alone_beside_each_other_are_told_how_to_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    options = config(tmp_path / "run")
+    with (
+        opened(tmp_path / "run", options),
+        pytest.raises(ConfigError, match=r"SLURM_STEP_NUM_TASKS=4: .* want torchrun"),
+    ):
         train(options, silent)
 
 

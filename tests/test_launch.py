@@ -1,6 +1,7 @@
 """Claims about the commands. Each is run as a user runs it, but for the checks of the command line alone."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from _hydra import entry
 from _mistakes import check
 from _options import GROUPS, register
@@ -112,6 +114,18 @@ MISTAKES = [
     ("net=mlp --multirun seed=1,2", "seed=1,2: expected flags as --multirun before or after all options"),
     ("--multirun --cfg job", "--multirun --cfg: expected one of them"),
     ("--config-dir nowhere", "--config-dir=nowhere: expected a folder, found none"),
+    # words of a shell that took braces for its own
+    (
+        "data=webdataset data.urls=a0.tar data.urls=a1.tar",
+        "data.urls=a0.tar data.urls=a1.tar: expected data.urls once",
+    ),
+    ("seed=0 seed=1 seed=2", "seed=0 seed=1: expected seed once", "several values as seed=a,b"),
+    (
+        "experiment=configs/experiment/demo.yaml",
+        "experiment=configs/experiment/demo.yaml: expected one of",
+        "mean demo?",
+    ),
+    ("data=/data/digits", "data=/data/digits: expected one of", "a folder is data.root="),
     # one of several jobs
     ("--multirun net=mlp,conv3 net.depth=2", "net.depth=2: net=conv3 has no option depth"),
     ("--multirun net.width=4,-4", "net.width=-4: expected a whole number of at least 1"),
@@ -177,6 +191,9 @@ def command(monkeypatch: pytest.MonkeyPatch, work: Callable[[Any], object], *opt
         (Diverged("why"), 3),
         (OSError("why"), 1),
         (Interrupted("why", signal.SIGTERM), 143),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: why"), 1),
+        (torch.OutOfMemoryError("CUDA out of memory: why"), 1),
+        (MemoryError("why"), 1),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -265,6 +282,36 @@ def test_multirun_trains_one_run_with_each_value(tmp_path: Path) -> None:
     done = run(str(ROOT / "launch/train.py"), "--multirun", "rule=align_ada,backprop", *FAST, root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(folder.name.split("-")[1] for folder in (tmp_path / "runs").iterdir()) == ["align_ada", "backprop"]
+
+
+def test_a_sweep_goes_on_where_a_run_diverges_and_says_so_at_its_end(tmp_path: Path) -> None:
+    sweep = ["--multirun", "optim.lr=1e30,0.1", *FAST]
+    for _ in range(2):
+        done = run(str(ROOT / "launch/train.py"), *sweep, root=tmp_path)
+        assert done.returncode == 3, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("diverged: run-align_ada") == 1
+        assert done.stderr.splitlines()[-1] == "error: 1 of the runs diverged, as was said above"
+    results = [json.loads(path.read_text())["runs"][0] for path in (tmp_path / "runs").glob("*/result.json")]
+    assert sorted(one["diverged_at"] is None for one in results) == [False, True]
+
+
+def test_runs_of_a_sweep_in_one_folder_are_refused(tmp_path: Path) -> None:
+    given = ["--multirun", "seed=0,1", *FAST, f"run.dir={tmp_path / 'run'}", "resume=never"]
+    done = run(str(ROOT / "launch/train.py"), *given, root=tmp_path)
+    assert done.returncode == 2
+    assert f"run.dir={tmp_path / 'run'}: expected a folder of its own for each of 2 runs" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_python_without_the_packages_says_which_one_has_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "launch/train.py", "net=mlp"], cwd=ROOT, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected the packages of alignscale, found none in ")
+    assert done.stderr.endswith(".venv/bin/python launch/train.py net=mlp\n")
 
 
 def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:

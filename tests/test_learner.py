@@ -20,6 +20,8 @@ from alignscale.choices import (
 )  # fmt: skip
 from alignscale.data.examples import Examples
 from alignscale.learner import Learner
+from alignscale.loss import right
+from alignscale.types import Batch
 
 IMAGES = torch.randn(60, 1, 3, 4, generator=torch.Generator().manual_seed(0))
 LABELS = (IMAGES.flatten(1)[:, :3]).argmax(1)
@@ -165,6 +167,15 @@ def test_an_update_counts_what_was_right_before_it() -> None:
     batch = made.encoding.batch(made._examples(IMAGES, LABELS, "train", 60), torch.arange(60), 0)
     expected = round(60 * made.evaluate(IMAGES, LABELS)["accuracy"])
     assert 0 < expected < 60
+    assert made.update([batch], 0.1)[1] == expected
+
+
+def test_an_update_counts_the_share_of_a_sequence_that_was_right() -> None:
+    made = Learner(RNNConfig(width=8, readout="every"), (6, 1), 1)
+    images, targets = torch.rand(5, 6, 1), torch.zeros(5, 6, 1)
+    batch = Batch(images, targets, torch.arange(5), 5)
+    expected = right(made.engine.evaluate(batch).logits, targets).item()
+    assert expected % 1 > 0
     assert made.update([batch], 0.1)[1] == expected
 
 

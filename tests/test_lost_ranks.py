@@ -52,6 +52,28 @@ def test_a_signal_to_torchrun_and_its_ranks_at_once_is_one(tmp_path: Path) -> No
     assert len(re.findall("stopped by signal 15 after step .* and a checkpoint", done.stderr)) == 1, done.stderr
 
 
+def test_sigusr2_before_training_ends_a_run_that_has_restarts_left(tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text(f"""
+import os, runpy, signal, sys, time
+sys.path[:0] = [{str(ROOT / "launch")!r}, {str(ROOT)!r}]
+import _hydra
+check = _hydra.check
+def signalled(*given):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(60)
+    return check(*given)
+_hydra.check = signalled
+sys.argv[0] = {str(ROOT / "launch/train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    words = [*RUN, "epochs=400", "engine=deepspeed", f"run.dir={tmp_path / 'run'}"]
+    done = finished(torchrun(2, str(tmp_path / "early.py"), *words, restarts=2))
+    assert done.returncode == 1
+    assert "exitcode  : 140" in done.stderr, done.stderr[-3000:]
+    assert not (tmp_path / "run/result.json").exists()
+
+
 @pytest.mark.parametrize(("given", "status"), [("optim.lr=1e30", 3), ("engine.zero_stage=4", 2), ("", 140)])
 def test_torchruns_restarts_are_for_lost_ranks(tmp_path: Path, given: str, status: int) -> None:
     if given:

@@ -175,7 +175,10 @@ def test_what_is_no_image_is_refused_by_name_or_left_out_and_counted(
     (root / "train/n01440764" / name).write_bytes(bad)
     assert f"n01440764/{name}: expected an image" in refused(capsys, root, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.partial")) + list((tmp_path / "out").glob("*.json"))
+    made(root, tmp_path / "out", "--skip")  # what the message says, with the shards that there are
+    capsys.readouterr()
     made(root, tmp_path / "skipped", "--skip")
+    assert contents(tmp_path / "out") == contents(tmp_path / "skipped")
     said = capsys.readouterr().out
     assert f"left out: n01440764/{name}" in said
     assert "train: 1 files left out, 12 images" in said

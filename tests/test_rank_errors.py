@@ -38,6 +38,7 @@ pytestmark = pytest.mark.distributed
             "engine.extra: expected settings that DeepSpeed takes",
             2,
         ),
+        (["engine.extra.flops_profiler=true"], "engine.extra: expected settings that DeepSpeed takes, found: ", 2),
         (["rule.magnitude=3"], "rule=align_ada has no option magnitude", 2),
     ],
 )
@@ -111,8 +112,8 @@ with joined(torch.device("cpu"), 60.0) as ranks:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def at_step_20(ranks: int, rank: int, what: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A run in which one of the ranks does ``what`` when it is to read its part of the batch of step 20."""
+def at_step_20(ranks: int, rank: int | str, what: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A run in which one of the ranks, or each (``any``), does ``what`` for its part of the batch of step 20."""
     (folder / "bad.py").write_text(f"""
 import os, runpy, signal, sys, time
 sys.path[:0] = [{str(ROOT / "launch")!r}, {str(ROOT)!r}]
@@ -120,7 +121,7 @@ from alignscale.data.examples import DataError, Encoding
 from alignscale.distributed import launched
 encoded = Encoding.encoded
 def bad(self, split, images, wanted):
-    if wanted.step == 20 and launched().rank == {rank}:
+    if wanted.step == 20 and {rank!r} in (launched().rank, "any"):
         {what}
     return encoded(self, split, images, wanted)
 Encoding.encoded = bad
@@ -138,6 +139,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         (1, 'DataError("shard-7.tar: key 0042: found text")', "error: rank 1: shard-7.tar: key 0042: found text"),
         (0, 'DataError("shard-7.tar: key 0042: found text")', "error: rank 0: shard-7.tar: key 0042: found text"),
         (1, 'RuntimeError("in a worker process: no memory")', "RuntimeError: rank 1: in a worker process: no memory"),
+        ("any", 'DataError("shard-7.tar: key 0042: found text")', "error: rank "),
         (
             2,
             'OSError(5, "Input/output error", "a.tar")',
@@ -146,7 +148,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ],
 )
 def test_an_error_of_one_rank_in_a_step_ends_all_and_is_said_once(
-    tmp_path: Path, rank: int, raised: str, last: str
+    tmp_path: Path, rank: int | str, raised: str, last: str
 ) -> None:
     done = at_step_20(3, rank, f"raise {raised}", tmp_path)
     assert done.returncode != 0

@@ -20,6 +20,7 @@ from alignscale.checkpoint import CheckpointError, complete, find, read_manifest
 from alignscale.choices import ConfigError, MLPConfig
 from alignscale.config import AnalysisConfig, CheckpointConfig, EvaluationConfig
 from alignscale.interrupts import Interrupted, Interrupts
+from alignscale.learner import Learner
 from alignscale.prepare import prepare
 from alignscale.train import train
 
@@ -96,6 +97,42 @@ def test_checkpoints_come_by_steps_and_the_newest_and_the_best_are_kept(tmp_path
         "epoch": best["epoch"],
         "step": best["step"],
     }
+
+
+def test_a_signal_at_an_epochs_end_saves_first_and_what_goes_on_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation may take longer than what ends the run waits."""
+    whole = train(config(tmp_path / "whole"), silent)["runs"][0]
+    calls = 0
+
+    def update(self: Learner, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 11:  # of 6 in an epoch: the next one learns of it
+            os.kill(os.getpid(), signal.SIGTERM)
+        return updated(self, *arguments)
+
+    updated = Learner.update
+    monkeypatch.setattr(Learner, "update", update)
+    options = config(tmp_path / "run")
+    with pytest.raises(Interrupted, match="after step 12 of 18"):
+        train(options, silent)
+    progress = read_manifest(complete(tmp_path / "run/checkpoints")[-1])["progress"]
+    assert [point["step"] for point in progress["curve"]] == [0, 6]
+    again = train(options, silent)["runs"][0]
+    assert again["curve"] == whole["curve"]
+    assert again["best"] == whole["best"]
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_the_name_of_the_newest_checkpoint_is_mended(tmp_path: Path) -> None:
+    options = config(tmp_path / "run", epochs=1)
+    train(options, silent)
+    latest = tmp_path / "run/checkpoints/latest"
+    latest.write_text("step-000000003")  # as after a kill between the two renames
+    train(options, silent)
+    assert latest.read_text() == complete(latest.parent)[-1].name
 
 
 def test_checkpoints_come_by_minutes(tmp_path: Path) -> None:

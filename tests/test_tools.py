@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from argument_types import ended
 from plain_step import plain_conv, plain_mlp, plain_rnn
 from warm import PYTHON
 from width_distance import distances, slope
@@ -37,6 +38,46 @@ def test_width_distance_writes_rows_and_draws_them(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(json.loads(Path(paths[0]).read_text())["rows"]) == 4
     assert "<svg" in Path(paths[1]).read_text()
+
+
+def test_a_file_for_results_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
+    done = run("tools/width_distance.py", "--json", str(tmp_path / "missing/rows.json"))
+    assert done.returncode == 2
+    assert "--json: expected a file in a folder that is there, found" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            1,
+            "error: expected more memory, found: ",
+        ),
+    ],
+    ids=("interrupt", "memory"),
+)
+def test_what_breaks_a_tool_off_is_said_in_one_line(
+    problem: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise problem
+
+    with pytest.raises(SystemExit) as end:
+        ended(main)
+    assert end.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+def test_a_cost_follows_the_form_of_the_jacobian() -> None:
+    given = ["launch/cost.py", "experiment=imagenet_conv7_w512", "net.norm=none"]
+    live, gates = (float(run(*given, *more).stdout.split("|")[-6]) for more in ((), ("jacobian=gates",)))
+    assert gates == pytest.approx(live * 3 / 4, rel=0.01)
+    wrong = run("launch/cost.py", "precision=tf32")
+    assert wrong.returncode == 2
+    assert "precision=tf32: expected one of fp32" in wrong.stderr
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv3", "rnn"])

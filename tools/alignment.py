@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from argument_types import ended, new_file
 from tangent_kernel import label_alignment, tangent
 from torch import Tensor
 
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", action="store_true", help="score against a network driven by the frozen rule too")
     parser.add_argument("--sample", type=int, default=100, metavar="N", help="examples for movement (default: 100)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: torch's own number")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows here as well")
     options = parser.parse_args(arguments)
     if options.sample < 2 or options.threads < 0:
         parser.error("expected --sample of at least 2 and --threads of at least 0")
@@ -232,4 +233,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

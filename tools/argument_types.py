@@ -1,7 +1,33 @@
-"""Types of command-line arguments, for argparse: a wrong value is refused with the valid ones."""
+"""Types of command-line arguments, for argparse: a wrong value is refused with the valid ones. And a tool's end."""
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from alignscale.environment import out_of_memory
+
+
+def ended(main: Callable[[], int | None]) -> NoReturn:
+    """Do a tool's work and end with its status; on Ctrl-C with 130, without memory with 1, and one line."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing more is written", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as problem:
+        if not out_of_memory(problem):
+            raise
+        print(f"error: expected more memory, found: {str(problem).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
+
+
+def new_file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that is there, found {text!r}")
+    return path
 
 
 def positive(text: str) -> int:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _loaders.data import make_data
 from _loaders.loaders import BARE, LOADERS, Setting, rounds
-from argument_types import positive
+from argument_types import ended, new_file, positive
 
 from alignscale.choices import ConfigError
 from alignscale.files import write_atomic
@@ -125,7 +125,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
         "--memory", type=positive, default=0, metavar="EPOCHS", help="memory of training over so many epochs instead"
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="keep the images there; by default removed again")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     return parser.parse_args(command)
 
 
@@ -138,4 +138,4 @@ def _names(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import positive
+from argument_types import ended, new_file, positive
 
 from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
 from alignscale.config import AnalysisConfig, EvaluationConfig, LogConfig, RunConfig, TrainConfig
@@ -59,7 +59,7 @@ def loop(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ends: list[tuple[float, float]] = []
     update = Learner.update
 
-    def timed(self: Learner, *arguments: Any) -> tuple[float, int, list[float]]:
+    def timed(self: Learner, *arguments: Any) -> tuple[float, float, list[float]]:
         begin = time.perf_counter()
         result = update(self, *arguments)
         ends.append((begin, time.perf_counter()))
@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--log-every", type=int, default=10, help="steps between two rows of the metrics")
     parser.add_argument("--step-ms", type=float, default=50.0, help="the step that the loop's cost is compared with")
     parser.add_argument("--starts", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     options = parser.parse_args()
     if options.alignment_every and (options.views > 1 or options.alignment_every > 2 * options.steps):
         parser.error("--alignment-every: expected --views 1 and at most the steps of the run, twice --steps")
@@ -157,4 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import names, numbers, positive, shape, speeds
+from argument_types import ended, names, new_file, numbers, positive, shape, speeds
 from cached_step import build_ratio, cached_step
 from plain_step import plain_step
 from step_work import Contender, clocked, measure, operations, peak_rate
@@ -260,7 +260,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--distributed", action="store_true", help="under torchrun: DeepSpeed on all ranks, norm none")
     parser.add_argument("--stages", type=numbers(range(4)), default=[0, 1, 2, 3], help="of ZeRO, with --distributed")
     parser.add_argument("--bandwidth", type=speeds, default=[1.0, 10.0, 100.0], help="GB/s a rank, to project to")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows to this file")
     return parser.parse_args(command)
 
 
@@ -291,4 +291,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import positive
+from argument_types import ended, new_file, positive
 
 from alignscale.choices import DigitsConfig, MLPConfig, SGDConfig
 from alignscale.config import JACOBIANS, LogConfig, RunConfig, TrainConfig, run_folder
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--width", type=positive, default=512)
     parser.add_argument("--epochs", type=positive, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = rows(["align_ada", "align_zero"], options.seeds, options.width, options.epochs)
@@ -89,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

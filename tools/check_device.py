@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import names
+from argument_types import ended, names
 from cached_step import cached_step
 
 from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
@@ -171,4 +171,4 @@ def main(command: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

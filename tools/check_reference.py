@@ -27,6 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from argument_types import ended, new_file
 from reference_alignment import STRIDES, Arrays, CaseError, check_alignment, load, read, tensor
 from tensorflow_adam import TensorFlowAdam
 
@@ -256,7 +257,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="holds index.json and one .npz file per case")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=new_file, help="write the rows to this file")
     arguments = parser.parse_args()
     try:
         rows = run(arguments.folder)
@@ -274,4 +275,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

@@ -16,6 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from argument_types import ended, new_file
+
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.config import CheckpointConfig, EvaluationConfig
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best or a step (default: last)")
     parser.add_argument("--splits", nargs="+", default=["test"], metavar="SPLIT", help="train, validation, test")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: the run's evaluation.batch_size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows here as well")
     options = parser.parse_args(arguments)
     if options.batch_size is not None and options.batch_size < 1:
         parser.error(f"--batch-size {options.batch_size}: expected at least 1")
@@ -80,4 +82,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

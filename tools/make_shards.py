@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _shards.sources import SOURCES, check_split, source
 from _shards.tars import Settings, make
+from argument_types import ended
 
 from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
@@ -141,4 +142,4 @@ class _number:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import positive, shape
+from argument_types import ended, new_file, positive, shape
 from mesh_costs import flop, memory, seconds
 
 from alignscale.choices import NETS, MLPConfig, NetConfig
@@ -121,8 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--latency", type=float, default=20.0, help="microseconds a message")
     parser.add_argument("--memory", type=float, default=80.0, help="GB of a rank")
     parser.add_argument("--optimizer-states", type=int, default=0, help="numbers a weight: momentum 1, adam 2")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw step time and efficiency")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--figure", type=new_file, metavar="FILE", help="draw step time and efficiency")
     options = parser.parse_args(arguments)
     if min(options.flops, options.bandwidth, options.memory) <= 0:
         parser.error("--flops, --bandwidth, --memory: expected numbers above 0")
@@ -145,4 +145,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

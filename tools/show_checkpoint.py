@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from argument_types import ended, new_file
 from safetensors.torch import save
 from torch import Tensor
 
@@ -93,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show a run's checkpoint, and export its weights.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint's")
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best or a step (default: last)")
-    parser.add_argument("--export", type=Path, metavar="FILE.safetensors", help="write the weights and norms here")
+    parser.add_argument("--export", type=new_file, metavar="FILE.safetensors", help="write the weights and norms here")
     parser.add_argument("--export-universal", type=Path, metavar="FOLDER", help="weights and optimizer for DeepSpeed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows here as well")
     options = parser.parse_args(arguments)
     try:
         whole = (options.run / checkpoint.MANIFEST).is_file()
@@ -112,7 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{options.export}: expected a name that ends in .safetensors, the format of the export"
             )
         manifest = checkpoint.read_manifest(path)
-        tensors = {part: checkpoint.read(path, manifest, part) for part in ("model", "optimizer")}
+        tensors = {
+            part: checkpoint.read(path, manifest, part)
+            for part in sorted(Path(name).stem for name in manifest["files"])
+        }
         found = rows(manifest, tensors)
         print(f"{path}: after step {manifest['step']}, initial network {manifest['fingerprint']}")
         print(f"made with: {', '.join(f'{key} {value}' for key, value in manifest['made_with'].items())}")
@@ -133,4 +137,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

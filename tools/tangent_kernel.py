@@ -29,9 +29,10 @@ def tangent(net: Network, parameters: Parameters, images: Tensor, change: Sequen
     """
     trace = net.trace(images, parameters)
     gates, (count, classes) = net.gates(trace), (len(images), trace.logits.shape[-1])
+    master = torch.promote_types(images.dtype, torch.float32)
     kernel = images.new_zeros(count, count, dtype=torch.float64)
     moved = images.new_zeros(count, classes, dtype=torch.float64)
-    flat = torch.cat([one.flatten() for layer in change for one in layer]).to(images) if change else None
+    flat = torch.cat([one.flatten() for layer in change for one in layer]).to(kernel.device) if change else None
     for logit in range(classes):
         rows = []
         for example in range(count):
@@ -40,11 +41,11 @@ def tangent(net: Network, parameters: Parameters, images: Tensor, change: Sequen
             deltas = net.pullback(error, gates, trace.norms, lambda index: parameters(index)[0])
             local = zip(net.layers, trace.inputs, net.through_norms(trace, deltas), strict=True)
             gradients = [one for layer, a, d in local if d is not None for one in layer.weight_gradient(a, d)]
-            rows.append(torch.cat([one.flatten() for one in gradients if one is not None]))
+            rows.append(torch.cat([one.flatten().to(master) for one in gradients if one is not None]))
         jacobian = torch.stack(rows)
         kernel += (jacobian @ jacobian.T).double() / classes
         if flat is not None:
-            moved[:, logit] = (jacobian @ flat).double()
+            moved[:, logit] = (jacobian @ flat.to(master)).double()
     return Tangent(kernel, moved if change else None)
 
 

@@ -17,6 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from argument_types import ended, new_file
+
 from alignscale.choices import MLPConfig, SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.files import write_atomic
@@ -105,8 +107,8 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=0.5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and slopes to this file")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them: .svg, .png or .pdf")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows and slopes to this file")
+    parser.add_argument("--figure", type=new_file, metavar="FILE", help="draw them: .svg, .png or .pdf")
     arguments = parser.parse_args()
     if len(set(arguments.widths)) < 2 or min(arguments.widths) < 1 or arguments.steps < 1 or arguments.lr <= 0:
         parser.error("expected at least two different widths above 0, --steps above 0 and --lr above 0")
@@ -131,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended(main)

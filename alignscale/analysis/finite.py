@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from alignscale.nets.network import Network
 
 LOSS_ALONE = "it alone: all layers' outputs are finite"
+IMAGES = "the images"
 
 
 def first_not_finite(net: Network, weights: Mapping[str, Callable[[], Tensor]], forward: Callable[[], object]) -> str:
@@ -24,7 +25,7 @@ def first_not_finite(net: Network, weights: Mapping[str, Callable[[], Tensor]], 
 
     def look(name: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         if not all_finite([output]):
-            found.append(f"the output of {name}" if all_finite(given) or name != names[0] else "the images")
+            found.append(f"the output of {name}" if all_finite(given) or name != names[0] else IMAGES)
 
     with ExitStack() as hooks:
         for name, layer in zip(names, net.layers, strict=True):

@@ -62,6 +62,8 @@ def _common_classes(folders: list[Path]) -> list[str]:
     only = [f"only in {folder}: {', '.join(names)}" for folder, names in zip(folders, extra, strict=True) if names]
     if only:
         raise DataError(f"expected the same class folders in both splits, found {'; '.join(only)}; {_LAYOUT}")
+    if len(train) < 2:
+        raise DataError(f"{folders[0]}: expected at least two class folders, found {train[0]} alone; {_LAYOUT}")
     return train
 
 

@@ -85,8 +85,12 @@ def _folder(root: Path, split: str) -> Source:
             "and val/<class>/*, ImageNet's own layout"
         )
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if not classes:
-        raise DataError(f"{folder}: expected a folder for each class, found none; arrange it as {folder}/<class>/*")
+    if len(classes) < 2:
+        only = f"{classes[0]} alone" if classes else "none"
+        raise DataError(
+            f"{folder}: expected a folder for each of two classes or more, found {only}; arrange it as "
+            f"{folder}/<class>/*"
+        )
     items: list[Item] = []
     for label, name in enumerate(classes):
         found = sorted(path.relative_to(folder) for path in (folder / name).rglob("*") if path.is_file())

@@ -109,7 +109,8 @@ class Job:
                             if not self.settings.skip:
                                 raise DataError(
                                     f"{self.source.root or ''}/{item.name}: expected an image, found: {problem}; "
-                                    "replace or remove it, or leave out and count all such files with --skip"
+                                    "--skip leaves all such files out, and keeps what is made; or replace it, and "
+                                    "choose another --out"
                                 ) from problem
                             continue
                         key = key_of(self.parts[number].start + index, item.name)
@@ -194,6 +195,8 @@ def _claim(job: Job) -> None:
                 f"--out {job.out}: expected a folder without {job.split} shards of other origin, found some; choose "
                 "another one"
             )
+        if old is not None and job.settings.skip:
+            old["settings"]["skip"] = True  # what was made without it has left nothing out
         if old is not None and difference(old, new):
             raise ConfigError(
                 f"--out {job.out}: the {job.split} shards there were made otherwise: "
