@@ -27,6 +27,7 @@ ranks=${RANKS:-$("$python" -c 'import torch; print(max(torch.cuda.device_count()
 # A store that torchrun shares with the ranks outlives none of them when one is killed.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+[ "$nodes" -eq 1 ] || printf 'waiting for %s machines at %s\n' "$nodes" "$host" >&2
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-3}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 --shutdown-timeout=120 \
     --rdzv-backend=c10d --rdzv-endpoint="$host" --rdzv-id="${RUN_ID:-alignscale}" launch/train.py "$@"

@@ -323,16 +323,18 @@ def test_a_cancelled_job_ends_and_is_not_started_again(cluster: Cluster, tmp_pat
     again = submit(cluster, tmp_path, *ENDLESS)
     assert f"job {job}: " in again.stdout
     assert "already under way" in again.stdout
-    waiting = subprocess.Popen(
+    with subprocess.Popen(
         cluster.inside(*command(tmp_path, *ENDLESS, "--wait")), env=cluster.environment, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert waiting.stdout is not None
-    while "already under way" not in waiting.stdout.readline():
-        assert waiting.poll() is None
-    cluster.run("scancel", job)
-    cluster.until(lambda: cluster.state(job) == "CANCELLED", 60)
-    assert waiting.wait(60) != 0  # as if it had been followed from the beginning
+    ) as waiting:  # fmt: skip
+        assert waiting.stdout is not None
+        while "already under way" not in waiting.stdout.readline():
+            assert waiting.poll() is None
+        cluster.run("scancel", job)
+        cluster.until(lambda: cluster.state(job) == "CANCELLED", 60)
+        _, said = waiting.communicate(timeout=60)
+    assert waiting.returncode != 0
+    assert f"job {job}: " in said  # as if it had been followed from the beginning
     cluster.until(lambda: "stopped by signal 15" in (tmp_path / f"jobs/{job}_0_log.err").read_text(), 60)
     assert restarts(cluster, job) == 0
 

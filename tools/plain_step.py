@@ -63,7 +63,8 @@ def plain_mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> Plain:
             if index:
                 a = F.relu(a)
             scale = (config.gain if index else 1.0) / math.sqrt(weight.shape[1])
-            a = F.linear(a, weight) * scale + bias
+            z = F.linear(a, weight)
+            a = z * scale + bias.to(z.dtype)
             if config.norm == "batch" and index + 1 < len(weights):
                 a = F.batch_norm(a, None, None, training=True, eps=1e-6)
         return a
@@ -93,7 +94,8 @@ def plain_conv(config: ConvConfig, shape: tuple[int, ...], classes: int) -> Plai
             if index:
                 a = F.relu(a)
             z = same_conv(a, weight, stride)
-            a = z * ((config.gain if index else 1.0) / math.sqrt(9 * weight.shape[1])) + bias[:, None, None]
+            a = z * ((config.gain if index else 1.0) / math.sqrt(9 * weight.shape[1]))
+            a = a + bias[:, None, None].to(a.dtype)
             if config.norm == "batch":
                 a = F.batch_norm(a.flatten(1), None, None, training=True, eps=1e-6).view_as(a)
         return F.linear(F.relu(a).mean((2, 3)), readout) * (config.gain / math.sqrt(config.width)) + biases[-1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignscale.nets.network import Network
+from alignscale.nets.norms import BatchNorm
 from alignscale.types import Parameters
 
 
@@ -33,14 +34,18 @@ def tangent(net: Network, parameters: Parameters, images: Tensor, change: Sequen
     kernel = images.new_zeros(count, count, dtype=torch.float64)
     moved = images.new_zeros(count, classes, dtype=torch.float64)
     flat = torch.cat([one.flatten() for layer in change for one in layer]).to(kernel.device) if change else None
+    mixed = any(isinstance(norm, BatchNorm) for norm in net.norms)
     for logit in range(classes):
         rows = []
         for example in range(count):
-            error = torch.zeros_like(trace.logits)
-            error[example, ..., logit] = 1
-            deltas = net.pullback(error, gates, trace.norms, lambda index: parameters(index)[0])
-            local = zip(net.layers, trace.inputs, net.through_norms(trace, deltas), strict=True)
-            gradients = [one for layer, a, d in local if d is not None for one in layer.weight_gradient(a, d)]
+            if mixed or example == 0:  # else one pullback has all examples' deltas
+                error = torch.zeros_like(trace.logits)
+                error[example if mixed else slice(None), ..., logit] = 1
+                found = net.pullback(error, gates, trace.norms, lambda index: parameters(index)[0])
+                deltas = net.through_norms(trace, found)
+            own = slice(None) if mixed else slice(example, example + 1)
+            local = zip(net.layers, trace.inputs, deltas, strict=True)
+            gradients = [one for layer, a, d in local if d is not None for one in layer.weight_gradient(a[own], d[own])]
             rows.append(torch.cat([one.flatten().to(master) for one in gradients if one is not None]))
         jacobian = torch.stack(rows)
         kernel += (jacobian @ jacobian.T).double() / classes

@@ -212,7 +212,7 @@ def webdataset(config: WebDatasetConfig) -> tuple[WebDataset, WebDataset]:
 
 
 def _split(config: WebDatasetConfig, option: str, pattern: str, manifest: str) -> WebDataset:
-    urls = [url.removeprefix("file://") for url in _expanded(option, pattern)]
+    urls = [url.removeprefix("file://") for url in shard_urls(f"data.{option}", pattern)]
     place = manifest or place_of(pattern.removeprefix("file://"))
     remote = Remote(config.retries, config.timeout)
     read = Manifest.read(place, remote.whole) if is_remote(place) else Manifest.read(str(staged(place)))
@@ -230,21 +230,21 @@ def _split(config: WebDatasetConfig, option: str, pattern: str, manifest: str) -
     return WebDataset(config, files, labels, len(found.classes), torch.arange(len(found)))
 
 
-def _expanded(option: str, pattern: str) -> Sequence[str]:
-    """The shards of a pattern, as the library expands it: braces, :: and ${WDS_...}."""
+def shard_urls(option: str, pattern: str) -> Sequence[str]:
+    """The shards of a pattern, as the library expands it: braces, :: and ${WDS_...}. Raises ConfigError."""
     try:
         urls: list[Any] = expand_urls(pattern)
     except Exception as problem:
         raise ConfigError(
-            f"data.{option}={pattern}: expected a pattern as 'a/train-{{000..146}}.tar', found: {problem}"
+            f"{option}={pattern}: expected a pattern as 'a/train-{{000..146}}.tar', found: {problem}"
         ) from None
     for url in urls:
         scheme = urlsplit(url).scheme
         if scheme not in ("", "file", "http", "https") or url.startswith("pipe:"):
-            raise ConfigError(f"data.{option}={url}: expected a file, or a URL of http or https, found {scheme}")
+            raise ConfigError(f"{option}={url}: expected a file, or a URL of http or https, found {scheme}")
         if not urlsplit(url).path.endswith(".tar"):
-            raise ConfigError(f"data.{option}={url}: expected names that end in .tar, without compression")
+            raise ConfigError(f"{option}={url}: expected names that end in .tar, without compression")
     names = {urlsplit(url).path.rpartition("/")[2] for url in urls}
     if len(names) < len(urls):
-        raise ConfigError(f"data.{option}={pattern}: expected each shard's file name once, found one again")
+        raise ConfigError(f"{option}={pattern}: expected each shard's file name once, found one again")
     return urls

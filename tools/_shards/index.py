@@ -18,13 +18,13 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
-from webdataset.shardlists import expand_urls
 
 from alignscale.choices import ConfigError
 from alignscale.data import workers
 from alignscale.data.examples import DataError
 from alignscale.data.manifest import Manifest, Samples, Shard, place_of
 from alignscale.data.remote import Remote, is_remote
+from alignscale.data.webdataset import shard_urls
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff", "img")
 RETRIES, TIMEOUT = 3, 30.0
@@ -136,7 +136,7 @@ def index(pattern: str, out: Path | None, classes: Path | None, processes: int, 
 
     Raises ConfigError for the pattern, DataError for a shard or the list of classes.
     """
-    urls = [url.removeprefix("file://") for url in expand_urls(pattern)]
+    urls = [url.removeprefix("file://") for url in shard_urls("--index", pattern)]
     place = place_of(pattern.removeprefix("file://"))
     if out is None and is_remote(place):
         raise ConfigError(f"--index {pattern}: expected --out, a folder for the manifest of shards that are elsewhere")
@@ -160,8 +160,8 @@ def _names(path: Path | None, largest: int) -> list[str]:
         return [str(label) for label in range(largest + 1)]
     try:
         names = path.read_text().splitlines()
-    except OSError as problem:
-        raise ConfigError(f"--classes {path}: expected a readable file, found: {problem.strerror}") from problem
+    except (OSError, ValueError) as problem:
+        raise ConfigError(f"--classes {path}: expected a readable file of UTF-8, found: {problem}") from problem
     if len(names) <= largest:
         raise DataError(f"--classes {path}: expected at least {largest + 1} names, one a line, found {len(names)}")
     return names
