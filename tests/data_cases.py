@@ -3,13 +3,19 @@
 import gzip
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from warm import PYTHON
+
+from alignscale.choices import ArchiveConfig
+from alignscale.data import load
+from alignscale.data.examples import DataError, Examples
 
 ROOT = Path(__file__).parents[1]
 Pixels = NDArray[np.uint8]
@@ -127,3 +133,13 @@ def write_image_folder(
 def image_files(root: Path, split: str) -> Iterator[Path]:
     """The files of a split in the order of its examples."""
     yield from sorted((root / split).rglob("*.png"))
+
+
+def own(root: Path, name: str = "cifar10", **options: Any) -> dict[str, Examples]:
+    return load(ArchiveConfig(name=name, root=str(root), verify=False, **options))
+
+
+def error_of(read: Callable[[], object], kind: type[Exception] = DataError) -> str:
+    with pytest.raises(kind) as caught:
+        read()
+    return str(caught.value)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
+from pathlib import Path
 from typing import Any
+
+from _report import page as report
 
 RULES = ["backprop", "align_ada", "align_zero", "feedback_alignment", "direct_feedback_alignment", "readout_only"]
 BEHIND = dict(zip(RULES, [0.0, 0.4, 0.7, 4.5, 6.0, 9.0], strict=True))
@@ -88,3 +92,17 @@ def set_option(run: dict[str, Any], group: str, name: str, value: object) -> dic
     run = copy.deepcopy(run)
     run["config"].setdefault(group, {})[name] = value
     return run | {"name": f"{run['name']}-{value}", "folder": f"{run['folder']}-{value}"}
+
+
+def write_page(folder: Path) -> Path:
+    """A comparison's page that has everything, with its JSON and one of the runs' reports beside it."""
+    data = comparison(seeds=2)
+    data["runs"] = [measure_more(run) for run in data["runs"]]
+    for result, place in (
+        (make_result(data["runs"][2:3], "One run"), folder / data["runs"][2]["folder"]),
+        (data, folder),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        report.write_report(result, place / "report.html")
+    return folder / "report.html"

@@ -15,12 +15,20 @@ from typing import Any
 
 import matplotlib.cbook
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from alignscale.choices import WebDatasetConfig
+from alignscale.choices import DataConfig, MSEConfig, WebDatasetConfig
+from alignscale.data import load
+from alignscale.data.examples import Encoding, Split, stream
 from alignscale.data.manifest import Manifest, Samples, Shard
+from alignscale.data.plan import Plan
+from alignscale.distributed import Ranks
+from alignscale.evaluate import ALONE
+from alignscale.loss import make_loss
+from alignscale.types import Batch
 
 CLASSES = ("china", "flower", "hopper")
 
@@ -170,3 +178,29 @@ def server(folder: Path) -> Iterator[tuple[str, Faults]]:
         web.shutdown()
         thread.join()
         web.server_close()
+
+
+ALL = {"start": 0, "stop": 5}
+
+
+def cached(folder: Path) -> list[str]:
+    return sorted(path.name[13:] for path in folder.glob("*.tar"))
+
+
+def encoding(data: DataConfig, train: Split) -> Encoding:
+    return Encoding(make_loss(MSEConfig()), torch.float32, torch.float32, torch.device("cpu")).of(data, train)
+
+
+def batches(data: Any, start: int = 0, stop: int = 10, ranks: Ranks = ALONE, parts: int = 1) -> list[list[Batch]]:
+    train = load(data)["train"]
+    plan = Plan(len(train), 5, 0, train.layout)
+    found = stream(train, plan, encoding(data, train), start, stop, parts, data.views, ranks.part)
+    return [made for _, made in found]
+
+
+def same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> bool:
+    flat, other = ([part for step in steps for part in step] for steps in (ours, theirs))
+    return len(flat) == len(other) and all(
+        a.keys == b.keys and (a.view, a.step, a.size) == (b.view, b.step, b.size) and torch.equal(a.images, b.images)
+        for a, b in zip(flat, other, strict=True)
+    )

@@ -18,7 +18,8 @@ import simplejpeg
 import torch
 from data_cases import write_cifar10, write_mnist
 from PIL import Image
-from stream_cases import encoded, jpeg, photograph, server
+from shard_cases import CLASSES, TOOL, content, contents, made, plant, refused
+from stream_cases import jpeg, photograph
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from alignscale.choices import DATA, MSEConfig, WebDatasetConfig
@@ -27,55 +28,10 @@ from alignscale.data.examples import Encoding
 from alignscale.data.manifest import Manifest
 from alignscale.loss import make_loss
 
-TOOL = Path(__file__).parents[1] / "tools/make_shards.py"
-CLASSES = ["-z", "a..b.c", 'café "x"', "n01440764"]
-
-
-def content(number: int) -> bytes:
-    image = photograph(number)
-    match number:
-        case 4:
-            return encoded(image.convert("CMYK"))
-        case 5:
-            return encoded(image.convert("L"))
-        case 6:
-            return encoded(image, "PNG")
-        case 7:
-            exif = image.getexif()
-            exif[274] = 6  # lying on its side
-            return encoded(image, exif=exif)
-    return jpeg(number)
-
-
-def plant(root: Path, train: int = 44, val: int = 9) -> Path:
-    """ImageNet's layout: photographs, some in unusual forms, in classes with odd names."""
-    for split, count in (("train", train), ("val", val)):
-        for number in range(count):
-            path = root / split / CLASSES[number % 4] / f"{number:03}.v1.JPEG"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content(number))
-    return root
-
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("tree"))
-
-
-def made(root: Path, out: Path, *options: str, status: int = 0) -> dict[str, bytes]:
-    """The shards and manifests that the command leaves."""
-    command = ["--root", str(root), "--out", str(out), "--shard-size", "10", "--quiet", "--workers", "2", *options]
-    assert make_shards.main(command) == status
-    return contents(out)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file() and path.stat().st_size}
-
-
-def refused(capsys: pytest.CaptureFixture[str], root: Path, out: Path, *options: str) -> str:
-    made(root, out, *options, status=2)
-    return capsys.readouterr().err
 
 
 def test_every_image_is_in_one_shard_with_its_bytes_untouched_and_its_label(tree: Path, tmp_path: Path) -> None:
@@ -250,89 +206,6 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_command_goes_on(tree: P
     assert (done.returncode, "nothing half written is left" in done.stderr) == (2, True)
     assert list(tmp_path.glob("*.tar")) + list(tmp_path.glob(".*.partial")) == []
     assert "val.manifest.json" in made(tree, tmp_path)
-
-
-# ---- shards of someone else ------------------------------------------------------------------------------------------
-
-
-def foreign(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name, value in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(value)
-            tar.addfile(member, io.BytesIO(value))
-    return path
-
-
-def indexed(url: Path | str, *options: str, status: int = 0) -> None:
-    assert make_shards.main(["--index", str(url), "--quiet", "--workers", "0", *options]) == status
-
-
-def test_the_index_of_our_own_shards_is_the_manifest_that_was_written_with_them(tree: Path, tmp_path: Path) -> None:
-    made(tree, tmp_path / "out")
-    (tmp_path / "names").write_text("\n".join(CLASSES))
-    pattern = f"{tmp_path}/out/train-{{000000..000004}}.tar"
-    indexed(pattern, "--out", str(tmp_path / "again"), "--classes", str(tmp_path / "names"))
-    for name in ("train.manifest.json", "train.manifest.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-
-
-def test_shards_behind_http_are_indexed(tree: Path, tmp_path: Path) -> None:
-    made(tree, tmp_path)
-    with server(tmp_path) as (host, faults):
-        faults.add("dropped", "train-000001", 1)
-        indexed(f"{host}/train-{{000000..000004}}.tar", "--out", str(tmp_path / "index"))
-    arrays = "train.manifest.safetensors"
-    assert (tmp_path / "index" / arrays).read_bytes() == (tmp_path / arrays).read_bytes()
-
-
-def test_names_that_climb_are_keys_and_no_paths(tmp_path: Path) -> None:
-    members = [("../../up/a.cls", b"1"), ("../../up/a.jpg", jpeg(0)), ("/b.jpg", jpeg(1)), ("/b.cls", b" 0\n")]
-    folder = tmp_path / "x/y"
-    folder.mkdir(parents=True)
-    indexed(foreign(folder / "s.tar", members))
-    manifest = Manifest.read(str(folder / "s.manifest.json"))
-    assert [manifest.samples.key(place) for place in range(2)] == ["../../up/a", "/b"]
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "s.manifest.json", "s.manifest.safetensors", "s.tar", "x", "y",
-    ]  # fmt: skip
-
-
-def case(*members: tuple[str, bytes]) -> list[tuple[str, bytes]]:
-    return [("ok.jpg", jpeg(0)), ("ok.cls", b"0"), *members]
-
-
-@pytest.mark.parametrize(
-    ("members", "told"),
-    [
-        (case(("a.jpg", b"x")), "key a: expected an image and a label (.cls), found no label"),
-        (case(("a.cls", b"1")), "found no image"),
-        (case(("a.jpg", b"x"), ("a.cls", b"-1")), "expected a whole number from 0 on as its label (.cls), found '-1'"),
-        (case(("ok.png", b"x")), "key ok: expected one image, found another one"),
-        (case(("a.jpg", b""), ("a.cls", b"1")), "key a: expected an image, found an empty file"),
-        ([("readme.txt", b"x")], "expected images and labels (.cls) in it, found none"),
-    ],
-)
-def test_what_is_wrong_in_a_shard_is_named_with_its_key(
-    members: list[tuple[str, bytes]], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    indexed(foreign(tmp_path / "s.tar", members), status=2)
-    assert told in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
-
-
-@pytest.mark.parametrize("length", [0, 700, 2000, 10240 - 9000])
-def test_a_shard_that_is_cut_short_is_refused(length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = foreign(tmp_path / "s.tar", case())
-    path.write_bytes(path.read_bytes()[:length])
-    indexed(path, status=2)
-    assert str(path) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_shard_that_is_not_there_is_named(workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    indexed(tmp_path / "no-{0..1}.tar", "--workers", workers, status=2)
-    assert f"{tmp_path}/no-0.tar: expected a readable shard, found: No such file" in capsys.readouterr().err
 
 
 def test_a_wrong_value_is_refused_with_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,20 +15,29 @@ from data_cases import digit_shards
 from launches import ENVIRONMENT, torchrun
 from run_cases import same, weights
 from slurm_cluster import Cluster
+from slurm_jobs import (
+    ENDLESS,
+    NET,
+    ROOT,
+    TRAINING,
+    ZERO,
+    begin,
+    begin_both_ways,
+    check_close,
+    command,
+    nodes,
+    python_path,
+    restarts,
+    run_of,
+    sbatch,
+    send,
+    submit,
+    training,
+    until,
+)
 from warm import PYTHON
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[1]
-NET = [
-    "net=mlp", "net.width=16", "net.depth=2", "batch_size=100", "optim.momentum=0.9",
-    "log.progress=false", "threads=1",
-]  # fmt: skip
-SYNTHETIC = ["data=synthetic", "data.shape=[1,8,8]", "data.train=1437", "data.test=360"]
-"""No rank takes seconds to import what reads digits."""
-ZERO = ["engine=deepspeed", "engine.zero_stage=3", "engine.timeout=150"]
-TRAINING = ["epochs=30", "optim.lr=0.001", "checkpoint.every_steps=20", *ZERO]
-TWO_NODES = ["cluster.nodes=2", *TRAINING]
-ENDLESS = ["epochs=100000", "optim.lr=1e-6", "checkpoint.every_steps=20"]
 SABOTAGE = """
 import os
 if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "1":
@@ -40,8 +49,6 @@ if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "1":
         return encoded(self, split, images, one)
     Encoding.encoded = bad
 """
-
-
 PATIENT = """
 import time
 from alignscale.data.examples import Encoding
@@ -85,93 +92,6 @@ def alone(digits: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return weights(folder)
 
 
-def training(options: Sequence[str]) -> list[str]:
-    data = [] if any(option.startswith("data") for option in options) else SYNTHETIC
-    return [*NET, *data, *options]
-
-
-def command(folder: Path, *options: str) -> list[str]:
-    given = [f"cluster.folder={folder / 'jobs'}", f"run.root={folder / 'runs'}", *training(options)]
-    return [sys.executable, "launch/submit.py", "cluster=slurm", *given]
-
-
-def submit(cluster: Cluster, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return cluster.run(*command(folder, *options), timeout=280)
-
-
-def send(cluster: Cluster, folder: Path, *options: str) -> str:
-    """The job of launch/submit.py."""
-    sent = submit(cluster, folder, *options)
-    assert sent.returncode == 0, sent.stdout + sent.stderr
-    job = re.search(r"^job (\d+):", sent.stdout, re.MULTILINE)
-    assert job is not None
-    return job[1]
-
-
-def begin(cluster: Cluster, folder: Path, *options: str) -> str:
-    """The job, which has written a few checkpoints."""
-    job = send(cluster, folder, *options)
-    until(cluster, folder, lambda: step(folder) >= 40, job)
-    return job
-
-
-def begin_both_ways(cluster: Cluster, folder: Path) -> dict[Path, str]:
-    """The same training by launch/submit.py and by launch/slurm.sbatch: the jobs by their folders."""
-    ours, other = folder / "submitit", folder / "torchrun"
-    other.mkdir()
-    torchrun = sbatch(cluster, other, "--nodes=2", *TRAINING, ranks=1)
-    jobs = {ours: begin(cluster, ours, *TWO_NODES), other: torchrun}
-    until(cluster, other, lambda: step(other) >= 40, torchrun)
-    return jobs
-
-
-def nodes(cluster: Cluster, job: str) -> list[str]:
-    return cluster.run("scontrol", "show", "hostnames", cluster.state(job, "NodeList")).stdout.split()
-
-
-def until(cluster: Cluster, folder: Path, true: Callable[[], bool], job: str, seconds: float = 300) -> None:
-    """Wait, but not for what a job that has failed will not do."""
-
-    def hopeless() -> bool:
-        return cluster.state(job) == "FAILED"
-
-    cluster.until(lambda: true() or hopeless(), seconds)
-    if not true():
-        logs = [*sorted((folder / "jobs").glob("*.err")), *folder.glob("out")]
-        raise AssertionError("\n".join(path.read_text()[-2000:] for path in logs))
-
-
-def sbatch(cluster: Cluster, folder: Path, *options: str, path: Path = ROOT, ranks: int = 2) -> str:
-    """The job of launch/slurm.sbatch. path: of PYTHONPATH. ranks: on each of its nodes."""
-    ours = [option for option in options if option.startswith("--")]
-    given = [f"run.root={folder / 'runs'}", *training([option for option in options if option not in ours])]
-    environment = ["env", f"RANKS={ranks}", f"PYTHON={sys.executable}", f"PYTHONPATH={path}"]
-    sent = cluster.run(
-        *environment, "sbatch", "--parsable", *ours, f"--output={folder}/out", "launch/slurm.sbatch", *given
-    )
-    assert sent.returncode == 0, sent.stderr
-    return sent.stdout.strip()
-
-
-def run_of(folder: Path) -> Path:
-    (run,) = (path.parent for path in (folder / "runs").glob("*/config.yaml"))
-    return run
-
-
-def check_close(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    for name, found in weights(run_of(folder)).items():
-        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5)
-
-
-def step(folder: Path) -> int:
-    found = (folder / "runs").glob("*/checkpoints/step-*")
-    return max((int(path.name.partition("-")[2]) for path in found), default=0)
-
-
-def restarts(cluster: Cluster, job: str) -> int:
-    return int(cluster.state(job, "Restarts") or 0)
-
-
 def test_two_nodes_with_two_tasks_train_to_the_result_of_one_process_whatever_starts_them(
     cluster: Cluster, tmp_path: Path, digits: list[str], alone: dict[str, torch.Tensor]
 ) -> None:
@@ -203,10 +123,6 @@ def test_a_sweep_is_one_array_with_one_report_and_only_lost_members_go_again(clu
     again = submit(cluster, tmp_path, *sweep)
     assert "1 to submit, 1 finished" in again.stdout
     assert results[0].exists()
-
-
-def python_path(folder: Path) -> str:
-    return f"cluster.setup=['export PYTHONPATH={folder}:$PYTHONPATH']"
 
 
 def test_a_rank_that_fails_by_itself_is_named_and_the_job_not_requeued(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """Claims about data that is streamed: each example once, in the plan's order, whoever reads it."""
 
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from stream_cases import CLASSES, config, encoded, jpeg, photograph, server, write
+from stream_cases import CLASSES, batches, config, encoded, encoding, jpeg, photograph, same, server, write
 
-from alignscale.choices import ConfigError, DataConfig, MSEConfig, WebDatasetConfig
+from alignscale.choices import WebDatasetConfig
 from alignscale.config import digest
 from alignscale.data import decode, load
-from alignscale.data.examples import DataError, Encoding, Split, stream
 from alignscale.data.plan import Layout, Plan, even_batches
 from alignscale.data.torchvision import datasets
 from alignscale.data.views import ATTEMPTS, Crops
-from alignscale.data.workers import results
 from alignscale.distributed import Ranks
-from alignscale.evaluate import ALONE
-from alignscale.loss import make_loss
-from alignscale.types import Batch
 
 LAYOUTS = st.builds(
     Layout, st.lists(st.integers(1, 20), min_size=1, max_size=9).map(tuple), st.integers(1, 12), st.integers(1, 30)
 )
 RANKS = st.integers(1, 6)
-
-
-def encoding(data: DataConfig, train: Split) -> Encoding:
-    return Encoding(make_loss(MSEConfig()), torch.float32, torch.float32, torch.device("cpu")).of(data, train)
-
-
-def batches(data: Any, start: int = 0, stop: int = 10, ranks: Ranks = ALONE, parts: int = 1) -> list[list[Batch]]:
-    train = load(data)["train"]
-    plan = Plan(len(train), 5, 0, train.layout)
-    found = stream(train, plan, encoding(data, train), start, stop, parts, data.views, ranks.part)
-    return [made for _, made in found]
-
-
-def same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> bool:
-    flat, other = ([part for step in steps for part in step] for steps in (ours, theirs))
-    return len(flat) == len(other) and all(
-        a.keys == b.keys and (a.view, a.step, a.size) == (b.view, b.step, b.size) and torch.equal(a.images, b.images)
-        for a, b in zip(flat, other, strict=True)
-    )
 
 
 @given(
@@ -240,59 +213,6 @@ def test_unusual_images_are_decoded_as_pil_does_without_turning_them(
     assert ours.shape == (image.height, image.width, 3)
     assert np.abs(ours - theirs).max() <= 2
     assert decode.decode(content, 1).shape == (image.height, image.width, 1)
-
-
-def test_a_transform_of_torchvisions_is_a_function_of_example_and_view(tmp_path: Path) -> None:
-    plain = batches(config(tmp_path, workers=0), 0, 5)
-    first, second = (batches(config(tmp_path, transform="TrivialAugmentWide", workers=n), 0, 5) for n in (0, 2))
-    assert same(first, second)
-    assert not same(first, plain)
-    with pytest.raises(ConfigError, match=r"data\.transform=Nonsense: expected the name of a class in torchvision"):
-        load(config(tmp_path, transform="Nonsense"))
-    for other in ("ConvertImageDtype", "RandomZoomOut", "ToPILImage"):
-        with pytest.raises(ConfigError, match=rf"data\.transform={other}: expected .* of the same size and type"):
-            load(config(tmp_path, transform=other))
-
-
-def test_a_killed_worker_is_started_again_and_one_killed_too_often_is_an_error(tmp_path: Path) -> None:
-    def work(job: list[Any], slot: np.ndarray) -> int:
-        slot[:4] = job[0]
-        if job[0] == job[1] and not (tmp_path / str(job[0])).exists():
-            (tmp_path / str(job[0])).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if job[1] == -1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return job[0]
-
-    jobs = [[number, 7] for number in range(20)]
-    with pytest.warns(RuntimeWarning, match="killed by signal 9, and is started again"):
-        assert [(found, slot[3]) for found, slot in results(work, jobs, 3, 4, 1)] == [(n, n) for n in range(20)]
-    with (
-        pytest.warns(RuntimeWarning, match="started again"),
-        pytest.raises(DataError, match=r"killed by signal 9 once more than data\.worker_restarts allows"),
-    ):
-        list(results(work, [[0, -1]], 1, 4, 2))
-
-
-def test_workers_end_with_the_stream_and_with_the_process(tmp_path: Path) -> None:
-    def work(job: int, slot: np.ndarray) -> int:
-        return os.getpid()
-
-    found = results(work, iter(range(100)), 2, 1, 0)
-    pids = {next(found)[0], next(found)[0]}
-    assert len(pids) == 2
-    found.close()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    parent = os.fork()
-    if parent == 0:
-        mine = results(work, iter(range(100)), 1, 1, 0)
-        (tmp_path / "pid").write_text(str(next(mine)[0]))
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(parent, 0)
-    worker, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_how_data_is_read_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:

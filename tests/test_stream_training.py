@@ -11,8 +11,8 @@ from pathlib import Path
 import make_shards
 import pytest
 from launches import ENVIRONMENT, ROOT, torchrun
+from shard_cases import plant
 from stream_cases import config, jpeg, write
-from test_make_shards import plant
 from warm import PYTHON, RANKS
 
 from alignscale.checkpoint import complete
