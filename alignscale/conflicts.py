@@ -30,7 +30,7 @@ def conflicts(config: TrainConfig) -> Iterator[str]:
         yield "net.blocks=public: the paper's public code has no mlp; expected theory"
     if getattr(net, "strides", None) == []:
         yield "net.strides=[]: expected at least one stride, one for each convolution"
-    yield from _jacobian_conflicts(config)
+    yield from jacobian_conflicts(config)
     if config.parallel.width > 1 and (config.log.alignment_every or config.analysis.track_errors):
         yield (
             f"parallel.width={config.parallel.width}: expected 1 with log.alignment_every or analysis.track_errors, "
@@ -111,7 +111,8 @@ def _dual_conflicts(config: TrainConfig) -> Iterator[str]:
     yield from (f"form=dual, {what}; or use form=primal" for what, is_so in wrong.items() if is_so)
 
 
-def _jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
+def jacobian_conflicts(config: TrainConfig) -> Iterator[str]:
+    """What is wrong with the options of the Jacobian's cache."""
     options, net = config.jacobian, config.net
     forms = {options.name, *options.layers}
     if options.name == "live":

@@ -24,13 +24,15 @@ OURS = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size", "optimizer": "optim",
     "gradient_accumulation_steps": "accumulation", "gradient_clipping": "optim.clip_norm", "scheduler": "schedule",
     "zero_optimization.stage": "engine.zero_stage",
-    **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast"), "precision"),
+    **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"), "precision"),
+    "communication_data_type": "precision",
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
 OTHERS = {
     "gradient_allreduce_op", "sequence_parallel_size", "data_parallel_size", "tensor_parallel", "elasticity",
     "managed_gradient_accumulation", "progressive_layer_drop", "curriculum_learning", "data_efficiency",
-    "compression_training", "zero_optimization.zenflow",
+    "compression_training", "zero_optimization.zenflow", "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
 }  # fmt: skip
 """Its settings under which a step would be another one: other gradients, other batches, another network."""
 
@@ -80,15 +82,16 @@ class DeepSpeedEngine(Engine):
         self.shares = rule.net.shares()
         optimizer = make_optimizer(optim, rule.trained())
         settings = zero.Asked(deepspeed_config(config, optim.clip_norm))
+        mesh_of = zero.share_out(rule.net, mesh)
         try:
             self.engine, *_ = zero.deepspeed.initialize(
-                model=rule, optimizer=optimizer, config=settings, dist_init_required=False,
-                mpu=zero.share_out(rule.net, mesh),
-            )  # fmt: skip
+                model=rule, optimizer=optimizer, config=settings, dist_init_required=False, mpu=mesh_of
+            )
         except Exception as problem:
             unlike = type(problem) is RuntimeError and "JIT load" not in str(problem)
-            if not config.extra or unlike or out_of_memory(problem) or isinstance(problem, torch.distributed.DistError):
-                raise  # for want of memory or of another rank
+            machine = out_of_memory(problem) or isinstance(problem, (torch.distributed.DistError, OSError))
+            if not config.extra or unlike or machine:  # want of memory, of another rank, or a disk
+                raise
             found = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
             raise ConfigError(f"engine.extra: expected settings that DeepSpeed takes, found: {found}") from problem
         for name in config.extra.keys() - settings.names:

@@ -57,6 +57,7 @@ def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
             ) from problem
         except OSError as problem:
             if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # another folder there is no better
+                problem.filename = problem.filename or str(folder)
                 raise
             raise ConfigError(
                 f"run folder {folder}: expected a folder that can be written, found: {problem}; choose another "

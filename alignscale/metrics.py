@@ -29,10 +29,12 @@ class Metrics(ExitStack):
     def __init__(
         self, folder: Path, config: LogConfig, name: str, first: int, steps: int,
         counts: Sequence[float] = (0, 0, 0.0), options: dict[str, Any] | None = None, quiet: bool = False,
+        measured: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """first: update to go on from; rows that a killed run wrote after it are dropped. counts: as they were there.
 
         options: shown by W&B. quiet: count, but show and write nothing, as all ranks but the first do.
+        measured: the steps of evaluations that are not made again.
         """
         super().__init__()
         self.every, self.quiet, self.note = config.every_steps, quiet, ""
@@ -40,7 +42,7 @@ class Metrics(ExitStack):
         if quiet:
             return
         path = folder / "metrics.jsonl"
-        write_atomic(path, _rows(path, first).encode() if first else b"")
+        write_atomic(path, _rows(path, first, measured).encode() if first else b"")
         self.wandb: Any = _wandb(config, folder, name, first, options) if config.wandb else None
         if self.wandb:
             self.push(self._end)
@@ -160,14 +162,15 @@ def _wandb(config: LogConfig, folder: Path, name: str, first: int, options: Any)
         ) from problem
 
 
-def _rows(path: Path, last: int) -> str:
-    """The lines that are rows of a step up to ``last``: a killed run may have left half of one."""
+def _rows(path: Path, last: int, measured: Sequence[int]) -> str:
+    """Lines that are rows up to step ``last``, but of evaluations to come; a killed run may have left half of one."""
     kept = []
     for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= last:
+        known = isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= last
+        if known and (row["kind"] != "epoch" or row["step"] in measured):
             kept.append(line + "\n")
     return "".join(kept)

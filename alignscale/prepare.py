@@ -148,13 +148,13 @@ def _check_memory(config: TrainConfig, train: Split, device: torch.device, engin
     dtype, master = PRECISIONS[config.precision]
     states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
     frozen = config.frozen.weights == "stored" and config.rule.name not in CURRENT
-    pulled = config.optim.weight_decay > 0 and config.optim.decay_towards == "initial"
     stage, share = getattr(engine, "zero_stage", 0), 1 / mesh.data.size
     weight, gradient = share if stage == 3 else 1, share if stage >= 2 else 1
-    optimizer = share * (states + 1) if stage else states
+    pulled = config.optim.weight_decay > 0 and config.optim.decay_towards == "initial"
+    optimizer = share * (states + 1 + pulled) if stage else states + pulled
     if getattr(engine, "offload", False) and device.type == "cuda":
         optimizer = 0
-    copies = max(1, weight + gradient + optimizer) + pulled  # a network is built whole before it is partitioned
+    copies = max(1, weight + gradient + optimizer)  # a network is built whole before it is partitioned
     weights = (copies * master.itemsize + frozen * dtype.itemsize) * sum(p.numel() for p in outline.parameters())
     units = sum(math.prod(shape) for shape in outline.direct_shapes)
     outputs = max(-(-config.batch_size // (config.accumulation * mesh.data.size)), 1) * units * dtype.itemsize

@@ -131,9 +131,9 @@ class Run:
     def _again(self, parts: Sequence[Batch], step: int) -> None:
         """Forward passes of a batch's parts; of the first examples where there are none, as all ranks take part."""
         learner, few = self.learner, torch.arange(min(2, self.config.batch_size))
-        first = learner.encoding.batch(self.splits["train"], few, step)
-        for part in parts or [first]:
-            learner.engine.evaluate(part if len(part.images) else first)
+        full = [part if len(part.images) else None for part in parts]
+        for part in full or [None]:
+            learner.engine.evaluate(part or learner.encoding.batch(self.splits["train"], few, step))
 
     def lost(self) -> set[str]:
         """The keys of the examples that some rank had to leave out, in this session of the run."""

@@ -38,7 +38,8 @@ def train(config: TrainConfig, show: Callable[[str], None] = print, command: str
         if run.finished is not None:
             return run.finished
         options = (run.folder, config.log, run.name, run.start, run.stop, run.counts, as_dict(config))
-        with run.ranks.together(lambda: Metrics(*options, quiet=not run.ranks.first)) as metrics:
+        measured = [point["step"] for point in run.curve]
+        with run.ranks.together(lambda: Metrics(*options, not run.ranks.first, measured)) as metrics:
             try:
                 steps(run, metrics, interrupts)
             except (Diverged, Interrupted):  # as on all other ranks

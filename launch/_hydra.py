@@ -15,12 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-if (
-    Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent  # a command, not a test that imports this
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace out of an import, until the work begins
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _early import mark_of_launch
+
 if not all(map(importlib.util.find_spec, ("hydra", "torch"))):
     sys.stderr.write(
         f"error: expected the packages of alignscale, found none in {sys.executable}; make setup, and then "
@@ -74,7 +72,8 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
             try:
                 work(config)
             except Diverged as problem:
-                if HydraConfig.get().mode is not RunMode.MULTIRUN or "submitit" in HydraConfig.get().launcher._target_:
+                here = HydraConfig.get().launcher._target_.endswith("BasicLauncher")
+                if HydraConfig.get().mode is not RunMode.MULTIRUN or not here:
                     raise
                 lost.append(str(problem))  # and the others of the sweep go on
                 if FIRST:
@@ -90,7 +89,6 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
         def main() -> None:
             status: object = 0
             try:
-                final_signal()
                 not_again()
                 register()
                 for_jobs()
@@ -125,27 +123,9 @@ def _apart(configs: Sequence[Any]) -> None:
 
 def not_again() -> None:
     """End as the ranks did before torchrun started them again, if it should not have (``FINAL``)."""
-    mark = _mark()
+    mark = mark_of_launch()
     if mark and mark.exists():
         sys.exit(int(mark.read_text()))
-
-
-def _mark() -> Path | None:
-    """The file for a ``FINAL`` status in torchrun's folder of this launch on this machine."""
-    error = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    return Path(error).parents[2] / "final" if error and error != os.devnull else None
-
-
-def final_signal() -> None:
-    """Have SIGUSR2 end a rank for good before it trains, too: as it is, torchrun takes it for one that was lost."""
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        if mark := _mark():
-            write_atomic(mark, b"140")
-        os._exit(140)
-
-    if launched() is not None:
-        signal.signal(signal.SIGUSR2, end)
 
 
 def for_jobs() -> None:
@@ -219,7 +199,7 @@ def guarded(work: Callable[[], object]) -> None:
 
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
     """Print the one line of a command's end and return its status; of an error that all ranks have, on the first."""
-    ranks, mark, own = launched(), _mark(), getattr(problem, "of_one_rank", False)
+    ranks, mark, own = launched(), mark_of_launch(), getattr(problem, "of_one_rank", False)
     if mark and status in FINAL and not own:
         with suppress(OSError):  # torchrun then starts the ranks again, as it would have
             write_atomic(mark, str(status).encode())

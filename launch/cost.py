@@ -10,7 +10,7 @@ from _hydra import entry
 
 from alignscale.choices import ConfigError, StreamedConfig
 from alignscale.config import TrainConfig
-from alignscale.conflicts import growth_conflicts
+from alignscale.conflicts import growth_conflicts, jacobian_conflicts
 from alignscale.nets import build
 from alignscale.nets.layers import Conv, State
 from alignscale.validation import check_values
@@ -70,7 +70,8 @@ def cost(config: TrainConfig) -> dict[str, float]:
 def main(config: TrainConfig) -> None:
     """Print the cost as a row of a table."""
     check_values(config)
-    for conflict in growth_conflicts(config, config.data) if isinstance(config.data, StreamedConfig) else ():
+    growth = growth_conflicts(config, config.data) if isinstance(config.data, StreamedConfig) else ()
+    for conflict in (*growth, *jacobian_conflicts(config)):
         raise ConfigError(conflict)
     found = cost(config)
     print("| run | GFLOP forward | GFLOP a step | EFLOP in all | images/s, 1 GPU | 8 GPUs | hours, 1 GPU | 8 GPUs |")

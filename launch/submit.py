@@ -69,17 +69,19 @@ def finished(config: TrainConfig) -> bool:
         return False
 
 
-def under_way(config: TrainConfig) -> str | None:
-    """The job that the run was submitted as, if SLURM still has it."""
+def under_way(config: TrainConfig, logs: Path) -> Any:
+    """The job that the run was submitted as, if SLURM still has it. logs: of marks that do not say where."""
+    import submitit
     from _cluster import show_job
     from _follow import ENDED
 
     try:
-        job: str = json.loads((run_folder(config) / MARK).read_text())["slurm"]
+        mark = json.loads((run_folder(config) / MARK).read_text())
+        job: str = mark["slurm"]
     except (OSError, ValueError, KeyError):
         return None
     state = show_job(job).get("JobState")
-    return None if state is None or state in ENDED else job
+    return None if state is None or state in ENDED else submitit.SlurmJob(mark.get("logs", logs), job)
 
 
 def report(configs: list[TrainConfig], folder: Path, command: str) -> None:
@@ -110,7 +112,7 @@ def send(cluster: Any, todo: list[TrainConfig], command: str) -> list[Any]:
     for job, config in zip(jobs, todo, strict=True):
         folder = run_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / MARK, json.dumps({cluster.executor: job.job_id}).encode())
+        write_atomic(folder / MARK, json.dumps({cluster.executor: job.job_id, "logs": str(logs)}).encode())
         print(f"job {job.job_id}: {folder}")
     first = jobs[0]
     if cluster.executor != "debug":
@@ -151,7 +153,6 @@ def _installed() -> None:
 
 def run() -> None:
     """What ``main`` guards."""
-    import submitit
     from _cluster import read_cluster
     from _follow import wait
 
@@ -163,11 +164,11 @@ def run() -> None:
     command = command_line("launch/submit.py")
     todo, begun = [config for config in configs if not finished(config)], []
     for config in list(todo):
-        job = under_way(config)
+        job = under_way(config, Path(cluster.folder).expanduser().absolute())
         if job is not None:
             todo.remove(config)
-            begun.append(job)
-            print(f"job {job}: {run_folder(config)}, already under way")
+            begun += [job] if cluster.executor == "slurm" else []
+            print(f"job {job.job_id}: {run_folder(config)}, already under way", flush=True)
     print(f"{len(configs)} runs: {len(todo)} to submit, {sum(map(finished, configs))} finished")
     cluster.wait = cluster.wait or "--wait" in sys.argv or cluster.executor != "slurm"
     size = len(todo) if cluster.executor == "slurm" else cluster.concurrent
@@ -177,10 +178,10 @@ def run() -> None:
         if cluster.executor == "debug":
             ends += map(in_process, jobs)
         elif cluster.wait:
-            ends += wait(jobs, lambda text: print(text, flush=True))
-    if cluster.wait and begun:
-        logs = Path(cluster.folder).expanduser().absolute()
-        ends += wait([submitit.SlurmJob(logs, job) for job in begun], lambda text: print(text, flush=True))
+            ends += wait([*jobs, *begun], lambda text: print(text, flush=True))
+            begun = []
+    if begun and cluster.wait:
+        ends += wait(begun, lambda text: print(text, flush=True))
     if todo and not cluster.wait:
         return
     for _, error in ends:

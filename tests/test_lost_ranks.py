@@ -185,12 +185,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         out.open("w") as said, err.open("w") as wrong,
         subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=said, stderr=wrong) as process,
     ):  # fmt: skip
-        if name == "SIGSTOP":
-            while process.poll() is None and "error: " not in err.read_text():
-                time.sleep(0.2)
-            assert (tmp_path / "given").exists(), err.read_text()[-3000:]
-            os.kill(int((tmp_path / "given").read_text()), signal.SIGKILL)  # torchrun would wait for it, half a minute
-        process.wait(300)
+        try:
+            if name == "SIGSTOP":
+                until = time.monotonic() + 240
+                while process.poll() is None and "error: " not in err.read_text() and time.monotonic() < until:
+                    time.sleep(0.2)
+                assert "error: " in err.read_text(), "nobody said anything"
+                os.kill(int((tmp_path / "given").read_text()), signal.SIGKILL)  # or torchrun waits half a minute for it
+            process.wait(300)
+        finally:
+            process.kill()
     assert (tmp_path / "given").exists()
     return subprocess.CompletedProcess(command, process.returncode, out.read_text(), err.read_text())
 

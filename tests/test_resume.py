@@ -102,7 +102,7 @@ def test_checkpoints_come_by_steps_and_the_newest_and_the_best_are_kept(tmp_path
 def test_a_signal_at_an_epochs_end_saves_first_and_what_goes_on_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation may take longer than what ends the run waits."""
+    """An evaluation may take longer than what ends the run waits; and what goes on may be killed in its turn."""
     whole = train(config(tmp_path / "whole"), silent)["runs"][0]
     calls = 0
 
@@ -111,6 +111,8 @@ def test_a_signal_at_an_epochs_end_saves_first_and_what_goes_on_measures(
         calls += 1
         if calls == 11:  # of 6 in an epoch: the next one learns of it
             os.kill(os.getpid(), signal.SIGTERM)
+        if calls == 13:
+            raise MemoryError("killed")
         return updated(self, *arguments)
 
     updated = Learner.update
@@ -120,8 +122,11 @@ def test_a_signal_at_an_epochs_end_saves_first_and_what_goes_on_measures(
         train(options, silent)
     progress = read_manifest(complete(tmp_path / "run/checkpoints")[-1])["progress"]
     assert [point["step"] for point in progress["curve"]] == [0, 6]
+    with pytest.raises(MemoryError):
+        train(options, silent)
     again = train(options, silent)["runs"][0]
     assert again["curve"] == whole["curve"]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert again["best"] == whole["best"]
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 

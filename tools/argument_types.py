@@ -19,7 +19,7 @@ def ended(main: Callable[[], int | None]) -> NoReturn:
     except (MemoryError, RuntimeError) as problem:
         if not out_of_memory(problem):
             raise
-        print(f"error: expected more memory, found: {str(problem).splitlines()[0]}", file=sys.stderr)
+        print(f"error: expected more memory, found: {(str(problem) or 'MemoryError').splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
 
 

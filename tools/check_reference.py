@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from argument_types import ended, new_file
 from reference_alignment import STRIDES, Arrays, CaseError, check_alignment, load, read, tensor

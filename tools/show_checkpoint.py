@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from argument_types import ended, new_file
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best or a step (default: last)")
     parser.add_argument("--export", type=new_file, metavar="FILE.safetensors", help="write the weights and norms here")
     parser.add_argument("--export-universal", type=Path, metavar="FOLDER", help="weights and optimizer for DeepSpeed")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
     options = parser.parse_args(arguments)
     try:
         whole = (options.run / checkpoint.MANIFEST).is_file()
