@@ -25,16 +25,16 @@ STAGES = [f"zero{stage}" for stage in range(4)]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
     """The rows of tests/distributed_cases.py for a number of ranks, made once."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[tuple[int, tuple[str, ...]], list[dict[str, Any]]] = {}
     folder = tmp_path_factory.mktemp("rows")
 
     def of(ranks: int, *options: str) -> list[dict[str, Any]]:
-        if ranks not in found:
+        if (ranks, options) not in found:
             path = folder / f"{ranks}.json"
             done = finished(torchrun(ranks, "tests/distributed_cases.py", str(path), *options), 3000)
             assert done.returncode == 0, done.stderr[-5000:]
-            found[ranks] = json.loads(path.read_text())
-        return found[ranks]
+            found[ranks, options] = json.loads(path.read_text())
+        return found[ranks, options]
 
     return of
 
@@ -64,8 +64,9 @@ def test_every_rule_net_and_stage_trains_to_the_local_engines_result(ranks: int,
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_the_whole_table_trains_to_the_local_engines_result(rows: Callable[..., Any]) -> None:
-    found = rows(3, "--all")
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_whole_table_trains_to_the_local_engines_result(ranks: int, rows: Callable[..., Any]) -> None:
+    found = rows(ranks, "--all")
     assert len(found) == 5 * 3 * len(RULE_NAMES) * len(STAGES)
     check_equal(found)
 
