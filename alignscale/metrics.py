@@ -171,6 +171,6 @@ def _rows(path: Path, last: int, measured: Sequence[int]) -> str:
         except ValueError:
             continue
         known = isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= last
-        if known and (row["kind"] != "epoch" or row["step"] in measured):
+        if known and (row.get("kind") != "epoch" or row["step"] in measured):
             kept.append(line + "\n")
     return "".join(kept)
