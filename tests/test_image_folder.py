@@ -68,6 +68,11 @@ def test_val_stands_in_for_test(tmp_path: Path) -> None:
     assert folder(tmp_path)["test"].shard == "imagefolder-test"
 
 
+def test_one_class_alone_is_named(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, classes=1)
+    assert f"{tmp_path / 'train'}: expected at least two class folders, found " in error_of(lambda: folder(tmp_path))
+
+
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     assert f"expected a folder {tmp_path / 'train'}, found none" in error_of(lambda: folder(tmp_path))
     write_image_folder(tmp_path, names="train")

@@ -23,6 +23,7 @@ from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.learner import Learner
 from alignscale.prepare import prepare
 from alignscale.train import train
+from tools import show_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -251,3 +252,14 @@ def test_the_message_of_a_stop_leaves_resume_never_out(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted, match="the same command, without resume=never, goes on from it"):
         train(config(tmp_path / "run", resume="never"), interrupt)
+
+
+def test_every_file_of_a_checkpoint_is_checked_where_it_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(tmp_path / "run", epochs=1, analysis=AnalysisConfig(track_errors=True)), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1] / "errors.safetensors"
+    assert show_checkpoint.main([str(tmp_path / "run")]) == 0
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert show_checkpoint.main([str(tmp_path / "run")]) == 2
+    assert "errors.safetensors: expected SHA-256" in capsys.readouterr().err
