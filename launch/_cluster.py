@@ -72,6 +72,11 @@ class ClusterConfig:
     wait: bool = False
 
     @property
+    def logs(self) -> Path:
+        """``folder``, from wherever it is looked for."""
+        return Path(self.folder).expanduser().absolute()
+
+    @property
     def tasks(self) -> int:
         """Ranks on each node."""
         return self.tasks_per_node or self.gpus_per_node or 1

@@ -14,12 +14,20 @@ def mark_of_launch() -> Path | None:
     return Path(error).parents[2] / "final" if error and error != os.devnull else None
 
 
+def note_final(status: int) -> None:
+    """Have ranks that torchrun starts again end at once with ``status``."""
+    if mark := mark_of_launch():
+        with suppress(OSError):  # torchrun then starts the ranks again, as it would have
+            partial = mark.with_name(f".final-{os.getpid()}")
+            partial.write_text(str(status))
+            partial.rename(mark)
+
+
 def end_for_good(signum: int, frame: FrameType | None) -> None:
     """End a rank by SIGUSR2 as it ends one that trains: as it is, torchrun takes it for one that was lost."""
-    with suppress(OSError):  # torchrun then starts the ranks again, as it would have
-        if mark := mark_of_launch():
-            mark.write_text("140")
-        if os.environ.get("RANK") == "0":
+    note_final(140)
+    if os.environ.get("RANK") == "0":
+        with suppress(OSError):  # whoever read it has ended
             os.write(2, b"stopped by signal 12 before training\n")
     os._exit(140)
 

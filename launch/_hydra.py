@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _early import mark_of_launch
+from _early import mark_of_launch, note_final
 
 if not all(map(importlib.util.find_spec, ("hydra", "torch"))):
     sys.stderr.write(
@@ -39,7 +39,6 @@ from alignscale.choices import ConfigError
 from alignscale.data.examples import DataError
 from alignscale.distributed import Ranks, launched, outlive_first
 from alignscale.environment import out_of_memory
-from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.jacobian.files import CacheError
 from alignscale.liveness import RankError, leave
@@ -199,10 +198,9 @@ def guarded(work: Callable[[], object]) -> None:
 
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
     """Print the one line of a command's end and return its status; of an error that all ranks have, on the first."""
-    ranks, mark, own = launched(), mark_of_launch(), getattr(problem, "of_one_rank", False)
-    if mark and status in FINAL and not own:
-        with suppress(OSError):  # torchrun then starts the ranks again, as it would have
-            write_atomic(mark, str(status).encode())
+    ranks, own = launched(), getattr(problem, "of_one_rank", False)
+    if status in FINAL and not own:
+        note_final(status)
     if ranks is not None and not FIRST and not own:
         if isinstance(problem, Interrupted):  # the first has saved with this one, and says so
             outlive_first(PATIENCE)

@@ -104,7 +104,7 @@ def send(cluster: Any, todo: list[TrainConfig], command: str) -> list[Any]:
     from _cluster import make_executor, submit
     from _job import Job
 
-    logs = Path(cluster.folder).expanduser().absolute()
+    logs = cluster.logs
     executor = make_executor(cluster, logs, todo[0].name)
     jobs = submit(
         executor, [Job(copy.deepcopy(one), command, cluster.requeues, cluster.stage, str(logs)) for one in todo]
@@ -164,7 +164,7 @@ def run() -> None:
     command = command_line("launch/submit.py")
     todo, begun = [config for config in configs if not finished(config)], []
     for config in list(todo):
-        job = under_way(config, Path(cluster.folder).expanduser().absolute())
+        job = under_way(config, cluster.logs)
         if job is not None:
             todo.remove(config)
             begun += [job] if cluster.executor == "slurm" else []
