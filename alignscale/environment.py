@@ -1,7 +1,9 @@
 """What a run ran on (versions, hardware, the state of the source), and torch's settings while it runs."""
 
 import ctypes
+import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -11,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignscale.choices import ConfigError
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
 PACKAGES = ("alignscale", "torch", "numpy", "hydra-core", "safetensors")
+SUMMED = {torch.float32, torch.bfloat16, torch.float16}
+"""What the GPU kernels read and write; they sum in fp32."""
 
 
 def versions() -> dict[str, str]:
@@ -75,6 +80,18 @@ def device_called(name: str) -> torch.device:
         found = str(problem).splitlines()[0]
         raise ConfigError(f"device={name}: expected auto or cpu, or a device of this machine, found: {found}") from None
     return torch.device(name)
+
+
+@functools.cache
+def gpu_kernels() -> Any:
+    """alignscale/kernels.py where there is Triton, else None."""
+    found = importlib.util.find_spec("triton")
+    return importlib.import_module("alignscale.kernels") if found else None
+
+
+def kernels_for(*tensors: Tensor) -> Any:
+    """``gpu_kernels`` where all tensors are on a GPU and in numbers that those read, else None."""
+    return gpu_kernels() if all(one.is_cuda and one.dtype in SUMMED for one in tensors) else None
 
 
 def out_of_memory(problem: BaseException) -> bool:

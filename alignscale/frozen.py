@@ -41,7 +41,8 @@ def initial_weight(net: Network, seed: int, index: int, stream: Stream = Stream.
     """The initial weight of layer ``index``, or random numbers of that shape and scale from another stream or draw."""
     layer, weight = net.layers[index], net.layers[index].held[0]
     numbers = _own(layer.share, seed, stream, index, layer.whole, draw, weight.device)
-    return numbers.to(weight.dtype).mul_(layer.initial_std)
+    numbers = numbers.to(weight.dtype)
+    return numbers if layer.initial_std == 1.0 else numbers.mul_(layer.initial_std)
 
 
 def _own(

@@ -13,6 +13,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from alignscale.environment import gpu_kernels
+
 VERSION = 1
 """Of the generator: part of an initial network's fingerprint. Numbers never change within a version."""
 
@@ -82,6 +84,10 @@ def normal(
     first, last = start * width, max(stop, start) * width
     device = torch.device(device)
     table = quantiles(device)
+    if table.is_cuda and gpu_kernels():
+        own = (max(stop - start, 0), *shape[1:])
+        found: Tensor = gpu_kernels().normal(table[len(table) // 2 :], seed, int(stream), layer, draw, first, own)
+        return found
     pieces = []
     begin = first // _PER_BLOCK
     end = -(-last // _PER_BLOCK)

@@ -20,7 +20,7 @@ SOURCES = [*PACKAGE, *(REPOSITORY / "launch").rglob("*.py"), *(REPOSITORY / "too
 LAYERS = [
     {
         *("choices", "choices_data", "choices_schedule", "config", "conflicts", "validation"),
-        *("types", "environment", "files", "results"),
+        *("types", "environment", "files", "kernels", "results"),
     },
     {
         "analysis",
@@ -58,7 +58,7 @@ OWNERS = {
     "omegaconf": ("launch/",),
     "simplejpeg": ("alignscale/data/decode.py", "tools/"),
     "submitit": ("launch/",),
-    "triton": ("alignscale/nets/kernels.py",),
+    "triton": ("alignscale/kernels.py",),
     "torchvision": ("alignscale/data/torchvision.py", "tools/"),
     "urllib3": ("alignscale/data/remote.py",),
     "webdataset": ("alignscale/data/webdataset.py", "tools/"),

@@ -120,7 +120,7 @@ check_cost() { # says what will be downloaded and installed, in MB, and stops if
         default) download=2850 installed=5300 build="torch's default build, with CUDA" ;;
         installed) download=0 installed=0 build="torch is here already" ;;
     esac
-    [ -z "$extras" ] || { download=$((download + 235)) installed=$((installed + 870)); }
+    [ -z "$extras" ] || { download=$((download + 425)) installed=$((installed + 1560)); }
     say "installing alignscale${extras:+ with the extras$extras}, versions from constraints.txt"
     say "about $download MB to download, less what pip has cached, and $installed MB on disk ($build)"
     [ "$(free_mb .)" -ge "$installed" ] ||

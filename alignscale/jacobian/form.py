@@ -12,9 +12,9 @@ from torch import Tensor
 
 from alignscale.choices import ConfigError
 from alignscale.config import JacobianConfig
+from alignscale.environment import gpu_kernels
 from alignscale.jacobian.explicit import encoded
 from alignscale.jacobian.gates import pack, unpack
-from alignscale.nets.activations import gpu_kernels
 from alignscale.nets.network import Network
 from alignscale.types import Cached, Jacobian, Trace
 

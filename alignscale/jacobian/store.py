@@ -133,12 +133,18 @@ class Store:
                 raise CacheError(f"the cache lacks examples of {shard} in view {batch.view}; {made()}")
             at[own] = self.starts[place] + found
         result: Rows = {}
+        places = torch.from_numpy(at).to(self.device) if self.pinned else None  # once for all tables that are there
         for name, table in self.tables.items():
-            result[name] = table if self.stays and name.startswith(EXPLICIT) else _take(table, at, self.pinned)
+            if self.stays and name.startswith(EXPLICIT):
+                result[name] = table
+            elif table.is_cuda:
+                result[name] = table.view(INTS[table.dtype.itemsize])[places].view(table.dtype)
+            else:
+                result[name] = _take(table, at, self.pinned)
         if any(self.files.values()):
             result |= self._from_disk(at)
         if self.stays:
-            result["at"] = torch.from_numpy(at)
+            result["at"] = torch.from_numpy(at) if places is None else places
         return result
 
     def _from_disk(self, at: np.ndarray[Any, Any]) -> Rows:
@@ -203,13 +209,11 @@ def _matching(path: Path, rows: Tensor, sums: Tensor, wanted: tuple[Tensor, Tens
 
 
 def _take(tensor: Tensor, at: np.ndarray[Any, Any], pinned: bool = False) -> Tensor:
-    """The rows ``at`` of a tensor. On the CPU numpy's, which takes one thread from the step beside it, not all.
+    """The rows ``at`` of a tensor on the CPU: numpy's, which takes one thread from the step beside it, not all.
 
     pinned: a GPU makes the step, so all threads are free, and the rows go to memory that it reads by itself.
     """
     plain = tensor.view(INTS[tensor.dtype.itemsize])
-    if tensor.device.type != "cpu":
-        return plain[torch.from_numpy(at).to(tensor.device)].view(tensor.dtype)
     if pinned:
         rows = torch.empty(len(at), *plain.shape[1:], dtype=plain.dtype, pin_memory=True)
         return torch.index_select(plain, 0, torch.from_numpy(at), out=rows).view(tensor.dtype)

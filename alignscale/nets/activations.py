@@ -6,15 +6,14 @@ The residue is the cheapest tensor that determines the gate. relu's gate is any 
 is open, so its own output serves, and so do unpacked bits; the other gates are the derivative itself.
 """
 
-import functools
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from alignscale.environment import gpu_kernels
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,6 @@ class Activation:
         return a, a if self.of_output else x
 
 
-@functools.cache
-def gpu_kernels() -> Any:
-    """alignscale/nets/kernels.py where there is Triton, else None."""
-    found = importlib.util.find_spec("triton")
-    return importlib.import_module("alignscale.nets.kernels") if found else None
-
-
 def _relu(x: Tensor) -> Tensor:
     return torch.relu(x) if torch.is_grad_enabled() else torch.relu_(x)
 
@@ -56,7 +48,8 @@ def _itself(residue: Tensor) -> Tensor:
 def _where_open(signal: Tensor, gate: Tensor) -> Tensor:
     """Signal where the gate is positive, else 0, in one pass: relu's derivative at 0 is 0. A GPU's gate may be bits."""
     if gate.dtype == torch.uint8:
-        return gpu_kernels().where_bit(signal, gate)
+        where_bit: Callable[[Tensor, Tensor], Tensor] = gpu_kernels().where_bit
+        return where_bit(signal, gate)
     return torch.ops.aten.threshold_backward(signal, gate, 0)
 
 

@@ -34,8 +34,9 @@ class LayeredNet(Network):
         inputs, residues, norms = [], [], []
         for index, norm in enumerate(self.norms):
             inputs.append(a)
-            x, state = norm(self.run_layer(index, a, parameters))
-            own, residue = self.activation.forward(x)
+            relu = self.rectifies and a.is_cuda
+            x, state = norm(self.run_layer(index, a, parameters, relu))
+            own, residue = (x, x) if relu else self.activation.forward(x)
             residues.append(residue)
             norms.append(state)
             a = (yield from self.width.gather(own)) if index + 1 < self.readout else (yield from _turn(own))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from alignscale.environment import gpu_kernels, kernels_for
 from alignscale.parallel import Share
 
 
@@ -78,13 +79,13 @@ class Layer(nn.Module, ABC):
         self.bias = nn.Parameter(torch.zeros(self.shape[0])) if bias else None
         self.held = (self.weight, self.bias)  # for who must not ask for them as attributes, which ZeRO 3 watches
 
-    def forward(self, a: Tensor) -> Tensor:
+    def forward(self, a: Tensor, relu: bool = False) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
-        return self.compute(a, self.weight, self.bias)
+        return self.compute(a, self.weight, self.bias, relu)
 
     @abstractmethod
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """scale * weight a + bias, for any weight of this layer's shape."""
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+        """scale * weight a + bias, for any weight of this layer's shape; relu: of it, on a GPU in the same pass."""
 
     @abstractmethod
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
@@ -115,10 +116,10 @@ class Linear(Layer):
 
     total: Callable[[Tensor], Tensor] | None = None
 
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
         """(..., in) -> (..., out)."""
         z = F.linear(a, weight.to(a.dtype))
-        return _scale_and_shift(z if self.total is None else self.total(z), self.scale, bias)
+        return _scale_and_shift(z if self.total is None else self.total(z), self.scale, bias, relu)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""
@@ -162,10 +163,10 @@ class Conv(Layer):
         sizes = zip(self.padded[1:], self.padding, strict=True)
         self.rest = [(size + 2 * side - 3) % self.stride for size, side in sizes]  # lines that no window reaches
 
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
         z = F.conv2d(laid_out(self._padded(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
-        return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None])
+        return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None], relu)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
@@ -198,7 +199,7 @@ class State(Layer):
         super().__init__((batch, units), False, 1.0, "ntk")
         self.scale, self.initial_std = 1.0, 0.0
 
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
         """The weight; of ``a`` only the dtype is read."""
         return weight.to(a.dtype)
 
@@ -224,13 +225,39 @@ class _Pad(torch.autograd.Function):
         return _resized(signal[0], [-n for n in ctx.sides]), None
 
 
+class _Rectified(torch.autograd.Function):
+    """relu(scale * z + bias) in one pass over z (B, units) or (B, C, H, W); bias (units,) or (C,)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        found: Tensor = gpu_kernels().rectified(z, scale, bias)
+        ctx.scale, ctx.biased = scale, bias is not None
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *signal: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        delta = torch.ops.aten.threshold_backward(signal[0], *ctx.saved_tensors, 0)
+        others = [axis for axis in range(delta.dim()) if axis != 1]
+        return _scaled(delta, ctx.scale), delta.sum(others) if ctx.biased else None, None
+
+
 def _resized(maps: Tensor, sides: Sequence[int]) -> Tensor:
     """Maps with columns (left, right) and rows (top, bottom) of 0 more, or fewer of their own."""
     together = 8 // maps.element_size()
     if not maps.is_cuda or maps.shape[1] % together:
         return F.pad(maps, sides)
     moved = laid_out(maps).permute(0, 2, 3, 1).view(torch.int64)  # so many channels in one move of a GPU's thread
-    return F.pad(moved, (0, 0, *sides)).view(maps.dtype).permute(0, 3, 1, 2)
+    if min(sides) < 0:
+        return F.pad(moved, (0, 0, *sides)).view(maps.dtype).permute(0, 3, 1, 2)
+    batch, height, width, groups = moved.shape
+    left, right, top, bottom = sides
+    padded = moved.new_empty(batch, top + height + bottom, left + width + right, groups)
+    for lines in (padded[:, :top], padded[:, top + height :], padded[:, :, :left], padded[:, :, left + width :]):
+        if lines.numel():
+            lines.zero_()
+    padded[:, top : top + height, left : left + width] = moved
+    return padded.view(maps.dtype).permute(0, 3, 1, 2)
 
 
 def laid_out(maps: Tensor) -> Tensor:
@@ -242,8 +269,13 @@ def _scaled(delta: Tensor, scale: Tensor | float) -> Tensor:
     return delta if isinstance(scale, float) and scale == 1.0 else delta * scale
 
 
-def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    return _scaled(z, scale) if bias is None else torch.add(bias.to(z.dtype), z, alpha=scale)
+def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None, relu: bool) -> Tensor:
+    bias = None if bias is None else bias.to(z.dtype)
+    if relu and kernels_for(z):
+        found: Tensor = _Rectified.apply(z, None if bias is None else bias.flatten(), scale)
+        return found
+    z = _scaled(z, scale) if bias is None else torch.add(bias, z, alpha=scale)
+    return torch.relu(z) if relu else z
 
 
 def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:

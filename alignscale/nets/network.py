@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from alignscale.choices import NetConfig
 from alignscale.distributed import Made
-from alignscale.nets.activations import ACTIVATIONS, gpu_kernels
+from alignscale.environment import kernels_for
+from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layers import Layer, Linear
 from alignscale.nets.norms import BatchNorm, Norm, make_norm
 from alignscale.parallel import ALL_UNITS, Share, Turns, Width, in_turn
@@ -27,8 +28,6 @@ NO_JACOBIANS: Jacobians = {}
 States = Sequence[NormState | None]
 WIDER = {torch.float8_e4m3fn: torch.bfloat16, torch.float16: torch.float32}
 """What values are widened to, exactly, where their own range is too narrow for weighted sums."""
-SUMMED = {torch.float32, torch.bfloat16, torch.float16}
-"""What a GPU's kernel sums in fp32."""
 Deltas = list[Tensor | None]
 """Per layer: delta at its output, after its norm (B, *outputs); None for a layer that does not learn."""
 
@@ -40,10 +39,11 @@ def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
     """
     values, scale, rows = jacobian
     classes, site = values.shape[1], values.shape[2:]
-    if values.is_cuda and {values.dtype, error.dtype} <= SUMMED and gpu_kernels():
+    if kernels := kernels_for(values, error):
         rows = torch.arange(len(error), device=error.device) if rows is None else rows
         weights = error if scale is None else error * scale[rows]
-        return gpu_kernels().weighted_rows(values, weights, rows, error.dtype)
+        found: Tensor = kernels.weighted_rows(values, weights, rows, error.dtype)
+        return found
     if values.dtype in WIDER:
         values = values if rows is None else values.view(torch.uint8)[rows].view(values.dtype)
         scale = scale if rows is None or scale is None else scale[rows]
@@ -116,6 +116,7 @@ class Network(nn.Module, ABC):
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
         self.activation = ACTIVATIONS[config.activation]
+        self.rectifies = config.norm == "none" and config.activation == "relu"  # a GPU's layers, with their bias
         self.public = config.blocks == "public"  # whether ``local_gates`` are wanted
         self.current: Parameters = lambda index: self.layers[index].held  # an engine may fetch them from other ranks
 
@@ -241,6 +242,10 @@ class Network(nn.Module, ABC):
         deltas[self.readout] = error
         return deltas
 
-    def run_layer(self, index: int, a: Tensor, parameters: Parameters | None) -> Tensor:
-        """Layer ``index`` under its own weight (a module call, so that an engine's hooks see it) or under another."""
-        return self.layers[index](a) if parameters is None else self.layers[index].compute(a, *parameters(index))
+    def run_layer(self, index: int, a: Tensor, parameters: Parameters | None, relu: bool = False) -> Tensor:
+        """Layer ``index`` under its own weight (a module call, so that an engine's hooks see it) or under another.
+
+        relu: of its output, see Layer.compute.
+        """
+        layer = self.layers[index]
+        return layer(a, relu) if parameters is None else layer.compute(a, *parameters(index), relu)

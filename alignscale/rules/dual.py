@@ -38,7 +38,7 @@ class DualAlignZero(Rule):
         self.jacobians: list[Tensor] = []
         self.learned: list[Tensor] = []
         self.seen: Tensor | None = None
-        net.current = self.primal
+        net.current, net.rectifies = self.primal, False
         for index, layer in enumerate(net.layers):
             layer.register_forward_hook(lambda _, read, z, index=index: z + self._addition(index, read[0]))
 
