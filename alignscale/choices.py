@@ -173,6 +173,14 @@ class EngineConfig:
 
 
 @dataclass
+class LocalConfig(EngineConfig):
+    """One process. ``cuda_graph``: a GPU's step is recorded and replayed, which saves the time to start its kernels."""
+
+    name: str = "local"
+    cuda_graph: bool = True
+
+
+@dataclass
 class DeepSpeedConfig(EngineConfig):
     """DeepSpeed on any number of ranks.
 
@@ -190,6 +198,6 @@ class DeepSpeedConfig(EngineConfig):
 
 ENGINES: dict[str, EngineConfig] = {
     "auto": EngineConfig(),
-    "local": EngineConfig("local"),
+    "local": LocalConfig(),
     "deepspeed": DeepSpeedConfig(),
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignscale.checkpoint import Makers, Tensors
 from alignscale.choices import AdamConfig, ConfigError, OptimConfig, SGDConfig
+from alignscale.engine_graph import StepGraph
 from alignscale.rules import Rule
 from alignscale.types import Batch, StepOutput
 
@@ -104,17 +105,33 @@ class Engine(ABC):
 class LocalEngine(Engine):
     """One process, plain torch."""
 
-    def __init__(self, rule: Rule, optimizer: torch.optim.Optimizer, config: OptimConfig | None = None) -> None:
-        """The optimizer holds the parameters of ``rule``, at their start. config: clips and decays as it says."""
+    def __init__(
+        self, rule: Rule, optimizer: torch.optim.Optimizer, config: OptimConfig | None = None, cuda_graph: bool = False
+    ) -> None:
+        """The optimizer holds the parameters of ``rule``, at their start. config: clips and decays as it says.
+
+        cuda_graph: of weights on a GPU, steps are recorded and replayed.
+        """
         super().__init__(rule, rule, optimizer)
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.clip_norm = config.clip_norm if config else 0.0
         if config and config.weight_decay and config.decay_towards == "initial":
             pull_to_start(optimizer, self.parameters, config)
+        self.graph = StepGraph(rule, self.parameters) if cuda_graph else None
+        self.replayed = False
+
+    def __call__(self, batch: Batch) -> StepOutput:
+        """Run the rule on a batch."""
+        output = self.graph(batch) if self.graph else None
+        self.replayed = output is not None
+        return super().__call__(batch) if output is None else output
 
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
         """Add the update's gradient to that of the parameters."""
-        surrogate.backward()
+        if self.graph and self.replayed:
+            self.graph.add_gradients()
+        else:
+            surrogate.backward()
 
     def step(self, lr: float | None = None) -> None:
         """Apply the update, with learning rate ``lr`` if one is given, and forget the gradient."""

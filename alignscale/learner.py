@@ -26,6 +26,7 @@ from alignscale.choices import (
     DataConfig,
     DeepSpeedConfig,
     EngineConfig,
+    LocalConfig,
     LossConfig,
     NetConfig,
     OptimConfig,
@@ -143,7 +144,8 @@ class Learner:
             from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
 
             return DeepSpeedEngine(self.rule, optim, config, self.mesh)
-        return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim)
+        graph = isinstance(config, LocalConfig) and config.cuda_graph and self.encoding.device.type == "cuda"
+        return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim, graph)
 
     def calibrate(self, images: Tensor) -> None:
         """Set norms ``calibrated`` to the initial network's moments over ``images`` (N > 1, *shape); or ConfigError."""

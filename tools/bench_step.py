@@ -33,7 +33,7 @@ from cached_step import build_ratio, cached_step
 from plain_step import plain_step
 from step_work import Contender, clocked, measure, operations, peak_rate
 
-from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.choices import NETS, ConfigError, ConvConfig, LocalConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.config import JACOBIANS
 from alignscale.distributed import joined
 from alignscale.environment import device_called, hardware, keep_freed_memory
@@ -127,7 +127,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if config.norm == "batch" and set(arguments.jacobian) - {"live"}:
         raise ConfigError(f"--jacobian {','.join(arguments.jacobian)}: expected --norm none, found norm batch")
     wanted = ["backprop", *[rule for rule in arguments.rules if rule != "backprop"]]
-    fused = not arguments.unfused
+    fused, engine = not arguments.unfused, LocalConfig(cuda_graph=not arguments.no_graph)
     plain = plain_step(config, batch, arguments.classes, fused, dtype)
     steps: dict[Contender, Callable[[], None]] = {("plain", None, None): plain}
     frozen: dict[Contender, float] = {}
@@ -140,7 +140,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 if form in (None, "live"):
                     learner = Learner(
                         config, shape, arguments.classes, rule, SGDConfig(lr=1e-3), device=device,
-                        precision=arguments.precision,
+                        precision=arguments.precision, frozen_weights=arguments.frozen, engine=engine,
                     )  # fmt: skip
                     steps[rule, form, None] = rule_step(learner, batch, fused)
                     if form == "live":
@@ -151,7 +151,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 for tier in arguments.tier:
                     how = (form, arguments.dtype, tier, batch, arguments.classes, held, fused, arguments.precision)
-                    steps[rule, form, tier], cache = cached_step(config, rule, *how)
+                    steps[rule, form, tier], cache = cached_step(config, rule, *how, engine=engine)
                     predicted |= predictions(cache, rule, form, tier)
                     built[rule, form, tier] = build_ratio(cache, batch, BUILDS)
         seconds = measure(steps, arguments.repeats, device)
@@ -251,6 +251,8 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the computation")
     parser.add_argument("--norm", choices=("none", "batch"), help="by default the net's own")
     parser.add_argument("--unfused", action="store_true", help="torch's plain SGD in place of its fused one, for all")
+    parser.add_argument("--no-graph", action="store_true", help="a GPU's steps as they are, not recorded and replayed")
+    parser.add_argument("--frozen", choices=("stored", "regenerated"), default="stored", help="initial weights of live")
     parser.add_argument("--threads", type=positive, help="by default torch's own number")
     parser.add_argument("--repeats", type=positive, default=15, help="rounds; a round runs every contender once")
     parser.add_argument(

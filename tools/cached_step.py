@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from step_work import clocked
 
-from alignscale.choices import DataConfig, MSEConfig, NetConfig, SGDConfig
+from alignscale.choices import ENGINES, DataConfig, EngineConfig, MSEConfig, NetConfig, SGDConfig
 from alignscale.config import JACOBIANS, CalibrationConfig, TrainConfig
 from alignscale.data.examples import Examples
 from alignscale.jacobian.build import chunks
@@ -29,7 +29,7 @@ ORDERS = 4
 
 def cached_step(
     config: NetConfig, rule: str, form: str, dtype: str, tier: str, batch: Batch, classes: int, held: ExitStack,
-    fused: bool, precision: str = "fp32", lr: float = 1e-3,
+    fused: bool, precision: str = "fp32", lr: float = 1e-3, engine: EngineConfig = ENGINES["local"],
 ) -> tuple[Callable[[], None], Cache]:  # fmt: skip
     """One step, and the cache. held: is given the cache's folder, which ends with it."""
     folder = held.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
@@ -43,8 +43,9 @@ def cached_step(
     images = torch.rand(count, *batch.images.shape[1:], generator=generator)
     train = Examples.whole(images, torch.arange(count) % classes, classes, "bench")
     learner = Learner(
-        config, train.shape, classes, options.rule, options.optim, precision=precision, device=batch.images.device
-    )
+        config, train.shape, classes, options.rule, options.optim, precision=precision, device=batch.images.device,
+        engine=engine,
+    )  # fmt: skip
     for group in learner.engine.optimizer.param_groups:
         group["fused"] = fused
     cache = cache_of(options, learner, train)

@@ -1,13 +1,15 @@
 """Check that a device computes what the CPU computes in float64, before a long run is trusted to it.
 
-The initial weights bit by bit; one update of every rule, network and norm in fp32; in half precision the cosine with
-fp32's update at the ImageNet recipe's scale (batch 100, 1000 classes); training from caches in every form and tier.
+The initial weights bit by bit; one update of every rule, network and norm in fp32, and some steps of training, which a
+GPU records and replays; in half precision the cosine with fp32's update at the ImageNet recipe's scale (batch 100, 1000
+classes); training from caches in every form and tier.
 
     python tools/check_device.py --device cuda
 """
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from argument_types import ended, names
 from cached_step import cached_step
 
-from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig
+from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig, SGDConfig
+from alignscale.engine import LocalEngine
 from alignscale.environment import device_called
 from alignscale.initial import Stream, normal
 from alignscale.learner import PRECISIONS, Learner
@@ -30,9 +33,13 @@ from alignscale.rules import RULES
 from alignscale.types import Batch
 
 CPU = torch.device("cpu")
-GROUPS = ("initial", "update", "half", "cache")
+GROUPS = ("initial", "update", "steps", "half", "cache")
 EXACT = 1e-4
 """Distance to float64 that sums in fp32 may have."""
+AFTER_STEPS, RATE = 5e-3, 1e-2
+"""The same after some steps, and their learning rate."""
+PARTS = [(24,)] * 5 + [(11,), (24,), (24, 24), (24,), (7,), (7, 7)] + [(7,)] * 3 + [(24,)] * 3
+"""Examples of the parts of each step's batch: long enough alike to be recorded, and with others in between."""
 COSINES = {"fp16": 0.999, "bf16": 0.99}
 CACHES = [("gates", "fp32", 1e-3), ("explicit", "fp32", 1e-3), ("explicit", "fp16", 2e-3), ("explicit", "bf16", 2e-2),
           ("explicit", "fp8", 0.1)]  # fmt: skip
@@ -50,14 +57,14 @@ def without_tf32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def batch_for(learner: Learner, examples: int) -> Batch:
-    """The same random examples on every device."""
-    generator = torch.Generator().manual_seed(0)
+def batch_for(learner: Learner, examples: int, seed: int = 0, size: int = 0) -> Batch:
+    """The same random examples on every device; size: of the batch that they are a part of."""
+    generator = torch.Generator().manual_seed(seed)
     images = torch.rand(examples, *learner.shape, generator=generator)
     labels = torch.randint(learner.classes, (examples,), generator=generator)
     encoding = learner.encoding
     targets = encoding.loss.targets(labels.to(encoding.device), learner.classes, encoding.master)
-    return Batch(encoding.images(images), targets, [], examples)
+    return Batch(encoding.images(images), targets, [], size or examples, seed)
 
 
 def update(
@@ -86,16 +93,46 @@ def initial(device: torch.device, rules: list[str]) -> Iterator[Finding]:
         yield f"{stream.name.lower()}, rows {rows}", float((there.cpu() != here).sum()), 0.5, True
 
 
+def small_nets() -> list[NetConfig]:
+    """Every kind of network, with every norm."""
+    nets: list[NetConfig] = [MLPConfig(width=40, depth=3), ConvConfig(width=12), RNNConfig(width=24)]
+    nets.append(replace(NETS["conv7"], width=8))
+    return [replace(net, norm=norm) for net in nets for norm in ("none", "batch", "calibrated")]
+
+
 def updates(device: torch.device, rules: list[str]) -> Iterator[Finding]:
     """Every rule, network and norm beside float64 on the CPU."""
-    small: list[NetConfig] = [MLPConfig(width=40, depth=3), ConvConfig(width=12), RNNConfig(width=24)]
-    small.append(replace(NETS["conv7"], width=8))
-    for config, norm, rule in itertools.product(small, ("none", "batch", "calibrated"), rules):
-        net = replace(config, norm=norm)
+    for net, rule in itertools.product(small_nets(), rules):
         found, reference = (
             update(net, rule, precision, one, (2, 11, 10)) for precision, one in (("fp32", device), ("fp64", CPU))
         )
-        yield f"{rule}, {net.name}, norm {norm}", distance(found, reference), EXACT, True
+        yield f"{rule}, {net.name}, norm {net.norm}", distance(found, reference), EXACT, True
+
+
+def steps(device: torch.device, rules: list[str]) -> Iterator[Finding]:
+    """Some steps of every rule, network and norm beside as many in float64 on the CPU."""
+    for net, rule in itertools.product(small_nets(), rules):
+        found, reference = (
+            after_steps(net, rule, precision, one) for precision, one in (("fp32", device), ("fp64", CPU))
+        )
+        yield f"{rule}, {net.name}, norm {net.norm}", distance(found, reference), AFTER_STEPS, True
+
+
+def after_steps(net: NetConfig, rule: str, precision: str, device: torch.device) -> Tensor:
+    """How the steps of PARTS change the weights, (parameters,) float64 on the CPU; not a number if none is recorded."""
+    learner = Learner(
+        net, (2, 11, 10), 10, rule, SGDConfig(lr=RATE, momentum=0.9), precision=precision, device=device,
+        frozen_weights="regenerated",
+    )  # fmt: skip
+    if net.norm == "calibrated":
+        learner.calibrate_on(batch_for(learner, 24).images)
+    before = [one.detach().clone() for one in learner.rule.trained()]
+    for step, parts in enumerate(PARTS):
+        learner.update([batch_for(learner, part, step + 100 * at, sum(parts)) for at, part in enumerate(parts)], RATE)
+    pairs = zip(learner.rule.trained(), before, strict=True)
+    change = torch.cat([(now.detach() - start).flatten().double().cpu() for now, start in pairs])
+    graph = learner.engine.graph if isinstance(learner.engine, LocalEngine) else None
+    return change * math.nan if graph and not graph.recorded else change
 
 
 def halves(device: torch.device, rules: list[str]) -> Iterator[Finding]:
@@ -137,7 +174,7 @@ def trained(
 
 
 CHECKS: dict[str, Callable[[torch.device, list[str]], Iterator[Finding]]] = dict(
-    zip(GROUPS, (initial, updates, halves, caches), strict=True)
+    zip(GROUPS, (initial, updates, steps, halves, caches), strict=True)
 )
 
 

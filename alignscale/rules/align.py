@@ -15,7 +15,7 @@ from alignscale.types import Batch, Trace
 class AlignAda(LocalRule):
     """Initial gates and transposed weights, current layer inputs."""
 
-    reads_jacobian = True
+    replayable = reads_jacobian = True
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """Deltas of the initial network meet the current layer inputs, through the current norms."""
@@ -29,7 +29,7 @@ class AlignZero(LocalRule):
     """Initial gates, transposed weights and layer inputs: only the error is the current network's."""
 
     reads_trace = False
-    reads_jacobian = reads_inputs = True
+    replayable = reads_jacobian = reads_inputs = True
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """Everything but the error comes from the initial network."""
@@ -44,6 +44,8 @@ class AlignZero(LocalRule):
 @register("align_prop")
 class AlignProp(LocalRule):
     """Initial transposed weights, current gates and layer inputs: feedback alignment whose feedback is the start."""
+
+    replayable = True
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """The current network's pullback, with the initial weights transposed."""

@@ -20,6 +20,8 @@ from alignscale.types import Batch, Parameters, StepOutput, Trace
 class Backprop(Rule):
     """The surrogate is the loss itself; in half precision that of a scaled error, and gradients are scaled back."""
 
+    replayable = True
+
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Hooks on the parameters scale their gradients back."""
         super().__init__(net, fixed, config, loss)

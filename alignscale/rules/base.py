@@ -31,6 +31,13 @@ class Rule(nn.Module, ABC):
     reads_inputs: ClassVar[bool] = False
     """Whether it uses the layer inputs in ``batch.cached`` too."""
 
+    replayable: bool = False
+    """Whether ``learn`` runs the same kernels on every batch of a kind, so that a GPU may record and replay them.
+
+    It may then depend on the batch's tensors and ``size``, on weights and on what never changes, and on nothing else:
+    not on ``batch.step``, and on no number that Python reads from a tensor.
+    """
+
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Fixed: the initial network and the random feedback."""
         super().__init__()

@@ -22,6 +22,8 @@ MAGNITUDES = ("uniform", "fixed", "batchwise")
 class FeedbackAlignment(LocalRule):
     """Current gates and layer inputs; fixed random weights in place of the transposed ones, layer by layer."""
 
+    replayable = True
+
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """The current network's pullback, with the random weights transposed."""
         return trace, self.net.pullback(error, self.net.gates(trace), trace.norms, self.fixed.feedback)
@@ -30,6 +32,8 @@ class FeedbackAlignment(LocalRule):
 @register("direct_feedback_alignment")
 class DirectFeedbackAlignment(LocalRule):
     """At every hidden site the signal is B e, B fixed and random; the readout learns by its true gradient."""
+
+    replayable = True
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """Delta = gate * (B e), in the shape of the site."""
@@ -65,6 +69,7 @@ class SignSymmetric(LocalRule):
             found = getattr(config, "magnitude", "(absent)")
             raise ConfigError(f"rule.magnitude={found}: expected one of {', '.join(MAGNITUDES)}")
         self.magnitude = config.magnitude
+        self.replayable = config.magnitude != "batchwise"
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """The current network's pullback, with the signed magnitudes transposed."""

@@ -11,6 +11,7 @@ from alignscale.types import Batch, Trace
 class ReadoutOnly(LocalRule):
     """The error meets the readout's input; no other layer has a delta."""
 
+    replayable = True
     trains_hidden = False
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:

@@ -1,0 +1,130 @@
+"""A step on a GPU as a CUDA graph: recorded once, then replayed with one call where each kernel had one of its own.
+
+It stands alone because all that it knows of a rule is that it is ``replayable``. A step of a small network is over
+before Python has started its kernels; replayed, it takes the time that they take.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from alignscale.rules import Rule
+from alignscale.types import Batch, Cached, Jacobian, StepOutput
+
+WARM_UP = 2
+"""Batches of a kind in a row that are trained on before one is recorded: fastest convolutions are looked for, kernels
+compiled and fixed weights made, and a last and smaller batch of an epoch is never recorded."""
+
+
+class StepGraph:
+    """Forward pass, deltas and weight gradients of a rule, for one kind of batch at a time.
+
+    What a recorded step needs stays in the GPU's memory from then on.
+    """
+
+    def __init__(self, rule: Rule, parameters: list[nn.Parameter]) -> None:
+        """Parameters: that the rule trains."""
+        self.rule, self.parameters = rule, parameters
+        self.kind: object = None
+        self.seen = 0
+        self.recorded: _Recorded | None = None
+
+    def __call__(self, batch: Batch) -> StepOutput | None:
+        """A replayed step's output, whose gradients ``add_gradients`` gives; None where it has to be made as ever."""
+        if not self.rule.replayable or not self.rule.training or not torch.is_grad_enabled():
+            return None
+        kind = self._kind(batch)
+        if self.recorded is None or kind != self.recorded.kind:
+            self.seen = self.seen + 1 if kind == self.kind else 1
+            self.kind = kind
+            if self.seen <= WARM_UP:
+                return None
+            self.recorded = None  # whose memory the next one may need
+            self.recorded = _Recorded(self.rule, self.parameters, batch, kind)
+        return self.recorded.replay(batch)
+
+    def add_gradients(self) -> None:
+        """Add those of the last replay to the parameters', as a backward pass does."""
+        assert self.recorded is not None
+        for parameter, own in zip(self.parameters, self.recorded.gradients, strict=True):
+            if own is not None:
+                parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
+
+    def _kind(self, batch: Batch) -> object:
+        """What a recorded step depends on, but for the numbers in ``_moving``."""
+        moving = [(one.shape, one.dtype) for one in _moving(batch)]
+        jacobians = batch.cached.jacobians.values() if batch.cached else ()
+        staying = [one.values.data_ptr() for one in jacobians if one.rows is not None]
+        return batch.size, moving, staying, [one.data_ptr() for one in self.parameters]
+
+
+class _Recorded:
+    """A step, with a batch of its own that each batch is copied into."""
+
+    def __init__(self, rule: Rule, parameters: list[nn.Parameter], batch: Batch, kind: object) -> None:
+        self.rule, self.parameters, self.kind = rule, parameters, kind
+        self.batch = _copy(batch)
+        before = [parameter.grad for parameter in parameters]  # of earlier parts of the batch
+        aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # once more: what autograd keeps of a stream must not be the current one's
+            self._made()
+        current.wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # a cache is read by another thread
+                self.output = self._made()
+        except RuntimeError as problem:
+            problem.add_note(
+                "a step could not be recorded as a CUDA graph; engine=local engine.cuda_graph=false makes none"
+            )
+            raise
+        self.gradients = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def replay(self, batch: Batch) -> StepOutput:
+        """The output for a batch; the gradients are where they always are."""
+        for own, one in zip(_moving(self.batch), _moving(batch), strict=True):
+            own.copy_(one, non_blocking=True)
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if gradient is not None and parameter.grad is gradient:  # an earlier part's, which would be written over
+                parameter.grad = gradient.clone()
+        self.graph.replay()
+        surrogate, loss, logits = self.output
+        return StepOutput(surrogate, loss.clone(), logits.clone())
+
+    def _made(self) -> StepOutput:
+        for parameter in self.parameters:
+            parameter.grad = None
+        surrogate, loss, logits = self.rule(self.batch)
+        surrogate.backward()
+        return StepOutput(surrogate.detach(), loss.detach(), logits.detach())
+
+
+def _moving(batch: Batch) -> Iterator[Tensor]:
+    """The tensors of a batch that are its own, in a fixed order."""
+    yield from (batch.images, batch.targets)
+    if batch.cached:
+        yield from (gate for _, gate in sorted(batch.cached.gates.items()))
+        for _, (values, scale, rows) in sorted(batch.cached.jacobians.items()):
+            yield from (one for one in ((values, scale) if rows is None else (rows,)) if one is not None)
+        yield from batch.cached.inputs or ()
+
+
+def _copy(batch: Batch) -> Batch:
+    """A batch with the same numbers in memory of its own; tables of more examples are not copied."""
+    cached = batch.cached
+    if cached:
+        jacobians = {
+            site: Jacobian(values.clone(), None if scale is None else scale.clone())
+            if rows is None
+            else Jacobian(values, scale, rows.clone())
+            for site, (values, scale, rows) in cached.jacobians.items()
+        }
+        gates = {site: gate.clone() for site, gate in cached.gates.items()}
+        inputs = None if cached.inputs is None else [one.clone() for one in cached.inputs]
+        cached = Cached(gates, jacobians, inputs)
+    return replace(batch, images=batch.images.clone(), targets=batch.targets.clone(), cached=cached)
