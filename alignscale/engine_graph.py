@@ -4,14 +4,14 @@ It stands alone because all that it knows of a rule is that it is ``replayable``
 before Python has started its kernels; replayed, it takes the time that they take.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignscale.rules import Rule
-from alignscale.types import Batch, Cached, Jacobian, StepOutput
+from alignscale.types import Batch, Bits, Cached, Jacobian, StepOutput
 
 WARM_UP = 2
 """Batches of a kind in a row that are trained on before one is recorded: fastest convolutions are looked for, kernels
@@ -57,6 +57,8 @@ class StepGraph:
         moving = [(one.shape, one.dtype) for one in _moving(batch)]
         jacobians = batch.cached.jacobians.values() if batch.cached else ()
         staying = [one.values.data_ptr() for one in jacobians if one.rows is not None]
+        gates = batch.cached.gates.values() if batch.cached else ()
+        staying += [one.packed.data_ptr() for one in gates if isinstance(one, Bits) and one.rows is not None]
         return batch.size, moving, staying, [one.data_ptr() for one in self.parameters]
 
 
@@ -104,27 +106,28 @@ class _Recorded:
         return StepOutput(surrogate.detach(), loss.detach(), logits.detach())
 
 
-def _moving(batch: Batch) -> Iterator[Tensor]:
-    """The tensors of a batch that are its own, in a fixed order."""
-    yield from (batch.images, batch.targets)
+def _moving(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch that are its own, each once, in a fixed order; tables of more examples are not."""
+    found: list[Tensor | None] = [batch.images, batch.targets]
     if batch.cached:
-        yield from (gate for _, gate in sorted(batch.cached.gates.items()))
-        for _, (values, scale, rows) in sorted(batch.cached.jacobians.items()):
-            yield from (one for one in ((values, scale) if rows is None else (rows,)) if one is not None)
-        yield from batch.cached.inputs or ()
+        for gate in batch.cached.gates.values():
+            found += [gate] if isinstance(gate, Tensor) else [gate.packed] if gate.rows is None else [gate.rows]
+        for values, scale, rows in batch.cached.jacobians.values():
+            found += [values, scale] if rows is None else [rows]
+        found += batch.cached.inputs or ()
+    return list({id(one): one for one in found if one is not None}.values())
 
 
 def _copy(batch: Batch) -> Batch:
     """A batch with the same numbers in memory of its own; tables of more examples are not copied."""
-    cached = batch.cached
-    if cached:
-        jacobians = {
-            site: Jacobian(values.clone(), None if scale is None else scale.clone())
-            if rows is None
-            else Jacobian(values, scale, rows.clone())
-            for site, (values, scale, rows) in cached.jacobians.items()
-        }
-        gates = {site: gate.clone() for site, gate in cached.gates.items()}
-        inputs = None if cached.inputs is None else [one.clone() for one in cached.inputs]
-        cached = Cached(gates, jacobians, inputs)
-    return replace(batch, images=batch.images.clone(), targets=batch.targets.clone(), cached=cached)
+    copies = {id(one): one.clone() for one in _moving(batch)}
+
+    def own(one: Any) -> Any:
+        if isinstance(one, Bits):
+            return Bits(own(one.packed), own(one.rows))
+        return Jacobian(*map(own, one)) if isinstance(one, Jacobian) else copies.get(id(one), one)
+
+    if cached := batch.cached:
+        gates, jacobians = ({site: own(one) for site, one in part.items()} for part in (cached.gates, cached.jacobians))
+        cached = Cached(gates, jacobians, None if cached.inputs is None else [own(one) for one in cached.inputs])
+    return replace(batch, images=own(batch.images), targets=own(batch.targets), cached=cached)

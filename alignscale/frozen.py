@@ -37,20 +37,28 @@ def initialise(net: Network, seed: int) -> None:
                 bias.zero_()
 
 
-def initial_weight(net: Network, seed: int, index: int, stream: Stream = Stream.WEIGHT, draw: int = 0) -> Tensor:
-    """The initial weight of layer ``index``, or random numbers of that shape and scale from another stream or draw."""
+def initial_weight(
+    net: Network, seed: int, index: int, stream: Stream = Stream.WEIGHT, draw: int = 0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The initial weight of layer ``index``, or random numbers of that shape and scale from another stream or draw.
+
+    In the precision of the network's weights, rounded to ``dtype`` if one is given.
+    """
     layer, weight = net.layers[index], net.layers[index].held[0]
-    numbers = _own(layer.share, seed, stream, index, layer.whole, draw, weight.device)
-    numbers = numbers.to(weight.dtype)
-    return numbers if layer.initial_std == 1.0 else numbers.mul_(layer.initial_std)
+    dtype = dtype or weight.dtype
+    if layer.initial_std == 1.0:
+        return _own(layer.share, seed, stream, index, layer.whole, draw, weight.device, dtype)
+    numbers = _own(layer.share, seed, stream, index, layer.whole, draw, weight.device, weight.dtype)
+    return numbers.mul_(layer.initial_std).to(dtype)
 
 
 def _own(
-    share: Share | None, seed: int, stream: Stream, index: int, whole: tuple[int, ...], draw: int, device: torch.device
-) -> Tensor:
+    share: Share | None, seed: int, stream: Stream, index: int, whole: tuple[int, ...], draw: int,
+    device: torch.device, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """This rank's part of random numbers of shape ``whole``, with the bits that it has there."""
     rows = share.place if share is not None and share.axis == 0 else None
-    numbers = normal(seed, stream, index, whole, rows, draw, device)
+    numbers = normal(seed, stream, index, whole, rows, draw, device, dtype)
     return numbers if share is None or rows is not None else share.of(numbers).contiguous()
 
 
@@ -118,7 +126,7 @@ class Fixed:
 
         def weights(stream: Stream) -> Weight:
             def weight(index: int) -> Tensor:
-                return laid_out(initial_weight(net, seed, index, stream).to(dtype or net.layers[index].held[0].dtype))
+                return laid_out(initial_weight(net, seed, index, stream, dtype=dtype))
 
             return keep(weight)
 
@@ -130,8 +138,8 @@ class Fixed:
             shape, readout = net.direct_shapes[site], net.layers[net.readout]
             whole, weight = (*shape, readout.shape[0]), readout.held[0]
             share = net.width.share(len(shape) - 1 if net.recurrent else 0)
-            numbers = _own(share, seed, Stream.DIRECT_FEEDBACK, site, whole, 0, weight.device)
-            return numbers.to(weight.dtype).div_(math.sqrt(math.prod(shape))).to(dtype or weight.dtype)
+            numbers = _own(share, seed, Stream.DIRECT_FEEDBACK, site, whole, 0, weight.device, weight.dtype)
+            return numbers.div_(math.sqrt(math.prod(shape))).to(dtype or weight.dtype)
 
         def magnitude(index: int, draw: int) -> Tensor:
             return initial_weight(net, seed, index, Stream.MAGNITUDE, draw).abs_()

@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from alignscale.environment import gpu_kernels
+from alignscale.environment import SUMMED, gpu_kernels
 
 VERSION = 1
 """Of the generator: part of an initial network's fingerprint. Numbers never change within a version."""
@@ -71,11 +71,12 @@ def quantiles(device: torch.device) -> Tensor:
 
 def normal(
     seed: int, stream: Stream, layer: int, shape: tuple[int, ...],
-    rows: slice | None = None, draw: int = 0, device: torch.device | str = "cpu",
+    rows: slice | None = None, draw: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """Standard normal numbers, float32: ``rows`` (all by default) of the tensor of ``shape`` at (stream, layer, draw).
+    """Standard normal numbers: ``rows`` (all by default) of the tensor of ``shape`` at (stream, layer, draw).
 
-    A slice of rows has the bits of the same rows of the whole. 16 bits a number: the largest is 4.3.
+    They are float32's, rounded to ``dtype``. A slice of rows has the bits of the same rows of the whole. 16 bits a
+    number: the largest is 4.3.
     """
     start, stop, step = (rows or slice(None)).indices(shape[0])
     if step != 1:
@@ -85,9 +86,10 @@ def normal(
     device = torch.device(device)
     table = quantiles(device)
     if table.is_cuda and gpu_kernels():
-        own = (max(stop - start, 0), *shape[1:])
-        found: Tensor = gpu_kernels().normal(table[len(table) // 2 :], seed, int(stream), layer, draw, first, own)
-        return found
+        size = (max(stop - start, 0), *shape[1:])
+        upper, made = table[len(table) // 2 :], dtype if dtype in SUMMED else torch.float32
+        found: Tensor = gpu_kernels().normal(upper, seed, int(stream), layer, draw, first, size, made)
+        return found.to(dtype)
     pieces = []
     begin = first // _PER_BLOCK
     end = -(-last // _PER_BLOCK)
@@ -96,7 +98,8 @@ def normal(
         words = torch.stack(philox((blocks, draw, layer, int(stream)), seed), 1)
         pieces.append(table[torch.stack([words & 0xFFFF, words >> 16], 2).flatten()])
     flat = torch.cat(pieces) if pieces else table.new_empty(0)
-    return flat[first - begin * _PER_BLOCK : last - begin * _PER_BLOCK].view(max(stop - start, 0), *shape[1:])
+    own = flat[first - begin * _PER_BLOCK : last - begin * _PER_BLOCK]
+    return own.view(max(stop - start, 0), *shape[1:]).to(dtype)
 
 
 def permutation(seed: int, stream: Stream, layer: int, length: int, draw: int = 0) -> Tensor:

@@ -37,24 +37,36 @@ def _weighted_rows(values, weights, rows, result, units, classes: tl.constexpr, 
 
 
 @triton.jit
-def _where_bit(signal, packed, result, units, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _where_bit(signal, packed, rows, result, units, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     example = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < units
-    byte = tl.load(packed + example * size + unit // 8, mask=inside, other=0).to(tl.int32)
+    row = tl.load(rows + example) if ROWS else example
+    byte = tl.load(packed + row * size + unit // 8, mask=inside, other=0).to(tl.int32)
     value = tl.load(signal + example * units + unit, mask=inside, other=0.0)
     tl.store(result + example * units + unit, tl.where(((byte >> (unit % 8)) & 1) != 0, value, 0.0), mask=inside)
 
 
 @triton.jit
-def _where_bit_of_maps(signal, packed, result, places, channels, size, GROUPS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _where_bit_of_maps(  # type: ignore[no-untyped-def]
+    signal,
+    packed,
+    rows,
+    result,
+    places,
+    channels,
+    size,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """A channel's bits follow each other by place, and the signal's numbers by channel: a tile reads each bit once."""
     example = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     first = channel[None, :] * places + group[:, None] * 8  # unit of a group's first place, in a byte or across two
     inside = (channel[None, :] < channels) & (group[:, None] * 8 < places)
-    byte = packed + example * size + first // 8
+    byte = packed + (tl.load(rows + example) if ROWS else example) * size + first // 8
     low = tl.load(byte, mask=inside, other=0).to(tl.int32)
     high = tl.load(byte + 1, mask=inside & (first // 8 + 1 < size), other=0).to(tl.int32)
     bits = (low | (high << 8)) >> (first % 8)
@@ -79,7 +91,7 @@ def _normal(upper, result, block, first, last, draw, layer, stream, seed, COUNTE
     positive = index >= 32768  # the table is symmetric, and a half of it fits a multiprocessor's own memory
     value = tl.load(upper + tl.where(positive, index - 32768, 32767 - index))
     place = start.to(tl.int64) * 8 + tl.arange(0, COUNTERS * 8)
-    tl.store(result + place - first, tl.where(positive, value, -value), mask=(place >= first) & (place < last))
+    tl.store(result + place - first, tl.where(positive, value, -value), mask=(first <= place) & (place < last))
 
 
 @triton.jit
@@ -104,27 +116,35 @@ def weighted_rows(values: Tensor, weights: Tensor, rows: Tensor, dtype: torch.dt
     return result
 
 
-def where_bit(signal: Tensor, packed: Tensor) -> Tensor:
-    """Signal (B, *site) where the bit of jacobian/gates.py is set, else 0; packed: (B, bytes) uint8."""
+def where_bit(signal: Tensor, packed: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Signal (B, *site) where the bit of jacobian/gates.py is set, else 0.
+
+    packed: (B, bytes) uint8, or of more examples, those of ``rows`` (B,) int64.
+    """
     size, units = packed.shape[1], signal[0].numel()
+    table = (packed, packed if rows is None else rows)
     if signal.dim() != 4:
         signal = signal.contiguous()
         result = torch.empty_like(signal)
-        _where_bit[len(signal), triton.cdiv(units, BLOCK)](signal, packed, result, units, size, BLOCK=BLOCK)
+        grid = (len(signal), triton.cdiv(units, BLOCK))
+        _where_bit[grid](signal, *table, result, units, size, ROWS=rows is not None, BLOCK=BLOCK)
         return result
     signal = signal.contiguous(memory_format=torch.channels_last)
     result = torch.empty_like(signal)
     channels = signal.shape[1]
     places = units // channels
-    grid = (len(signal), triton.cdiv(places, GROUPS * 8), triton.cdiv(channels, CHANNELS))
-    tile = {"GROUPS": GROUPS, "CHANNELS": CHANNELS, "num_warps": 8}
-    _where_bit_of_maps[grid](signal, packed, result, places, channels, size, **tile)
+    tiles = (len(signal), triton.cdiv(places, GROUPS * 8), triton.cdiv(channels, CHANNELS))
+    how = {"ROWS": rows is not None, "GROUPS": GROUPS, "CHANNELS": CHANNELS, "num_warps": 8}
+    _where_bit_of_maps[tiles](signal, *table, result, places, channels, size, **how)
     return result
 
 
-def normal(upper: Tensor, seed: int, stream: int, layer: int, draw: int, first: int, shape: tuple[int, ...]) -> Tensor:
+def normal(
+    upper: Tensor, seed: int, stream: int, layer: int, draw: int, first: int, shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
     """As ``alignscale.initial.normal``: numbers from the ``first`` one on, in ``shape``; upper: half of its table."""
-    result = torch.empty(shape, device=upper.device)
+    result = torch.empty(shape, dtype=dtype, device=upper.device)
     last, block = first + math.prod(shape), first // 8
     if last > first:
         grid = (triton.cdiv(-(-last // 8) - block, COUNTERS),)

@@ -47,6 +47,21 @@ class Jacobian(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Bits:
+    """relu's gates as a GPU's kernel reads them: ``packed`` (B, bytes) uint8, see jacobian/gates.py.
+
+    rows: (B,) int64, where ``packed`` holds more examples than the batch has; they stay where they are.
+    """
+
+    packed: Tensor
+    rows: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> "Bits":
+        """Of some of the examples."""
+        return Bits(self.packed[part]) if self.rows is None else Bits(self.packed, self.rows[part])
+
+
+@dataclass(frozen=True)
 class Cached:
     """What a cache holds of the initial network at the examples of a batch.
 
@@ -54,7 +69,7 @@ class Cached:
     that have no gates. inputs: per layer, what it read; None where they are not cached.
     """
 
-    gates: dict[int, Tensor]
+    gates: dict[int, Tensor | Bits]
     jacobians: dict[int, Jacobian]
     inputs: list[Tensor] | None = None
 

@@ -30,7 +30,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_numbers_have_the_cpu_s_bits(shape: tuple[int, ...], seed: int) -> None:
     for stream, layer, draw in ((Stream.WEIGHT, 0, 0), (Stream.SUBSET, 3, 2), (Stream.MAGNITUDE, 16, 2**20)):
         found = kernels.normal(UPPER, seed, int(stream), layer, draw, 0, shape)
-        assert torch.equal(found, normal(seed, stream, layer, shape, draw=draw))
+        expected = normal(seed, stream, layer, shape, draw=draw)
+        assert torch.equal(found, expected)
+        half = kernels.normal(UPPER, seed, int(stream), layer, draw, 0, shape, torch.float16)
+        assert torch.equal(half, expected.half())  # bf16 the interpreter cuts off; a GPU rounds it: check_device.py
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 70), slice(69, 101), slice(5, 5)], ids=str)
@@ -47,6 +50,8 @@ def test_bits_open_what_relu_opens(site: tuple[int, ...], dtype: torch.dtype) ->
     found = kernels.where_bit(signal, pack(residue))
     assert found.dtype == dtype
     assert torch.equal(found, torch.where(residue > 0, signal, 0))
+    rows = torch.tensor([2, 2, 0])
+    assert torch.equal(kernels.where_bit(signal, pack(residue), rows), torch.where(residue[rows] > 0, signal, 0))
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)

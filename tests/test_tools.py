@@ -170,17 +170,19 @@ def test_check_device_finds_what_differs_and_nothing_else(
 ) -> None:
     import check_device
 
-    command = ["--device", "cpu", "--groups", "initial,cache", "--rules", "align_zero"]
+    command = ["--device", "cpu", "--groups", "initial,steps,cache", "--rules", "align_zero"]
     assert check_device.main(command) == 0
-    assert "cache: 20 of 20 as on the CPU" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cache: 20 of 20 as on the CPU" in out
+    assert "steps: 12 of 12 as on the CPU" in out
 
-    def wrong_unless_sliced(*arguments: Any, device: object) -> torch.Tensor:
-        return normal(*arguments, device="cpu") + (arguments[4] is None and device != "reference")
+    def wrong_unless_sliced(*arguments: Any, device: object, dtype: torch.dtype) -> torch.Tensor:
+        return normal(*arguments, device="cpu", dtype=dtype) + (arguments[4] is None and device != "reference")
 
     monkeypatch.setattr(check_device, "normal", wrong_unless_sliced)
     monkeypatch.setattr(check_device, "CPU", "reference")
     assert check_device.main(["--device", "cpu", "--groups", "initial"]) == 1
-    assert "initial: 8 of 16 as on the CPU" in capsys.readouterr().out
+    assert "initial: 24 of 48 as on the CPU" in capsys.readouterr().out
 
 
 def test_check_device_names_the_devices_there_are() -> None:

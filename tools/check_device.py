@@ -88,9 +88,10 @@ def distance(found: Tensor, reference: Tensor) -> float:
 
 def initial(device: torch.device, rules: list[str]) -> Iterator[Finding]:
     """Numbers, and rows of them, that differ from the CPU's."""
-    for stream, rows in itertools.product(Stream, (None, slice(3, 70))):
-        there, here = (normal(7, stream, 2, (101, 33), rows, device=one) for one in (device, CPU))
-        yield f"{stream.name.lower()}, rows {rows}", float((there.cpu() != here).sum()), 0.5, True
+    kinds = itertools.product(Stream, (None, slice(3, 70)), (torch.float32, torch.bfloat16, torch.float16))
+    for stream, rows, dtype in kinds:
+        there, here = (normal(7, stream, 2, (101, 33), rows, device=one, dtype=dtype) for one in (device, CPU))
+        yield f"{stream.name.lower()}, {dtype}, rows {rows}", float((there.cpu() != here).sum()), 0.5, True
 
 
 def small_nets() -> list[NetConfig]:

@@ -16,7 +16,7 @@ from alignscale.environment import gpu_kernels
 from alignscale.jacobian.explicit import encoded
 from alignscale.jacobian.gates import pack, unpack
 from alignscale.nets.network import Network
-from alignscale.types import Cached, Jacobian, Trace
+from alignscale.types import Bits, Cached, Jacobian, Trace
 
 DTYPES = {
     "fp64": torch.float64,
@@ -92,16 +92,17 @@ class Form:
     def cached(self, net: Network, rows: Rows, images: Tensor) -> Cached:
         """Rows as a rule reads them. images: the batch's own, which the first layer reads.
 
-        Where rows are told by ``at``, (B,), explicit Jacobians are tables of more examples.
+        Where rows are told by ``at``, (B,), explicit Jacobians are tables of more examples; by ``bits``, bits are.
         """
-        gates, jacobians = {}, {}
+        gates: dict[int, Tensor | Bits] = {}
+        jacobians: dict[int, Jacobian] = {}
         for site, shape in enumerate(net.shapes):
             if self.sites[site] == "explicit":
                 jacobians[site] = Jacobian(rows[f"jacobian.{site}"], rows.get(f"scale.{site}"), rows.get("at"))
             elif net.activation.binary:
                 packed = rows[f"gates.{site}"]
-                as_bits = packed.is_cuda and not net.recurrent and gpu_kernels()  # which reads them as they are
-                gates[site] = packed if as_bits else unpack(packed, shape, images.dtype)
+                as_they_are = packed.is_cuda and reads_bits(net)
+                gates[site] = Bits(packed, rows.get("bits")) if as_they_are else unpack(packed, shape, images.dtype)
             else:
                 gates[site] = rows[f"gates.{site}"].to(images.dtype)
         if not self.inputs:
@@ -110,6 +111,11 @@ class Form:
         if self.gathered:
             others[: net.readout - 1] = [net.whole_input(one) for one in others[: net.readout - 1]]
         return Cached(gates, jacobians, [net.first_input(images), *others])
+
+
+def reads_bits(net: Network) -> bool:
+    """Whether a GPU applies bits as they are, from a table of all examples."""
+    return net.activation.binary and not net.recurrent and gpu_kernels() is not None
 
 
 def bytes_of(layout: Layout) -> int:

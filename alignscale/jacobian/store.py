@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alignscale.jacobian.files import CacheError, Mapped
-from alignscale.jacobian.form import Form, Layout, Rows
+from alignscale.jacobian.form import Form, Layout, Rows, reads_bits
 from alignscale.jacobian.identity import file_of, made
 from alignscale.nets.network import Network
 from alignscale.types import Batch
@@ -86,6 +86,8 @@ class Store:
         tables = [table for name, table in self.tables.items() if name.startswith(EXPLICIT)]
         whole = sum(name.startswith(EXPLICIT) for name in tiers) == len(tables)  # or some are on disk
         self.stays = bool(tables) and whole and all(one.device.type == self.device.type for one in tables)
+        kept = [name for name, table in self.tables.items() if name.startswith("gates") and table.is_cuda]
+        self.bits = set(kept if reads_bits(net) and len(kept) == form.sites.count("gates") else ())
 
     def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Generator[tuple[int, list[Batch]], None, None]:
         """The same batches with what the cache holds of them, which a thread fetches while another step is made."""
@@ -135,7 +137,7 @@ class Store:
         result: Rows = {}
         places = torch.from_numpy(at).to(self.device) if self.pinned else None  # once for all tables that are there
         for name, table in self.tables.items():
-            if self.stays and name.startswith(EXPLICIT):
+            if (name.startswith(EXPLICIT) and self.stays) or name in self.bits:
                 result[name] = table
             elif table.is_cuda:
                 result[name] = table.view(INTS[table.dtype.itemsize])[places].view(table.dtype)
@@ -143,9 +145,8 @@ class Store:
                 result[name] = _take(table, at, self.pinned)
         if any(self.files.values()):
             result |= self._from_disk(at)
-        if self.stays:
-            result["at"] = torch.from_numpy(at) if places is None else places
-        return result
+        where = torch.from_numpy(at) if places is None else places
+        return result | ({"at": where} if self.stays else {}) | ({"bits": where} if self.bits else {})
 
     def _from_disk(self, at: np.ndarray[Any, Any]) -> Rows:
         """The rows ``at`` of what is on disk, file by file."""

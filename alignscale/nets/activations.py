@@ -9,11 +9,13 @@ is open, so its own output serves, and so do unpacked bits; the other gates are 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignscale.environment import gpu_kernels
+from alignscale.types import Bits
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Activation:
 
     function: Callable[[Tensor], Tensor]
     gate: Callable[[Tensor], Tensor]
-    pullback: Callable[[Tensor, Tensor], Tensor] = torch.mul
+    pullback: Callable[[Tensor, Any], Tensor] = torch.mul
     of_output: bool = False
     binary: bool = False
 
@@ -45,11 +47,11 @@ def _itself(residue: Tensor) -> Tensor:
     return residue
 
 
-def _where_open(signal: Tensor, gate: Tensor) -> Tensor:
-    """Signal where the gate is positive, else 0, in one pass: relu's derivative at 0 is 0. A GPU's gate may be bits."""
-    if gate.dtype == torch.uint8:
-        where_bit: Callable[[Tensor, Tensor], Tensor] = gpu_kernels().where_bit
-        return where_bit(signal, gate)
+def _where_open(signal: Tensor, gate: Tensor | Bits) -> Tensor:
+    """Signal where the gate is positive, else 0, in one pass: relu's derivative at 0 is 0."""
+    if isinstance(gate, Bits):
+        found: Tensor = gpu_kernels().where_bit(signal, gate.packed, gate.rows)
+        return found
     return torch.ops.aten.threshold_backward(signal, gate, 0)
 
 

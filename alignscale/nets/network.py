@@ -8,6 +8,7 @@ numbered in order, ``sites[l]`` is the site that layer l writes to, None for the
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from alignscale.nets.norms import BatchNorm, Norm, make_norm
 from alignscale.parallel import ALL_UNITS, Share, Turns, Width, in_turn
 from alignscale.types import Jacobian, NormState, Parameters, Trace, Weight
 
-Gates = Sequence[Tensor] | Mapping[int, Tensor]
+Gates = Sequence[Tensor] | Mapping[int, Any]
+"""By site, in the form that the activation's pullback reads."""
 Jacobians = Mapping[int, Jacobian]
 NO_JACOBIANS: Jacobians = {}
 States = Sequence[NormState | None]
