@@ -155,5 +155,8 @@ class LocalEngine(Engine):
         state: dict[int, dict[str, Tensor]] = {}
         for found, value in tensors["optimizer"].items():
             name, key = found.rsplit(".", 1)
-            state.setdefault(places[name], {})[key] = value.clone()  # from the file that it is mapped from
+            parameter = self.parameters[places[name]]
+            alike = value.shape == parameter.shape  # then it must lie as the parameter does, for a fused step
+            own = torch.empty_like(parameter, dtype=value.dtype) if alike else torch.empty_like(value)
+            state.setdefault(places[name], {})[key] = own.copy_(value)  # from the file that it is mapped from
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

@@ -111,6 +111,26 @@ def test_what_a_checkpoint_holds_goes_on_to_the_same_bits(name: str, tmp_path: P
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", [name for name in TORCH if name != "sgd"])
+def test_a_state_that_is_read_lies_as_its_weight_does(name: str) -> None:
+    """On a GPU weights of convolutions lie channels last, files do not, and a fused step takes no mixture."""
+    built = make(Case("conv3"))
+    for layer in built.net.layers[:-1]:
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    engine = LocalEngine(built.rule("align_ada"), make_optimizer(TORCH[name][0], built.net.parameters()))
+    engine.backward(engine(built.batch).surrogate)
+    engine.step()
+    made = {part: {name: make().clone() for name, make in own.items()} for part, own in engine.state().items()}
+    plain = {part: {name: one.contiguous() for name, one in own.items()} for part, own in made.items()}
+    engine.load(plain)
+    read = {name: make() for name, make in engine.state()["optimizer"].items()}
+    assert all(torch.equal(read[name], one) for name, one in made["optimizer"].items())
+    for weight, own in engine.optimizer.state.items():
+        states = [one for one in own.values() if one.shape == weight.shape]
+        assert states
+        assert all(one.stride() == weight.stride() for one in states)
+
+
 def test_an_optimizer_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="optim=lion: expected an SGDConfig or AdamConfig, found OptimConfig"):
         make_optimizer(OptimConfig("lion", 0.1), [])

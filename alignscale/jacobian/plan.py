@@ -19,15 +19,20 @@ import torch
 from torch import Tensor
 
 from alignscale.distributed import Ranks
-from alignscale.jacobian.form import DTYPES, Form, bytes_of
+from alignscale.jacobian.form import DTYPES, Form, bytes_of, reads_bits
 from alignscale.nets.layers import Conv, Layer, Linear
 from alignscale.nets.network import Network
 
 SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = {"cpu": 2e10, "cuda": 4e12}, {"cpu": 2**26, "cuda": 2**29}, 5
 """Operations and bytes that are timed at once: enough that starting them, and a GPU's cache, do not count."""
 NETWORK_BYTES = 2**24
-PASSES = {"forward": 2.0, "pullback": 3.0}
-"""Bytes that elementwise work moves, in units of a site: activation in place; signal, gate and delta."""
+PASSES = {"forward": 2.0, "pullback": 3.0, "unpacked": 2.0, "bits": 2.0}
+"""Bytes that elementwise work moves, in units of a site: activation in place; signal, gate and delta; bits made a gate;
+a pullback through bits as they are."""
+IN_A_ROW = 10
+"""Times that a GPU's operation is replayed in one measurement, so that starting it does not count."""
+LOOK_UP = 4e-4
+"""Seconds that Python takes for a batch's rows in a cache, beside a GPU's step."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Machine:
 class Costs:
     """Seconds that a batch takes in each layer: compute, transpose and weight gradient; and of an update.
 
-    cast: of all weights to half precision, which they do not have.
+    cast: of all weights to half precision, which they do not have. rectified: compute has the activation in it.
     """
 
     compute: tuple[float, ...]
@@ -78,6 +83,7 @@ class Costs:
     update: float
     cast: float
     flop_rate: float
+    rectified: bool = False
 
     @classmethod
     def measured(
@@ -88,15 +94,16 @@ class Costs:
         pairs = [*zip(net.layers, inputs, strict=True)]
         keys = [(layer.shape, shape, getattr(layer, "stride", 0)) for layer, shape in pairs]
         kinds, flop = dict(zip(keys, pairs, strict=True)), sum(batch * layer_flop(*pair) for pair in pairs)
+        relu = net.rectifies and device.type == "cuda"
         rounds = [  # a process is slower in its first seconds
-            {key: _layer_times(*pair, batch, device, dtype) for key, pair in kinds.items()} for _ in range(2)
+            {key: _layer_times(*pair, batch, device, dtype, relu) for key, pair in kinds.items()} for _ in range(2)
         ]
         times = [[min(pair) for pair in zip(*(found[key] for found in rounds), strict=True)] for key in keys]
         compute, transpose, gradient = zip(*times, strict=True)
         parameters = sum(one.numel() for layer in net.layers for one in layer.held if one is not None)
         update = 4 * 4 * parameters / machine.memory  # weight and gradient read, weight written, gradient written
         cast = (4 + dtype.itemsize) * parameters / machine.memory if dtype.itemsize < 4 else 0.0
-        return cls(compute, transpose, gradient, update, cast, flop / max(sum(compute), 1e-12))
+        return cls(compute, transpose, gradient, update, cast, flop / max(sum(compute), 1e-12), relu)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -109,6 +116,18 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - begin)
     return statistics.median(found[1:])
+
+
+def _replayed(work: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of ``work`` without the time to start it, which a recorded step saves."""
+    if device.type != "cuda":
+        return timed(work, device)
+    work()  # looks for fast algorithms, and compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(IN_A_ROW):
+            work()
+    return timed(graph.replay, device) / IN_A_ROW
 
 
 def network_speed(ranks: Ranks, device: torch.device) -> float:
@@ -145,9 +164,12 @@ def _steps(layer: Layer, inputs: tuple[int, ...]) -> int:
 
 
 def _layer_times(
-    layer: Layer, inputs: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype
+    layer: Layer, inputs: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype, relu: bool
 ) -> tuple[float, float, float]:
-    """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment."""
+    """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment.
+
+    relu: with compute.
+    """
     if isinstance(layer, Linear):
         layer = copy.copy(layer)
         layer.total = None  # the other ranks are not here to sum with
@@ -161,11 +183,11 @@ def _layer_times(
     delta = torch.randn_like(layer.compute(a, weight, None))
     scale = batch / examples * part
     work = (
-        lambda: layer.compute(a, weight, None),
+        lambda: layer.compute(a, weight, None, relu),
         lambda: layer.transpose(delta, weight),
         lambda: layer.weight_gradient(a, delta),
     )
-    compute, transpose, gradient = (scale * timed(one, device) for one in work)
+    compute, transpose, gradient = (scale * _replayed(one, device) for one in work)
     return compute, transpose, gradient
 
 
@@ -196,7 +218,7 @@ class Planner:
     @property
     def forward(self) -> float:
         """Seconds of a forward pass."""
-        return sum(self.costs.compute) + self._sites(PASSES["forward"])
+        return sum(self.costs.compute) + (0.0 if self.costs.rectified else self._sites(PASSES["forward"]))
 
     @property
     def pullback(self) -> float:
@@ -226,8 +248,10 @@ class Planner:
             seconds += self._moved(size, tier)
         explicit = all(site == "explicit" for site in form.sites)
         seconds += self._exchanged("explicit" if explicit else "gates")
-        fetched = self.machine.beside and tier != "device"
-        return max(seconds, self.batch * self.size(form) / self.machine.bandwidth(tier)) if fetched else seconds
+        if not self.machine.beside:
+            return seconds
+        moved = 0.0 if tier == "device" else self.batch * self.size(form) / self.machine.bandwidth(tier)
+        return max(seconds, LOOK_UP + moved)
 
     def _moved(self, size: int, tier: str) -> float:
         """Seconds to fetch so many bytes an example, unless beside the step, and to read what was fetched."""
@@ -238,13 +262,15 @@ class Planner:
         units = torch.Size(self.net.shapes[site]).numel()
         if form.sites[site] == "explicit":
             size = self.classes * units * DTYPES[form.dtype].itemsize
-            wide = 0 if DTYPES[form.dtype].itemsize == self.itemsize else 2 * self.classes * units * self.itemsize
+            as_it_is = DTYPES[form.dtype].itemsize == self.itemsize or (self.machine.beside and form.dtype != "fp8")
+            wide = 0 if as_it_is else 2 * self.classes * units * self.itemsize
             return self._moved(size, tier) + self.batch * wide / self.machine.memory
         size = -(-units // 8) if self.net.activation.binary else units * DTYPES[form.dtype].itemsize
         above = [layer for layer, where in enumerate(self.net.sites) if where == site][-1] + 1
         lifted = sum(self.costs.transpose[1:3]) if self.net.recurrent else self.costs.transpose[above]
-        elementwise = self.batch * units * self.itemsize * (PASSES["pullback"] + 2) / self.machine.memory
-        return lifted + elementwise + self._moved(size, tier)
+        as_bits = self.machine.beside and reads_bits(self.net)
+        passes = PASSES["bits"] if as_bits else PASSES["pullback"] + PASSES["unpacked"]
+        return lifted + passes * self.batch * units * self.itemsize / self.machine.memory + self._moved(size, tier)
 
     def best(self, options: Form, tier: str, capacity: float, examples: int) -> Form:
         """Site by site the faster of gates and explicit, with as many explicit as fit ``capacity`` bytes."""

@@ -217,5 +217,8 @@ def _take(tensor: Tensor, at: np.ndarray[Any, Any], pinned: bool = False) -> Ten
     plain = tensor.view(INTS[tensor.dtype.itemsize])
     if pinned:
         rows = torch.empty(len(at), *plain.shape[1:], dtype=plain.dtype, pin_memory=True)
-        return torch.index_select(plain, 0, torch.from_numpy(at), out=rows).view(tensor.dtype)
+        lanes = torch.int64 if plain[0].nbytes % 8 == 0 else plain.dtype  # short rows are shared out over threads whole
+        source, target = (one.flatten(1).view(lanes) for one in (plain, rows))
+        torch.index_select(source, 0, torch.from_numpy(at), out=target)
+        return rows.view(tensor.dtype)
     return torch.from_numpy(plain.numpy().take(at, axis=0)).view(tensor.dtype)
