@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alignscale.distributed import Ranks
 from alignscale.jacobian.form import DTYPES, Form, bytes_of, reads_bits
-from alignscale.nets.layers import Conv, Layer, Linear
+from alignscale.nets.layers import Conv, Layer, Linear, laid_out
 from alignscale.nets.network import Network
 
 SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = {"cpu": 2e10, "cuda": 4e12}, {"cpu": 2**26, "cuda": 2**29}, 5
@@ -31,7 +31,7 @@ PASSES = {"forward": 2.0, "pullback": 3.0, "unpacked": 2.0, "bits": 2.0}
 a pullback through bits as they are."""
 IN_A_ROW = 10
 """Times that a GPU's operation is replayed in one measurement, so that starting it does not count."""
-LOOK_UP = 4e-4
+LOOK_UP = 6e-4
 """Seconds that Python takes for a batch's rows in a cache, beside a GPU's step."""
 
 
@@ -177,9 +177,9 @@ def _layer_times(
     rows = max(1, min(layer.shape[0], SAMPLE_BYTES[device.type] // (layer.fan_in * dtype.itemsize)))
     part = layer.shape[0] / rows
     examples = max(1, min(batch, int(SAMPLE_FLOP[device.type] * part / layer_flop(layer, inputs))))
-    weight = torch.randn(rows, *layer.shape[1:], device=device, dtype=dtype)
+    weight = laid_out(torch.randn(rows, *layer.shape[1:], device=device, dtype=dtype))
     shape = (examples * steps, inputs[-1]) if isinstance(layer, Linear) else (examples, *inputs)
-    a = torch.randn(shape, device=device, dtype=dtype)
+    a = laid_out(torch.randn(shape, device=device, dtype=dtype))
     delta = torch.randn_like(layer.compute(a, weight, None))
     scale = batch / examples * part
     work = (
