@@ -59,7 +59,7 @@ class StepGraph:
         staying = [one.values.data_ptr() for one in jacobians if one.rows is not None]
         gates = batch.cached.gates.values() if batch.cached else ()
         staying += [one.packed.data_ptr() for one in gates if isinstance(one, Bits) and one.rows is not None]
-        return batch.size, moving, staying, [one.data_ptr() for one in self.parameters]
+        return batch.size, moving, staying, [(one.data_ptr(), one.requires_grad) for one in self.parameters]
 
 
 class _Recorded:

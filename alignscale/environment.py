@@ -71,7 +71,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def device_called(name: str) -> torch.device:
-    """``auto`` (a GPU where there is one), or a device of torch's. Raises ConfigError where this machine has none."""
+    """``auto`` (a GPU where there is one), or a device of torch's. Raises ConfigError where this machine has none.
+
+    A GPU that is named by its number is this process's from then on, as kernels and recorded steps want it.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -79,7 +82,10 @@ def device_called(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as problem:
         found = str(problem).splitlines()[0]
         raise ConfigError(f"device={name}: expected auto or cpu, or a device of this machine, found: {found}") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 @functools.cache

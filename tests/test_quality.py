@@ -37,7 +37,7 @@ LAYERS = [
     },
     {"frozen", "jacobian", "traffic"},
     {"rules"},
-    {"checkpoint", "engine", "engine_deepspeed", "engine_zero", "evaluate"},
+    {"checkpoint", "engine", "engine_deepspeed", "engine_graph", "engine_zero", "evaluate"},
     {"folder", "learner"},
     {"moments", "observe"},
     {"run"},

@@ -35,8 +35,13 @@ class Rule(nn.Module, ABC):
     """Whether ``learn`` runs the same kernels on every batch of a kind, so that a GPU may record and replay them.
 
     It may then depend on the batch's tensors and ``size``, on weights and on what never changes, and on nothing else:
-    not on ``batch.step``, and on no number that Python reads from a tensor.
+    not on ``batch.step``, and on no number that Python reads from a tensor. A class promises it for itself alone.
     """
+
+    def __init_subclass__(cls) -> None:
+        """What a class promises is not inherited: a subclass may do more."""
+        super().__init_subclass__()
+        cls.replayable = cls.__dict__.get("replayable", False)
 
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Fixed: the initial network and the random feedback."""
