@@ -118,20 +118,29 @@ class LocalEngine(Engine):
         if config and config.weight_decay and config.decay_towards == "initial":
             pull_to_start(optimizer, self.parameters, config)
         self.graph = StepGraph(rule, self.parameters) if cuda_graph else None
-        self.replayed = False
+        self.replayed: Tensor | None = None
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run the rule on a batch."""
         output = self.graph(batch) if self.graph else None
-        self.replayed = output is not None
+        self.replayed = None if output is None else output.surrogate
         return super().__call__(batch) if output is None else output
 
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
-        """Add the update's gradient to that of the parameters."""
-        if self.graph and self.replayed:
-            self.graph.add_gradients()
-        else:
+        """Add the update's gradient to that of the parameters.
+
+        Raises ValueError for another surrogate than that of the last batch, where its step was replayed.
+        """
+        if self.graph is None or self.replayed is None:
             surrogate.backward()
+            return
+        if surrogate is not self.replayed:
+            raise ValueError(
+                "backward: expected the surrogate of the last batch as it was given, as its step was replayed, found "
+                "another; LocalConfig(cuda_graph=False) takes any"
+            )
+        self.replayed = None
+        self.graph.add_gradients()
 
     def step(self, lr: float | None = None) -> None:
         """Apply the update, with learning rate ``lr`` if one is given, and forget the gradient."""

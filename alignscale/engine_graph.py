@@ -4,12 +4,14 @@ It stands alone because all that it knows of a rule is that it is ``replayable``
 before Python has started its kernels; replayed, it takes the time that they take.
 """
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alignscale.environment import gpu_kernels, out_of_memory
 from alignscale.rules import Rule
 from alignscale.types import Batch, Bits, Cached, Jacobian, StepOutput
 
@@ -21,28 +23,30 @@ compiled and fixed weights made, and a last and smaller batch of an epoch is nev
 class StepGraph:
     """Forward pass, deltas and weight gradients of a rule, for one kind of batch at a time.
 
-    What a recorded step needs stays in the GPU's memory from then on.
+    What a recorded step needs stays in the GPU's memory from then on; where there is too little, none is recorded.
+    replays: how many there were.
     """
 
     def __init__(self, rule: Rule, parameters: list[nn.Parameter]) -> None:
         """Parameters: that the rule trains."""
         self.rule, self.parameters = rule, parameters
+        self.wanted = True
         self.kind: object = None
-        self.seen = 0
+        self.seen = self.replays = 0
         self.recorded: _Recorded | None = None
 
     def __call__(self, batch: Batch) -> StepOutput | None:
         """A replayed step's output, whose gradients ``add_gradients`` gives; None where it has to be made as ever."""
-        if not self.rule.replayable or not self.rule.training or not torch.is_grad_enabled():
+        if not self.wanted or not self.rule.training or not torch.is_grad_enabled() or not self._can():
             return None
         kind = self._kind(batch)
         if self.recorded is None or kind != self.recorded.kind:
             self.seen = self.seen + 1 if kind == self.kind else 1
             self.kind = kind
-            if self.seen <= WARM_UP:
+            if self.seen <= WARM_UP or any(map(_in_use, self.parameters)) or not self._record(batch, kind):
                 return None
-            self.recorded = None  # whose memory the next one may need
-            self.recorded = _Recorded(self.rule, self.parameters, batch, kind)
+        assert self.recorded is not None
+        self.kind, self.replays = None, self.replays + 1
         return self.recorded.replay(batch)
 
     def add_gradients(self) -> None:
@@ -52,40 +56,57 @@ class StepGraph:
             if own is not None:
                 parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
 
+    def _can(self) -> bool:
+        """Without hooks, which are Python's, and with kernels of ours, as torch's for random numbers wait for it."""
+        hooks = [(one._forward_hooks, one._forward_pre_hooks, one._backward_hooks) for one in self.rule.modules()]
+        after = [one for one in self.parameters if getattr(one, "_post_accumulate_grad_hooks", None)]
+        return self.rule.replayable and not after and not any(map(any, hooks)) and gpu_kernels() is not None
+
     def _kind(self, batch: Batch) -> object:
         """What a recorded step depends on, but for the numbers in ``_moving``."""
         moving = [(one.shape, one.dtype) for one in _moving(batch)]
-        jacobians = batch.cached.jacobians.values() if batch.cached else ()
-        staying = [one.values.data_ptr() for one in jacobians if one.rows is not None]
-        gates = batch.cached.gates.values() if batch.cached else ()
-        staying += [one.packed.data_ptr() for one in gates if isinstance(one, Bits) and one.rows is not None]
-        return batch.size, moving, staying, [(one.data_ptr(), one.requires_grad) for one in self.parameters]
+        staying = [one.data_ptr() for one in (*_staying(batch), *self.rule.buffers())]
+        weights = [(one.data_ptr(), one.requires_grad, len(one._backward_hooks or ())) for one in self.parameters]
+        return batch.size, moving, staying, weights
+
+    def _record(self, batch: Batch, kind: object) -> bool:
+        """Whether there was room for it; where there was not, none is recorded from now on."""
+        self.recorded = None  # whose memory the next one may need
+        before = [parameter.grad for parameter in self.parameters]  # of earlier parts of the batch
+        try:
+            self.recorded = _Recorded(self.rule, self.parameters, batch, kind)
+        except RuntimeError as problem:
+            if not out_of_memory(problem) and not (problem.__context__ and out_of_memory(problem.__context__)):
+                problem.add_note("a step could not be recorded; engine=local engine.cuda_graph=false records none")
+                raise
+            self.wanted = False
+            warnings.warn("too little memory to record a step: the GPU makes it kernel by kernel", stacklevel=2)
+        finally:
+            for parameter, gradient in zip(self.parameters, before, strict=True):
+                parameter.grad = gradient
+        return self.recorded is not None
 
 
 class _Recorded:
     """A step, with a batch of its own that each batch is copied into."""
 
     def __init__(self, rule: Rule, parameters: list[nn.Parameter], batch: Batch, kind: object) -> None:
-        self.rule, self.parameters, self.kind = rule, parameters, kind
+        self.rule, self.parameters, self.kind, self.device = rule, parameters, kind, parameters[0].device
         self.batch = _copy(batch)
-        before = [parameter.grad for parameter in parameters]  # of earlier parts of the batch
-        aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):  # once more: what autograd keeps of a stream must not be the current one's
-            self._made()
-        current.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # a cache is read by another thread
+        with torch.cuda.device(self.device):
+            aside, current = (
+                torch.cuda.Stream(priority=-1),
+                torch.cuda.current_stream(),
+            )  # of another kind than a cache's
+            aside.wait_stream(current)
+            with torch.cuda.stream(aside):  # once more: what autograd keeps of a stream must not be the current one's
+                self._made()
+            current.wait_stream(aside)
+            # a cache is read by another thread meanwhile
+            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
                 self.output = self._made()
-        except RuntimeError as problem:
-            problem.add_note(
-                "a step could not be recorded as a CUDA graph; engine=local engine.cuda_graph=false makes none"
-            )
-            raise
         self.gradients = [parameter.grad for parameter in parameters]
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
 
     def replay(self, batch: Batch) -> StepOutput:
         """The output for a batch; the gradients are where they always are."""
@@ -94,9 +115,10 @@ class _Recorded:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if gradient is not None and parameter.grad is gradient:  # an earlier part's, which would be written over
                 parameter.grad = gradient.clone()
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         surrogate, loss, logits = self.output
-        return StepOutput(surrogate, loss.clone(), logits.clone())
+        return StepOutput(surrogate.detach(), loss.clone(), logits.clone())
 
     def _made(self) -> StepOutput:
         for parameter in self.parameters:
@@ -104,6 +126,19 @@ class _Recorded:
         surrogate, loss, logits = self.rule(self.batch)
         surrogate.backward()
         return StepOutput(surrogate.detach(), loss.detach(), logits.detach())
+
+
+def _in_use(parameter: nn.Parameter) -> bool:
+    """Whether the graph of an earlier step is still there, of which autograd would take the current stream."""
+
+    def node() -> Any:
+        view = parameter.view_as(parameter)
+        return view.grad_fn.next_functions[0][0] if view.grad_fn is not None else None
+
+    if not parameter.requires_grad:
+        return False
+    node().metadata["seen"] = True  # and gone with it, unless somebody holds it
+    return "seen" in node().metadata
 
 
 def _moving(batch: Batch) -> list[Tensor]:
@@ -116,6 +151,17 @@ def _moving(batch: Batch) -> list[Tensor]:
             found += [values, scale] if rows is None else [rows]
         found += batch.cached.inputs or ()
     return list({id(one): one for one in found if one is not None}.values())
+
+
+def _staying(batch: Batch) -> list[Tensor]:
+    """The tables of more examples."""
+    found: list[Tensor | None] = []
+    if batch.cached:
+        for gate in batch.cached.gates.values():
+            found += [gate.packed] if isinstance(gate, Bits) and gate.rows is not None else []
+        for values, scale, rows in batch.cached.jacobians.values():
+            found += [] if rows is None else [values, scale]
+    return [one for one in found if one is not None]
 
 
 def _copy(batch: Batch) -> Batch:

@@ -81,7 +81,7 @@ def _where_bit_of_maps(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["block", "first", "last", "draw", "layer", "stream", "seed"])
 def _normal(upper, result, block, first, last, draw, layer, stream, seed, COUNTERS: tl.constexpr):  # type: ignore[no-untyped-def]
-    start = block + tl.program_id(0) * COUNTERS
+    start = block + tl.program_id(0).to(tl.int64) * COUNTERS
     counter = start + tl.arange(0, COUNTERS)
     zero = counter * 0
     others = ((zero + draw).to(tl.uint32), (zero + layer).to(tl.uint32), (zero + stream).to(tl.uint32))
@@ -90,7 +90,7 @@ def _normal(upper, result, block, first, last, draw, layer, stream, seed, COUNTE
     index = tl.join(words & 0xFFFF, words >> 16).reshape([COUNTERS * 8]).to(tl.int32)
     positive = index >= 32768  # the table is symmetric, and a half of it fits a multiprocessor's own memory
     value = tl.load(upper + tl.where(positive, index - 32768, 32767 - index))
-    place = start.to(tl.int64) * 8 + tl.arange(0, COUNTERS * 8)
+    place = start * 8 + tl.arange(0, COUNTERS * 8)
     tl.store(result + place - first, tl.where(positive, value, -value), mask=(first <= place) & (place < last))
 
 
@@ -121,7 +121,7 @@ def where_bit(signal: Tensor, packed: Tensor, rows: Tensor | None = None) -> Ten
 
     packed: (B, bytes) uint8, or of more examples, those of ``rows`` (B,) int64.
     """
-    size, units = packed.shape[1], signal[0].numel()
+    size, units = packed.shape[1], signal.shape[1:].numel()
     table = (packed, packed if rows is None else rows)
     if signal.dim() != 4:
         signal = signal.contiguous()

@@ -26,11 +26,11 @@ from alignscale.choices import (
     DataConfig,
     DeepSpeedConfig,
     EngineConfig,
-    LocalConfig,
     LossConfig,
     NetConfig,
     OptimConfig,
     RuleConfig,
+    records,
 )  # fmt: skip
 from alignscale.config import CalibrationConfig, EvaluationConfig, FrozenConfig, TrainConfig
 from alignscale.data.examples import Encoding, Examples, stream
@@ -144,7 +144,7 @@ class Learner:
             from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
 
             return DeepSpeedEngine(self.rule, optim, config, self.mesh)
-        graph = isinstance(config, LocalConfig) and config.cuda_graph and self.encoding.device.type == "cuda"
+        graph = records(config) and self.encoding.device.type == "cuda"
         return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim, graph)
 
     def calibrate(self, images: Tensor) -> None:

@@ -45,7 +45,10 @@ from alignscale.liveness import RankError, leave
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
-SMALLER = "; a smaller batch_size, evaluation.batch_size or net.width, or more accumulation, needs less"
+SMALLER = (
+    "; a smaller batch_size, evaluation.batch_size or net.width, more accumulation, or on a GPU engine=local "
+    "engine.cuda_graph=false, needs less"
+)
 MEND = "; free space or mend it, then give the same command"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""

@@ -43,6 +43,20 @@ def test_rows_of_the_numbers_have_the_bits_of_the_whole(rows: slice) -> None:
     assert torch.equal(kernels.normal(UPPER, 7, int(Stream.FEEDBACK), 2, 0, rows.start * 33, size), whole[rows])
 
 
+def test_numbers_past_two_to_the_34_have_the_cpu_s_bits() -> None:
+    """Where a part of a weight lies across that place, counters do not fit 32 bits with a sign."""
+    shape, rows = (2**25, 1024), slice(2**24 - 1, 2**24 + 1)
+    found = kernels.normal(UPPER, 7, 0, 0, 0, rows.start * 1024, (2, 1024))
+    assert torch.equal(found, normal(7, Stream.WEIGHT, 0, shape, rows))
+
+
+def test_no_examples_are_no_error() -> None:
+    assert kernels.where_bit(torch.rand(0, 3, 4, 4), torch.zeros(0, 6, dtype=torch.uint8)).shape == (0, 3, 4, 4)
+    rows = torch.zeros(0, dtype=torch.int64)
+    assert kernels.weighted_rows(torch.rand(3, 4, 5), torch.rand(0, 4), rows, torch.float32).shape == (0, 5)
+    assert kernels.rectified(torch.rand(0, 5), 0.5, None).shape == (0, 5)
+
+
 @pytest.mark.parametrize("site", SITES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_bits_open_what_relu_opens(site: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -9,7 +9,12 @@ from cases import RULE_NAMES, Case, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alignscale import engine_graph
+from alignscale.choices import SGDConfig
+from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.engine_graph import StepGraph, _copy, _moving
+from alignscale.learner import Learner
+from alignscale.loss import MSE
 from alignscale.rules import make_rule
 from alignscale.rules.align import AlignAda
 from alignscale.rules.feedback import SignSymmetric, SignSymmetricConfig
@@ -25,7 +30,10 @@ class NothingIsRead(TorchDispatchMode):
     """Fails where Python waits for a number of a tensor's, which no recorded step can."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen = args[1] if func is aten.index.Tensor else ()
+        by_truth = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in chosen)
         assert func not in READ_BY_PYTHON, func
+        assert not by_truth, func
         return func(*args, **(kwargs or {}))
 
 
@@ -50,9 +58,27 @@ def test_a_replayable_rule_keeps_its_promise(case: Case, name: str) -> None:
     assert all((a is None and b is None) or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["backprop", "align_ada", "align_zero"])
+def test_so_it_does_in_half_precision_and_from_a_cache(name: str, precision: str) -> None:
+    learner = Learner("mlp", (1, 4, 4), 3, name, precision=precision)
+    examples = learner._examples(torch.rand(6, 1, 4, 4), torch.arange(6) % 3, "train", 6)
+    batch = learner.encoding.batch(examples, torch.arange(6), 0)
+    frozen = learner.fixed.frozen
+    trace = frozen.trace(batch.images)
+    cached = Cached(dict(enumerate(learner.net.gates(trace))), {}, trace.inputs)
+    for one in (batch, replace(batch, cached=cached)):
+        first = gradients(learner.rule, one)
+        with NothingIsRead():
+            second = gradients(learner.rule, replace(one, step=5))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
+
+
 def test_what_reads_numbers_is_found() -> None:
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingIsRead():
         torch.ones(1).item()
+    with pytest.raises(AssertionError, match="index"), NothingIsRead():
+        torch.ones(2)[torch.tensor([True, False])]
 
 
 def test_a_rule_whose_feedback_changes_each_step_promises_nothing() -> None:
@@ -72,8 +98,13 @@ def test_a_subclass_does_not_inherit_the_promise() -> None:
             output = super().learn(batch)
             return output._replace(surrogate=output.surrogate * batch.step)
 
+    class SignsByStep(SignSymmetric):
+        """Promises nothing."""
+
     assert AlignAda.replayable
     assert not ByStep.replayable
+    built = make(Case("mlp"))
+    assert not SignsByStep(built.net, built.fixed, SignSymmetricConfig(), MSE()).replayable
 
 
 def cached_batch(rows: Tensor) -> Batch:
@@ -129,3 +160,139 @@ def test_batches_are_of_a_kind_where_only_their_numbers_differ() -> None:
     before = kind(batch)
     trained[0].requires_grad_(False)
     assert kind(batch) != before
+
+
+class Recording:
+    """Stands for what needs a GPU: makes the step, and keeps the gradients as a recorded one does."""
+
+    def __init__(self, rule: Any, parameters: list[Any], batch: Batch, kind: object) -> None:
+        self.rule, self.parameters, self.kind = rule, parameters, kind
+        self.gradients: list[Tensor | None] = []
+
+    def replay(self, batch: Batch) -> StepOutput:
+        before = [one.grad for one in self.parameters]
+        self.gradients = gradients(self.rule, batch)
+        for one, gradient in zip(self.parameters, before, strict=True):
+            one.grad = gradient
+        output = self.rule(batch)
+        return StepOutput(output.surrogate.detach(), output.loss, output.logits)
+
+
+@pytest.fixture(params=["align_ada", "backprop"])
+def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LocalEngine:
+    monkeypatch.setattr(engine_graph, "_Recorded", Recording)
+    monkeypatch.setattr(engine_graph, "gpu_kernels", lambda: engine_graph)
+    built = make(Case("mlp"))
+    rule = built.rule(request.param)
+    return LocalEngine(rule, make_optimizer(SGDConfig(lr=0.01), rule.trained()), cuda_graph=True)
+
+
+def part_of(batch: Batch, examples: int) -> Batch:
+    return replace(batch, images=batch.images[:examples], targets=batch.targets[:examples])
+
+
+def test_the_third_of_a_kind_is_recorded_and_a_smaller_one_at_an_epoch_s_end_never(engine: LocalEngine) -> None:
+    batch, graph = make(Case("mlp")).batch, engine.graph
+    assert graph is not None
+    replays = []
+    for examples in ([4] * 5 + [3]) * 4:
+        engine.backward(engine(part_of(batch, examples)).surrogate)
+        engine.step()
+        replays.append(graph.replays)
+    assert replays == [0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 13, 14, 15, 16, 17, 18, 18]
+
+
+def test_replayed_parts_of_a_batch_add_up(engine: LocalEngine) -> None:
+    batch, graph = make(Case("mlp")).batch, engine.graph
+    assert graph is not None
+    parts = [part_of(batch, 3), replace(batch, images=batch.images[-3:], targets=batch.targets[-3:])]
+    for _ in range(2):
+        for part in parts:
+            engine.backward(engine(part).surrogate)
+        engine.forget()
+    expected = [gradients(engine.rule, part) for part in parts]
+    engine.forget()
+    before = graph.replays
+    for part in parts:
+        engine.backward(engine(part).surrogate)
+    assert graph.replays == before + 2
+    for one, *both in zip(engine.parameters, *expected, strict=True):
+        torch.testing.assert_close(one.grad, sum(both), rtol=1e-12, atol=1e-15)
+
+
+def test_a_step_is_not_recorded_while_the_graph_of_another_is_held(engine: LocalEngine) -> None:
+    batch, graph = make(Case("mlp")).batch, engine.graph
+    assert graph is not None
+    output = None
+    for _ in range(4):
+        output = engine(batch)  # the one before is let go of after this one is made
+        engine.backward(output.surrogate)
+        engine.forget()
+    assert graph.replays == 0
+    del output
+    engine(batch)
+    assert graph.replays == 1
+
+
+def test_a_replayed_step_takes_its_own_surrogate_alone(engine: LocalEngine) -> None:
+    batch = make(Case("mlp")).batch
+    for _ in range(3):
+        output = engine(batch)
+        del output
+    first, second = engine(batch), engine(batch)
+    for wrong in (first.surrogate, second.surrogate * 0.5, second.surrogate + engine.parameters[0].sum()):
+        with pytest.raises(ValueError, match="expected the surrogate of the last batch as it was given"):
+            engine.backward(wrong)
+    engine.backward(second.surrogate)
+
+
+def test_what_python_does_in_a_step_is_not_recorded(engine: LocalEngine) -> None:
+    batch, graph = make(Case("mlp")).batch, engine.graph
+    assert graph is not None
+
+    def trained(steps: int) -> int:
+        before = graph.replays
+        for _ in range(steps):
+            engine.backward(engine(batch).surrogate)
+            engine.forget()
+        return graph.replays - before
+
+    assert trained(4) == 2
+    with engine.rule.net.layers[0].register_forward_hook(lambda *call: None):
+        assert trained(4) == 0
+    assert trained(1) == 1
+    with engine.parameters[0].register_post_accumulate_grad_hook(lambda one: None):
+        assert trained(4) == 0
+    engine.evaluate(batch)
+    assert trained(2) == 2
+
+
+def test_where_memory_is_too_small_steps_are_made_as_ever(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine_graph, "_Recorded", full)
+    batch, graph = make(Case("mlp")).batch, engine.graph
+    assert graph is not None
+    expected = gradients(engine.rule, batch)
+    engine.forget()
+    for _ in range(2):
+        engine.backward(engine(batch).surrogate)
+        engine.forget()
+    with pytest.warns(UserWarning, match="too little memory to record a step"):
+        engine.backward(engine(batch).surrogate)
+    assert all(torch.equal(a.grad, b) for a, b in zip(engine.parameters, expected, strict=True) if b is not None)  # type: ignore[arg-type]
+    engine.backward(engine(batch).surrogate)
+    assert graph.replays == 0
+
+
+def test_a_learner_s_parts_are_replayed_as_often_as_check_device_expects(engine: LocalEngine) -> None:
+    import check_device
+
+    learner = Learner("mlp", (2, 4, 4), 10, "align_ada")
+    own = LocalEngine(learner.rule, make_optimizer(SGDConfig(lr=0.01), learner.rule.trained()), cuda_graph=True)
+    learner.engine, graph = own, own.graph
+    assert graph is not None
+    for step, parts in enumerate(check_device.PARTS):
+        learner.update([check_device.batch_for(learner, part, step, sum(parts)) for part in parts], 0.01)
+    assert graph.replays == check_device.REPLAYS

@@ -38,8 +38,10 @@ EXACT = 1e-4
 """Distance to float64 that sums in fp32 may have."""
 AFTER_STEPS, RATE = 5e-3, 1e-2
 """The same after some steps, and their learning rate."""
-PARTS = [(24,)] * 5 + [(11,), (24,), (24, 24), (24,), (7,), (7, 7)] + [(7,)] * 3 + [(24,)] * 3
-"""Examples of the parts of each step's batch: long enough alike to be recorded, and with others in between."""
+PARTS = [(24,)] * 5 + [(11,), (24,), (24, 24), (24,), (7,), (7, 7)] + [(7,)] * 4 + [(24, 24)] * 3 + [(24, 11), (24,)]
+REPLAYS = 11
+"""Examples of the parts of each step's batch: long enough alike to be recorded, and with others in between; and how
+many parts a GPU replays then."""
 COSINES = {"fp16": 0.999, "bf16": 0.99}
 CACHES = [("gates", "fp32", 1e-3), ("explicit", "fp32", 1e-3), ("explicit", "fp16", 2e-3), ("explicit", "bf16", 2e-2),
           ("explicit", "fp8", 0.1)]  # fmt: skip
@@ -120,7 +122,7 @@ def steps(device: torch.device, rules: list[str]) -> Iterator[Finding]:
 
 
 def after_steps(net: NetConfig, rule: str, precision: str, device: torch.device) -> Tensor:
-    """How the steps of PARTS change the weights, (parameters,) float64 on the CPU; not a number if none is recorded."""
+    """How PARTS change the weights, (parameters,) float64 on the CPU; no number if too few were replayed."""
     learner = Learner(
         net, (2, 11, 10), 10, rule, SGDConfig(lr=RATE, momentum=0.9), precision=precision, device=device,
         frozen_weights="regenerated",
@@ -133,7 +135,7 @@ def after_steps(net: NetConfig, rule: str, precision: str, device: torch.device)
     pairs = zip(learner.rule.trained(), before, strict=True)
     change = torch.cat([(now.detach() - start).flatten().double().cpu() for now, start in pairs])
     graph = learner.engine.graph if isinstance(learner.engine, LocalEngine) else None
-    return change * math.nan if graph and not graph.recorded else change
+    return change * math.nan if graph and graph.rule.replayable and graph.replays != REPLAYS else change
 
 
 def halves(device: torch.device, rules: list[str]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignscale.choices import records
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import Encoding, Split
 from alignscale.environment import available_memory
@@ -157,7 +158,8 @@ class Cache:
 
         def measured() -> tuple[Machine, Costs]:
             machine = Machine.measured(device, self.folder.parent)
-            return machine, Costs.measured(net, inputs, part, device, dtype, machine)
+            recorded = records(config.engine) and self.mesh.everyone.size == 1
+            return machine, Costs.measured(net, inputs, part, device, dtype, machine, recorded)
 
         machine, costs = self.mesh.everyone.of_first(measured)
         machine = replace(machine, network=network_speed(self.mesh.everyone, device))

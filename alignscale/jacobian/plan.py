@@ -88,15 +88,20 @@ class Costs:
     @classmethod
     def measured(
         cls, net: Network, inputs: Sequence[tuple[int, ...]], batch: int, device: torch.device, dtype: torch.dtype,
-        machine: Machine,
+        machine: Machine, recorded: bool = True,
     ) -> "Costs":  # fmt: skip
-        """inputs: per layer, the shape of what it reads of an example. batch: examples in a step on this rank."""
+        """inputs: per layer, the shape of what it reads of an example. batch: examples in a step on this rank.
+
+        recorded: a GPU replays steps, and no time goes by to start an operation.
+        """
         pairs = [*zip(net.layers, inputs, strict=True)]
         keys = [(layer.shape, shape, getattr(layer, "stride", 0)) for layer, shape in pairs]
         kinds, flop = dict(zip(keys, pairs, strict=True)), sum(batch * layer_flop(*pair) for pair in pairs)
         relu = net.rectifies and device.type == "cuda"
+        clock = _replayed if recorded and device.type == "cuda" else timed
         rounds = [  # a process is slower in its first seconds
-            {key: _layer_times(*pair, batch, device, dtype, relu) for key, pair in kinds.items()} for _ in range(2)
+            {key: _layer_times(*pair, batch, device, dtype, relu, clock) for key, pair in kinds.items()}
+            for _ in range(2)
         ]
         times = [[min(pair) for pair in zip(*(found[key] for found in rounds), strict=True)] for key in keys]
         compute, transpose, gradient = zip(*times, strict=True)
@@ -119,9 +124,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _replayed(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of ``work`` without the time to start it, which a recorded step saves."""
-    if device.type != "cuda":
-        return timed(work, device)
+    """Median seconds of ``work`` on a GPU without the time to start it, which a recorded step saves."""
     work()  # looks for fast algorithms, and compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -164,11 +167,17 @@ def _steps(layer: Layer, inputs: tuple[int, ...]) -> int:
 
 
 def _layer_times(
-    layer: Layer, inputs: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype, relu: bool
+    layer: Layer,
+    inputs: tuple[int, ...],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    relu: bool,
+    clock: Callable[[Callable[[], object], torch.device], float],
 ) -> tuple[float, float, float]:
     """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment.
 
-    relu: with compute.
+    relu: with compute. clock: seconds of an operation.
     """
     if isinstance(layer, Linear):
         layer = copy.copy(layer)
@@ -187,7 +196,7 @@ def _layer_times(
         lambda: layer.transpose(delta, weight),
         lambda: layer.weight_gradient(a, delta),
     )
-    compute, transpose, gradient = (scale * _replayed(one, device) for one in work)
+    compute, transpose, gradient = (scale * clock(one, device) for one in work)
     return compute, transpose, gradient
 
 

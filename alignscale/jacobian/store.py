@@ -87,7 +87,7 @@ class Store:
         whole = sum(name.startswith(EXPLICIT) for name in tiers) == len(tables)  # or some are on disk
         self.stays = bool(tables) and whole and all(one.device.type == self.device.type for one in tables)
         kept = [name for name, table in self.tables.items() if name.startswith("gates") and table.is_cuda]
-        self.bits = set(kept if reads_bits(net) and len(kept) == form.sites.count("gates") else ())
+        self.bits = set(kept if kept and reads_bits(net) and len(kept) == form.sites.count("gates") else ())
 
     def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Generator[tuple[int, list[Batch]], None, None]:
         """The same batches with what the cache holds of them, which a thread fetches while another step is made."""

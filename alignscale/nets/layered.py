@@ -27,6 +27,7 @@ class LayeredNet(Network):
         self.sites = [*range(self.readout), None]
         self.direct_shapes = shapes
         self.flat = len(shapes[-1]) == 1
+        self.rectifies = config.norm == "none" and config.activation == "relu"
 
     def tracing(self, images: Tensor, parameters: Parameters | None) -> Turns[Trace]:
         """Images (B, C, H, W) -> the trace; logits (B, classes)."""

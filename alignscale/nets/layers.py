@@ -271,7 +271,7 @@ def _scaled(delta: Tensor, scale: Tensor | float) -> Tensor:
 
 def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None, relu: bool) -> Tensor:
     bias = None if bias is None else bias.to(z.dtype)
-    if relu and kernels_for(z):
+    if relu and z.dim() in (2, 4) and kernels_for(z):
         found: Tensor = _Rectified.apply(z, None if bias is None else bias.flatten(), scale)
         return found
     z = _scaled(z, scale) if bias is None else torch.add(bias, z, alpha=scale)

@@ -98,6 +98,8 @@ class Network(nn.Module, ABC):
     units_axis = 0
     """Of a site's shape."""
 
+    rectifies = False
+    """Whether a GPU's layers make the activation with their bias."""
     recurrent = False
     """Whether a site's first axis is time, normalised one step after another."""
 
@@ -118,7 +120,6 @@ class Network(nn.Module, ABC):
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
         self.activation = ACTIVATIONS[config.activation]
-        self.rectifies = config.norm == "none" and config.activation == "relu"  # a GPU's layers, with their bias
         self.public = config.blocks == "public"  # whether ``local_gates`` are wanted
         self.current: Parameters = lambda index: self.layers[index].held  # an engine may fetch them from other ranks
 
@@ -250,4 +251,7 @@ class Network(nn.Module, ABC):
         relu: of its output, see Layer.compute.
         """
         layer = self.layers[index]
-        return layer(a, relu) if parameters is None else layer.compute(a, *parameters(index), relu)
+        if parameters is not None:
+            return layer.compute(a, *parameters(index), relu)
+        found: Tensor = layer(a, relu=True) if relu else layer(a)
+        return found

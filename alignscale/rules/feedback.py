@@ -61,6 +61,7 @@ class SignSymmetric(LocalRule):
     """Current gates and layer inputs; the feedback is sign(current weight) times a magnitude of its own."""
 
     options = SignSymmetricConfig
+    replayable = True
 
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Raises ConfigError for an unknown magnitude."""
@@ -69,7 +70,7 @@ class SignSymmetric(LocalRule):
             found = getattr(config, "magnitude", "(absent)")
             raise ConfigError(f"rule.magnitude={found}: expected one of {', '.join(MAGNITUDES)}")
         self.magnitude = config.magnitude
-        self.replayable = config.magnitude != "batchwise"
+        self.replayable = type(self).replayable and config.magnitude != "batchwise"
 
     def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
         """The current network's pullback, with the signed magnitudes transposed."""
