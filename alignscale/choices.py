@@ -196,11 +196,6 @@ class DeepSpeedConfig(EngineConfig):
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def records(engine: EngineConfig) -> bool:
-    """Whether the engine records steps on a GPU; ``auto`` stands for the local one."""
-    return not isinstance(engine, DeepSpeedConfig) and bool(getattr(engine, "cuda_graph", True))
-
-
 ENGINES: dict[str, EngineConfig] = {
     "auto": EngineConfig(),
     "local": LocalConfig(),

@@ -122,6 +122,8 @@ class LocalEngine(Engine):
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run the rule on a batch."""
+        if not self.rule.training:
+            return super().__call__(batch)
         output = self.graph(batch) if self.graph else None
         self.replayed = None if output is None else output.surrogate
         return super().__call__(batch) if output is None else output

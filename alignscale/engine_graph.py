@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignscale.environment import gpu_kernels, out_of_memory
+from alignscale.environment import recording_stream
 from alignscale.rules import Rule
 from alignscale.types import Batch, Bits, Cached, Jacobian, StepOutput
 
@@ -37,7 +37,7 @@ class StepGraph:
 
     def __call__(self, batch: Batch) -> StepOutput | None:
         """A replayed step's output, whose gradients ``add_gradients`` gives; None where it has to be made as ever."""
-        if not self.wanted or not self.rule.training or not torch.is_grad_enabled() or not self._can():
+        if not self.wanted or not torch.is_grad_enabled() or not self._can():
             return None
         kind = self._kind(batch)
         if self.recorded is None or kind != self.recorded.kind:
@@ -57,56 +57,74 @@ class StepGraph:
                 parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
 
     def _can(self) -> bool:
-        """Without hooks, which are Python's, and with kernels of ours, as torch's for random numbers wait for it."""
-        hooks = [(one._forward_hooks, one._forward_pre_hooks, one._backward_hooks) for one in self.rule.modules()]
-        after = [one for one in self.parameters if getattr(one, "_post_accumulate_grad_hooks", None)]
-        return self.rule.replayable and not after and not any(map(any, hooks)) and gpu_kernels() is not None
+        """Hooks are Python's, and would not be called again."""
+        modules = (
+            (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks, one._backward_pre_hooks)
+            for one in self.rule.modules()
+        )
+        own = self.rule.own_hooks
+        others = [
+            one
+            for one in self.parameters
+            if len(one._backward_hooks or ()) > own or getattr(one, "_post_accumulate_grad_hooks", None)
+        ]
+        return self.rule.replayable and not others and not any(map(any, modules))
 
     def _kind(self, batch: Batch) -> object:
         """What a recorded step depends on, but for the numbers in ``_moving``."""
         moving = [(one.shape, one.dtype) for one in _moving(batch)]
         staying = [one.data_ptr() for one in (*_staying(batch), *self.rule.buffers())]
-        weights = [(one.data_ptr(), one.requires_grad, len(one._backward_hooks or ())) for one in self.parameters]
+        weights = [(one.data_ptr(), one.requires_grad) for one in self.parameters]
         return batch.size, moving, staying, weights
 
     def _record(self, batch: Batch, kind: object) -> bool:
-        """Whether there was room for it; where there was not, none is recorded from now on."""
+        """Whether there was room for it; where there is too little, none is recorded from now on."""
         self.recorded = None  # whose memory the next one may need
+        if not has_room(self.parameters[0].device):
+            self.wanted = False
+            warnings.warn("too little memory to record a step: the GPU makes it kernel by kernel", stacklevel=2)
+            return False
         before = [parameter.grad for parameter in self.parameters]  # of earlier parts of the batch
         try:
             self.recorded = _Recorded(self.rule, self.parameters, batch, kind)
         except RuntimeError as problem:
-            if not out_of_memory(problem) and not (problem.__context__ and out_of_memory(problem.__context__)):
-                problem.add_note("a step could not be recorded; engine=local engine.cuda_graph=false records none")
-                raise
-            self.wanted = False
-            warnings.warn("too little memory to record a step: the GPU makes it kernel by kernel", stacklevel=2)
+            problem.add_note("while a step was recorded; engine=local engine.cuda_graph=false records none")
+            raise
         finally:
             for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient
-        return self.recorded is not None
+        return True
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether as much is free as steps have needed so far beside what is kept: a recorded one keeps its own of it."""
+    kept = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - kept
+    return free > torch.cuda.max_memory_allocated(device) - kept
 
 
 class _Recorded:
     """A step, with a batch of its own that each batch is copied into."""
 
     def __init__(self, rule: Rule, parameters: list[nn.Parameter], batch: Batch, kind: object) -> None:
-        self.rule, self.parameters, self.kind, self.device = rule, parameters, kind, parameters[0].device
-        self.batch = _copy(batch)
-        self.graph = torch.cuda.CUDAGraph()
+        self.rule, self.parameters, self.kind, self.batch = rule, parameters, kind, _copy(batch)
+        self.device = parameters[0].device
+        self.graph, self.output = self._graph()
+        self.gradients = [parameter.grad for parameter in parameters]
+
+    def _graph(self) -> tuple[Any, StepOutput]:
+        """What makes the step again when it is replayed, and where its output is then."""
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            aside, current = (
-                torch.cuda.Stream(priority=-1),
-                torch.cuda.current_stream(),
-            )  # of another kind than a cache's
+            aside, current = recording_stream(self.device), torch.cuda.current_stream()
             aside.wait_stream(current)
             with torch.cuda.stream(aside):  # once more: what autograd keeps of a stream must not be the current one's
                 self._made()
             current.wait_stream(aside)
-            # a cache is read by another thread meanwhile
-            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
-                self.output = self._made()
-        self.gradients = [parameter.grad for parameter in parameters]
+            capture = torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local")  # a cache's goes on
+            with torch.cuda.stream(aside), capture:  # the first so that a failure too leaves the stream
+                output = self._made()
+        return graph, output
 
     def replay(self, batch: Batch) -> StepOutput:
         """The output for a batch; the gradients are where they always are."""
@@ -115,10 +133,13 @@ class _Recorded:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if gradient is not None and parameter.grad is gradient:  # an earlier part's, which would be written over
                 parameter.grad = gradient.clone()
-        with torch.cuda.device(self.device):
-            self.graph.replay()
+        self._replay()
         surrogate, loss, logits = self.output
         return StepOutput(surrogate.detach(), loss.clone(), logits.clone())
+
+    def _replay(self) -> None:
+        with torch.cuda.device(self.device):
+            self.graph.replay()
 
     def _made(self) -> StepOutput:
         for parameter in self.parameters:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.choices import ConfigError
+from alignscale.choices import ConfigError, DeepSpeedConfig, EngineConfig
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
 PACKAGES = ("alignscale", "torch", "numpy", "hydra-core", "safetensors")
@@ -71,10 +71,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def device_called(name: str) -> torch.device:
-    """``auto`` (a GPU where there is one), or a device of torch's. Raises ConfigError where this machine has none.
-
-    A GPU that is named by its number is this process's from then on, as kernels and recorded steps want it.
-    """
+    """``auto`` (a GPU where there is one), or a device of torch's. Raises ConfigError where this machine has none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -82,10 +79,7 @@ def device_called(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as problem:
         found = str(problem).splitlines()[0]
         raise ConfigError(f"device={name}: expected auto or cpu, or a device of this machine, found: {found}") from None
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
+    return torch.device(name)
 
 
 @functools.cache
@@ -98,6 +92,21 @@ def gpu_kernels() -> Any:
 def kernels_for(*tensors: Tensor) -> Any:
     """``gpu_kernels`` where all tensors are on a GPU and in numbers that those read, else None."""
     return gpu_kernels() if all(one.is_cuda and one.dtype in SUMMED for one in tensors) else None
+
+
+def records(engine: EngineConfig, device: torch.device, processes: int) -> bool:
+    """Whether steps are recorded and replayed: on a GPU, by the local engine of one process, for which ``auto`` stands.
+
+    Without our kernels they are not: torch's own way to the random numbers waits for Python.
+    """
+    local = not isinstance(engine, DeepSpeedConfig) and getattr(engine, "cuda_graph", True)
+    return local and device.type == "cuda" and processes == 1 and gpu_kernels() is not None
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of a GPU, to record on; caches have their own of another priority, which torch takes from others."""
+    return torch.cuda.Stream(device)
 
 
 def out_of_memory(problem: BaseException) -> bool:

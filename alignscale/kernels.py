@@ -5,13 +5,17 @@ without. Each has the bits of the torch operations that it replaces, but for the
 Triton's interpreter, tools/check_device.py on the GPU.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+Given = ParamSpec("Given")
 BLOCK = 1024
 """Units that one program works on."""
 COUNTERS = 256
@@ -106,6 +110,18 @@ def _rectified(z, bias, result, scale, rows, columns, BIAS: tl.constexpr, ROWS: 
     tl.store(result + at, tl.where(value < 0, 0.0, value), mask=inside)  # what is no number stays
 
 
+def on_its_device(launch: Callable[Given, Tensor]) -> Callable[Given, Tensor]:
+    """Start a kernel on the GPU of the first tensor, which need not be the current one."""
+
+    @functools.wraps(launch)
+    def on_device(*given: Given.args, **named: Given.kwargs) -> Tensor:
+        with torch.cuda.device_of(given[0]):
+            return launch(*given, **named)
+
+    return on_device
+
+
+@on_its_device
 def weighted_rows(values: Tensor, weights: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Values (N, classes, *site), weights (B, classes), rows (B,) int64 -> sums over classes (B, *site)."""
     classes, site = values.shape[1], values.shape[2:]
@@ -116,6 +132,7 @@ def weighted_rows(values: Tensor, weights: Tensor, rows: Tensor, dtype: torch.dt
     return result
 
 
+@on_its_device
 def where_bit(signal: Tensor, packed: Tensor, rows: Tensor | None = None) -> Tensor:
     """Signal (B, *site) where the bit of jacobian/gates.py is set, else 0.
 
@@ -139,6 +156,7 @@ def where_bit(signal: Tensor, packed: Tensor, rows: Tensor | None = None) -> Ten
     return result
 
 
+@on_its_device
 def normal(
     upper: Tensor, seed: int, stream: int, layer: int, draw: int, first: int, shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
@@ -152,6 +170,7 @@ def normal(
     return result
 
 
+@on_its_device
 def rectified(z: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """relu(scale * z + bias) of z (B, units) or maps (B, C, H, W); bias (units,) or (C,) in z's dtype."""
     z = z.contiguous(memory_format=torch.channels_last if z.dim() == 4 else torch.contiguous_format)

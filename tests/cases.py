@@ -152,3 +152,15 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10, scale: float =
     largest = max(theirs.abs().max().item(), scale)
     error = (ours.reshape(theirs.shape) - theirs).abs().max().item()
     assert error <= tolerance * largest, f"off by {error:.1e} of {largest:.1e}, tolerance {tolerance:.0e}"
+
+
+def gradients(rule: Rule, batch: Batch) -> list[Tensor | None]:
+    """Of the parameters that the rule trains, which keep theirs."""
+    before = [one.grad for one in rule.trained()]
+    for parameter in rule.trained():
+        parameter.grad = None
+    rule(batch).surrogate.backward()
+    found = [one.grad for one in rule.trained()]
+    for parameter, gradient in zip(rule.trained(), before, strict=True):
+        parameter.grad = gradient
+    return found

@@ -5,106 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RULE_NAMES, Case, make
+from cases import Case, gradients, make
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignscale import engine_graph
 from alignscale.choices import SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.engine_graph import StepGraph, _copy, _moving
 from alignscale.learner import Learner
-from alignscale.loss import MSE
-from alignscale.rules import make_rule
-from alignscale.rules.align import AlignAda
-from alignscale.rules.feedback import SignSymmetric, SignSymmetricConfig
 from alignscale.types import Batch, Bits, Cached, Jacobian, StepOutput
-
-aten = torch.ops.aten
-READ_BY_PYTHON = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.item.default}
-REPLAYABLE = [name for name in RULE_NAMES if not name.endswith("batchwise")]
-CASES = [Case(net, norm) for net in ("mlp", "conv3", "rnn_every") for norm in ("none", "batch", "calibrated")]
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Fails where Python waits for a number of a tensor's, which no recorded step can."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        chosen = args[1] if func is aten.index.Tensor else ()
-        by_truth = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in chosen)
-        assert func not in READ_BY_PYTHON, func
-        assert not by_truth, func
-        return func(*args, **(kwargs or {}))
-
-
-def gradients(rule: Any, batch: Batch) -> list[Tensor | None]:
-    for parameter in rule.trained():
-        parameter.grad = None
-    rule(batch).surrogate.backward()
-    return [None if one.grad is None else one.grad.clone() for one in rule.trained()]
-
-
-@pytest.mark.parametrize("name", REPLAYABLE)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_replayable_rule_keeps_its_promise(case: Case, name: str) -> None:
-    built = make(case)
-    rule = built.rule(name)
-    assert rule.replayable
-    first = gradients(rule, built.batch)
-    later = replace(built.batch, step=built.batch.step + 7, view=3, keys=["other"] * len(built.batch.images))
-    with NothingIsRead():
-        second = gradients(rule, later)
-    pairs = zip(first, second, strict=True)
-    assert all((a is None and b is None) or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", ["backprop", "align_ada", "align_zero"])
-def test_so_it_does_in_half_precision_and_from_a_cache(name: str, precision: str) -> None:
-    learner = Learner("mlp", (1, 4, 4), 3, name, precision=precision)
-    examples = learner._examples(torch.rand(6, 1, 4, 4), torch.arange(6) % 3, "train", 6)
-    batch = learner.encoding.batch(examples, torch.arange(6), 0)
-    frozen = learner.fixed.frozen
-    trace = frozen.trace(batch.images)
-    cached = Cached(dict(enumerate(learner.net.gates(trace))), {}, trace.inputs)
-    for one in (batch, replace(batch, cached=cached)):
-        first = gradients(learner.rule, one)
-        with NothingIsRead():
-            second = gradients(learner.rule, replace(one, step=5))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
-
-
-def test_what_reads_numbers_is_found() -> None:
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingIsRead():
-        torch.ones(1).item()
-    with pytest.raises(AssertionError, match="index"), NothingIsRead():
-        torch.ones(2)[torch.tensor([True, False])]
-
-
-def test_a_rule_whose_feedback_changes_each_step_promises_nothing() -> None:
-    built = make(Case("mlp"))
-    kept = make_rule(built.net, built.fixed, SignSymmetricConfig(magnitude="fixed"))
-    drawn = make_rule(built.net, built.fixed, SignSymmetricConfig(magnitude="batchwise"))
-    assert isinstance(kept, SignSymmetric)
-    assert (kept.replayable, drawn.replayable) == (True, False)
-    assert StepGraph(drawn, drawn.trained())(built.batch) is None
-
-
-def test_a_subclass_does_not_inherit_the_promise() -> None:
-    class ByStep(AlignAda):
-        """Depends on the step."""
-
-        def learn(self, batch: Batch) -> StepOutput:
-            output = super().learn(batch)
-            return output._replace(surrogate=output.surrogate * batch.step)
-
-    class SignsByStep(SignSymmetric):
-        """Promises nothing."""
-
-    assert AlignAda.replayable
-    assert not ByStep.replayable
-    built = make(Case("mlp"))
-    assert not SignsByStep(built.net, built.fixed, SignSymmetricConfig(), MSE()).replayable
 
 
 def cached_batch(rows: Tensor) -> Batch:
@@ -162,28 +71,41 @@ def test_batches_are_of_a_kind_where_only_their_numbers_differ() -> None:
     assert kind(batch) != before
 
 
-class Recording:
-    """Stands for what needs a GPU: makes the step, and keeps the gradients as a recorded one does."""
+class Remade:
+    """Stands for a CUDA graph, which needs a GPU: makes the step again, into the tensors of the first time."""
 
-    def __init__(self, rule: Any, parameters: list[Any], batch: Batch, kind: object) -> None:
-        self.rule, self.parameters, self.kind = rule, parameters, kind
-        self.gradients: list[Tensor | None] = []
+    def __init__(self, recorded: Any) -> None:
+        self.recorded, self.output = recorded, recorded._made()
+        self.gradients = [one.grad for one in recorded.parameters]
 
-    def replay(self, batch: Batch) -> StepOutput:
-        before = [one.grad for one in self.parameters]
-        self.gradients = gradients(self.rule, batch)
-        for one, gradient in zip(self.parameters, before, strict=True):
+    def replay(self) -> None:
+        before = [one.grad for one in self.recorded.parameters]
+        again = self.recorded._made()
+        made = [one.grad for one in self.recorded.parameters]
+        pairs = [*zip(self.output, again, strict=True), *zip(self.gradients, made, strict=True)]
+        for kept, new in pairs:
+            if kept is not None and new is not None:
+                kept.copy_(new)
+        for one, gradient in zip(self.recorded.parameters, before, strict=True):
             one.grad = gradient
-        output = self.rule(batch)
-        return StepOutput(output.surrogate.detach(), output.loss, output.logits)
+
+
+class Recorded(engine_graph._Recorded):
+    """All of a recorded step but what a GPU does."""
+
+    def _graph(self) -> tuple[Any, StepOutput]:
+        made = Remade(self)
+        return made, made.output
+
+    def _replay(self) -> None:
+        self.graph.replay()
 
 
 @pytest.fixture(params=["align_ada", "backprop"])
 def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LocalEngine:
-    monkeypatch.setattr(engine_graph, "_Recorded", Recording)
-    monkeypatch.setattr(engine_graph, "gpu_kernels", lambda: engine_graph)
-    built = make(Case("mlp"))
-    rule = built.rule(request.param)
+    monkeypatch.setattr(engine_graph, "_Recorded", Recorded)
+    monkeypatch.setattr(engine_graph, "has_room", lambda device: True)
+    rule = make(Case("mlp")).rule(request.param)
     return LocalEngine(rule, make_optimizer(SGDConfig(lr=0.01), rule.trained()), cuda_graph=True)
 
 
@@ -263,33 +185,57 @@ def test_what_python_does_in_a_step_is_not_recorded(engine: LocalEngine) -> None
     assert trained(1) == 1
     with engine.parameters[0].register_post_accumulate_grad_hook(lambda one: None):
         assert trained(4) == 0
+    with engine.parameters[0].register_hook(lambda gradient: None):
+        assert trained(4) == 0
+    with engine.rule.net.register_full_backward_pre_hook(lambda *call: None):
+        assert trained(1) == 0
+    output = engine(batch)
     engine.evaluate(batch)
+    engine.backward(output.surrogate)
     assert trained(2) == 2
 
 
 def test_where_memory_is_too_small_steps_are_made_as_ever(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(engine_graph, "_Recorded", full)
+    monkeypatch.setattr(engine_graph, "has_room", lambda device: False)
     batch, graph = make(Case("mlp")).batch, engine.graph
     assert graph is not None
     expected = gradients(engine.rule, batch)
-    engine.forget()
     for _ in range(2):
-        engine.backward(engine(batch).surrogate)
         engine.forget()
+        engine.backward(engine(batch).surrogate)
+    engine.forget()
     with pytest.warns(UserWarning, match="too little memory to record a step"):
         engine.backward(engine(batch).surrogate)
-    assert all(torch.equal(a.grad, b) for a, b in zip(engine.parameters, expected, strict=True) if b is not None)  # type: ignore[arg-type]
+    assert all(torch.equal(a.grad, b) for a, b in zip(engine.parameters, expected, strict=True))  # type: ignore[arg-type]
     engine.backward(engine(batch).surrogate)
     assert graph.replays == 0
+
+
+def test_what_ends_a_recording_says_how_to_go_without_and_leaves_the_gradients(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(rule: Any, parameters: list[Any], *_: object) -> None:
+        for one in parameters:
+            one.grad = None
+        raise RuntimeError("the capture is invalid")
+
+    monkeypatch.setattr(engine_graph, "_Recorded", fails)
+    batch = make(Case("mlp")).batch
+    for _ in range(2):
+        engine.forget()
+        engine.backward(engine(batch).surrogate)
+    before = [one.grad for one in engine.parameters]
+    with pytest.raises(RuntimeError, match="the capture is invalid") as caught:
+        engine(batch)
+    assert caught.value.__notes__ == ["while a step was recorded; engine=local engine.cuda_graph=false records none"]
+    assert before[0] is not None
+    assert all(one.grad is gradient for one, gradient in zip(engine.parameters, before, strict=True))
 
 
 def test_a_learner_s_parts_are_replayed_as_often_as_check_device_expects(engine: LocalEngine) -> None:
     import check_device
 
-    learner = Learner("mlp", (2, 4, 4), 10, "align_ada")
+    learner = Learner("mlp", (2, 4, 4), 10, engine.rule.config.name)
     own = LocalEngine(learner.rule, make_optimizer(SGDConfig(lr=0.01), learner.rule.trained()), cuda_graph=True)
     learner.engine, graph = own, own.graph
     assert graph is not None

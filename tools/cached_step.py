@@ -36,7 +36,7 @@ def cached_step(
     options = TrainConfig(
         RULES[rule].options(name=rule), config, DataConfig("bench"), SGDConfig(lr=lr), MSEConfig(),
         jacobian=replace(JACOBIANS[form], dtype=dtype, tier=tier, dir=str(Path(folder) / "cache")),
-        calibration=CalibrationConfig(2), batch_size=len(batch.images), precision=precision,
+        calibration=CalibrationConfig(2), batch_size=len(batch.images), precision=precision, engine=engine,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     count = SETS * len(batch.images)

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.choices import records
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import Encoding, Split
-from alignscale.environment import available_memory
+from alignscale.environment import available_memory, records
 from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
 from alignscale.jacobian.files import CacheError
@@ -158,7 +157,7 @@ class Cache:
 
         def measured() -> tuple[Machine, Costs]:
             machine = Machine.measured(device, self.folder.parent)
-            recorded = records(config.engine) and self.mesh.everyone.size == 1
+            recorded = records(config.engine, device, self.mesh.everyone.size)
             return machine, Costs.measured(net, inputs, part, device, dtype, machine, recorded)
 
         machine, costs = self.mesh.everyone.of_first(measured)

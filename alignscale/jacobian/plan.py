@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from alignscale.distributed import Ranks
+from alignscale.environment import recording_stream
 from alignscale.jacobian.form import DTYPES, Form, bytes_of, reads_bits
 from alignscale.nets.layers import Conv, Layer, Linear, laid_out
 from alignscale.nets.network import Network
@@ -88,21 +89,20 @@ class Costs:
     @classmethod
     def measured(
         cls, net: Network, inputs: Sequence[tuple[int, ...]], batch: int, device: torch.device, dtype: torch.dtype,
-        machine: Machine, recorded: bool = True,
+        machine: Machine, recorded: bool = False,
     ) -> "Costs":  # fmt: skip
         """inputs: per layer, the shape of what it reads of an example. batch: examples in a step on this rank.
 
-        recorded: a GPU replays steps, and no time goes by to start an operation.
+        recorded: steps are replayed on a GPU, and no time goes by to start an operation.
         """
         pairs = [*zip(net.layers, inputs, strict=True)]
         keys = [(layer.shape, shape, getattr(layer, "stride", 0)) for layer, shape in pairs]
         kinds, flop = dict(zip(keys, pairs, strict=True)), sum(batch * layer_flop(*pair) for pair in pairs)
         relu = net.rectifies and device.type == "cuda"
-        clock = _replayed if recorded and device.type == "cuda" else timed
-        rounds = [  # a process is slower in its first seconds
-            {key: _layer_times(*pair, batch, device, dtype, relu, clock) for key, pair in kinds.items()}
-            for _ in range(2)
-        ]
+        clock = _replayed if recorded else timed
+        every = [*kinds.items()] * 2  # a process is slower in its first seconds
+        timings = [(key, _layer_times(*pair, batch, device, dtype, relu, clock)) for key, pair in every]
+        rounds = [dict(timings[: len(kinds)]), dict(timings[len(kinds) :])]
         times = [[min(pair) for pair in zip(*(found[key] for found in rounds), strict=True)] for key in keys]
         compute, transpose, gradient = zip(*times, strict=True)
         parameters = sum(one.numel() for layer in net.layers for one in layer.held if one is not None)
@@ -127,10 +127,11 @@ def _replayed(work: Callable[[], object], device: torch.device) -> float:
     """Median seconds of ``work`` on a GPU without the time to start it, which a recorded step saves."""
     work()  # looks for fast algorithms, and compiles
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(IN_A_ROW):
-            work()
-    return timed(graph.replay, device) / IN_A_ROW
+    with torch.cuda.device(device):
+        with torch.cuda.graph(graph, stream=recording_stream(device), capture_error_mode="thread_local"):
+            for _ in range(IN_A_ROW):
+                work()
+        return timed(graph.replay, device) / IN_A_ROW
 
 
 def network_speed(ranks: Ranks, device: torch.device) -> float:

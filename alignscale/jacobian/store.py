@@ -50,7 +50,7 @@ class Store:
         """
         self.net, self.form, self.device = net, form, device
         self.pinned = device.type == "cuda"
-        self.copies = torch.cuda.Stream(device) if self.pinned else None
+        self.copies = torch.cuda.Stream(device, priority=-1) if self.pinned else None
         lacking = missing(folder, wanted, views)
         if lacking:
             shard, view, _ = lacking[0]

@@ -21,6 +21,7 @@ class Backprop(Rule):
     """The surrogate is the loss itself; in half precision that of a scaled error, and gradients are scaled back."""
 
     replayable = True
+    own_hooks = 1
 
     def __init__(self, net: Network, fixed: Fixed, config: RuleConfig, loss: Loss) -> None:
         """Hooks on the parameters scale their gradients back."""

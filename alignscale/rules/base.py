@@ -38,6 +38,9 @@ class Rule(nn.Module, ABC):
     not on ``batch.step``, and on no number that Python reads from a tensor. A class promises it for itself alone.
     """
 
+    own_hooks: ClassVar[int] = 0
+    """How many hooks the rule itself has on each parameter's gradient."""
+
     def __init_subclass__(cls) -> None:
         """What a class promises is not inherited: a subclass may do more."""
         super().__init_subclass__()
