@@ -117,7 +117,8 @@ class LocalEngine(Engine):
         self.clip_norm = config.clip_norm if config else 0.0
         if config and config.weight_decay and config.decay_towards == "initial":
             pull_to_start(optimizer, self.parameters, config)
-        self.graph = StepGraph(rule, self.parameters) if cuda_graph else None
+        on_gpu = all(parameter.is_cuda for parameter in self.parameters)
+        self.graph = StepGraph(rule, self.parameters) if cuda_graph and on_gpu else None
         self.replayed: Tensor | None = None
 
     def __call__(self, batch: Batch) -> StepOutput:

@@ -80,51 +80,73 @@ class StepGraph:
     def _record(self, batch: Batch, kind: object) -> bool:
         """Whether there was room for it; where there is too little, none is recorded from now on."""
         self.recorded = None  # whose memory the next one may need
-        if not has_room(self.parameters[0].device):
-            self.wanted = False
-            warnings.warn("too little memory to record a step: the GPU makes it kernel by kernel", stacklevel=2)
-            return False
         before = [parameter.grad for parameter in self.parameters]  # of earlier parts of the batch
         try:
-            self.recorded = _Recorded(self.rule, self.parameters, batch, kind)
+            made = self._warmed_up(batch, kind)
+            if made is None:
+                self.wanted = False
+                warnings.warn("too little memory to record a step: the GPU makes it kernel by kernel", stacklevel=2)
+            else:
+                made.record()
         except RuntimeError as problem:
             problem.add_note("while a step was recorded; engine=local engine.cuda_graph=false records none")
             raise
         finally:
             for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient
-        return True
+        self.recorded = made
+        return self.wanted
+
+    def _warmed_up(self, batch: Batch, kind: object) -> "_Recorded | None":
+        """What can be recorded, if a batch of its own and a step beside those so far fit into the memory."""
+        if not has_room(self.parameters[0].device):
+            return None
+        try:
+            made = _Recorded(self.rule, self.parameters, batch, kind)
+            made.warm_up()
+        except torch.OutOfMemoryError:  # nothing is under way yet that it could break
+            return None
+        return made
 
 
 def has_room(device: torch.device) -> bool:
-    """Whether as much is free as steps have needed so far beside what is kept: a recorded one keeps its own of it."""
+    """Whether there is room for a recorded step, which keeps what it needs, and for one that is made beside it."""
     kept = torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - kept
-    return free > torch.cuda.max_memory_allocated(device) - kept
+    return free > 2 * (torch.cuda.max_memory_allocated(device) - kept)
 
 
 class _Recorded:
     """A step, with a batch of its own that each batch is copied into."""
 
+    graph: Any
+    """Makes the step again when it is replayed."""
+    output: StepOutput
+    gradients: list[Tensor | None]
+
     def __init__(self, rule: Rule, parameters: list[nn.Parameter], batch: Batch, kind: object) -> None:
         self.rule, self.parameters, self.kind, self.batch = rule, parameters, kind, _copy(batch)
         self.device = parameters[0].device
-        self.graph, self.output = self._graph()
-        self.gradients = [parameter.grad for parameter in parameters]
 
-    def _graph(self) -> tuple[Any, StepOutput]:
-        """What makes the step again when it is replayed, and where its output is then."""
-        graph = torch.cuda.CUDAGraph()
+    def warm_up(self) -> None:
+        """Once more, on the stream to record on: what autograd keeps of a stream must not be the current one's."""
         with torch.cuda.device(self.device):
             aside, current = recording_stream(self.device), torch.cuda.current_stream()
             aside.wait_stream(current)
-            with torch.cuda.stream(aside):  # once more: what autograd keeps of a stream must not be the current one's
+            with torch.cuda.stream(aside):
                 self._made()
             current.wait_stream(aside)
-            capture = torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local")  # a cache's goes on
+        self._forget()
+
+    def record(self) -> None:
+        """From here on ``output`` and ``gradients`` are where a replay writes them."""
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            aside = recording_stream(self.device)
+            capture = torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local")  # a cache goes on
             with torch.cuda.stream(aside), capture:  # the first so that a failure too leaves the stream
-                output = self._made()
-        return graph, output
+                self.output = self._made()
+        self.gradients = [parameter.grad for parameter in self.parameters]
 
     def replay(self, batch: Batch) -> StepOutput:
         """The output for a batch; the gradients are where they always are."""
@@ -141,9 +163,12 @@ class _Recorded:
         with torch.cuda.device(self.device):
             self.graph.replay()
 
-    def _made(self) -> StepOutput:
+    def _forget(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+    def _made(self) -> StepOutput:
+        self._forget()
         surrogate, loss, logits = self.rule(self.batch)
         surrogate.backward()
         return StepOutput(surrogate.detach(), loss.detach(), logits.detach())

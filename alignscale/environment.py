@@ -103,10 +103,14 @@ def records(engine: EngineConfig, device: torch.device, processes: int) -> bool:
     return local and device.type == "cuda" and processes == 1 and gpu_kernels() is not None
 
 
-@functools.cache
 def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Of a GPU, to record on; caches have their own of another priority, which torch takes from others."""
-    return torch.cuda.Stream(device)
+    return _stream_of(torch.cuda.current_device() if device == torch.device("cuda") else device.index)
+
+
+@functools.cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
 
 
 def out_of_memory(problem: BaseException) -> bool:

@@ -13,7 +13,7 @@ from alignscale.choices import SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
 from alignscale.engine_graph import StepGraph, _copy, _moving
 from alignscale.learner import Learner
-from alignscale.types import Batch, Bits, Cached, Jacobian, StepOutput
+from alignscale.types import Batch, Bits, Cached, Jacobian
 
 
 def cached_batch(rows: Tensor) -> Batch:
@@ -75,17 +75,17 @@ class Remade:
     """Stands for a CUDA graph, which needs a GPU: makes the step again, into the tensors of the first time."""
 
     def __init__(self, recorded: Any) -> None:
-        self.recorded, self.output = recorded, recorded._made()
-        self.gradients = [one.grad for one in recorded.parameters]
+        self.recorded = recorded
 
     def replay(self) -> None:
         before = [one.grad for one in self.recorded.parameters]
         again = self.recorded._made()
         made = [one.grad for one in self.recorded.parameters]
-        pairs = [*zip(self.output, again, strict=True), *zip(self.gradients, made, strict=True)]
-        for kept, new in pairs:
-            if kept is not None and new is not None:
-                kept.copy_(new)
+        kept = self.recorded
+        pairs = [*zip(kept.output, again, strict=True), *zip(kept.gradients, made, strict=True)]
+        for own, new in pairs:
+            if own is not None and new is not None:
+                own.copy_(new)
         for one, gradient in zip(self.recorded.parameters, before, strict=True):
             one.grad = gradient
 
@@ -93,9 +93,13 @@ class Remade:
 class Recorded(engine_graph._Recorded):
     """All of a recorded step but what a GPU does."""
 
-    def _graph(self) -> tuple[Any, StepOutput]:
-        made = Remade(self)
-        return made, made.output
+    def warm_up(self) -> None:
+        self._made()
+        self._forget()
+
+    def record(self) -> None:
+        self.graph, self.output = Remade(self), self._made()
+        self.gradients = [one.grad for one in self.parameters]
 
     def _replay(self) -> None:
         self.graph.replay()
@@ -106,7 +110,15 @@ def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> L
     monkeypatch.setattr(engine_graph, "_Recorded", Recorded)
     monkeypatch.setattr(engine_graph, "has_room", lambda device: True)
     rule = make(Case("mlp")).rule(request.param)
-    return LocalEngine(rule, make_optimizer(SGDConfig(lr=0.01), rule.trained()), cuda_graph=True)
+    return recording(rule)
+
+
+def recording(rule: Any) -> LocalEngine:
+    """An engine that records on the CPU."""
+    made = LocalEngine(rule, make_optimizer(SGDConfig(lr=0.01), rule.trained()), cuda_graph=True)
+    assert made.graph is None  # of weights that are not on a GPU
+    made.graph = StepGraph(rule, made.parameters)
+    return made
 
 
 def part_of(batch: Batch, examples: int) -> Batch:
@@ -214,12 +226,11 @@ def test_where_memory_is_too_small_steps_are_made_as_ever(engine: LocalEngine, m
 def test_what_ends_a_recording_says_how_to_go_without_and_leaves_the_gradients(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(rule: Any, parameters: list[Any], *_: object) -> None:
-        for one in parameters:
-            one.grad = None
+    def fails(self: Recorded) -> None:
+        self._made()
         raise RuntimeError("the capture is invalid")
 
-    monkeypatch.setattr(engine_graph, "_Recorded", fails)
+    monkeypatch.setattr(Recorded, "record", fails)
     batch = make(Case("mlp")).batch
     for _ in range(2):
         engine.forget()
@@ -236,7 +247,7 @@ def test_a_learner_s_parts_are_replayed_as_often_as_check_device_expects(engine:
     import check_device
 
     learner = Learner("mlp", (2, 4, 4), 10, engine.rule.config.name)
-    own = LocalEngine(learner.rule, make_optimizer(SGDConfig(lr=0.01), learner.rule.trained()), cuda_graph=True)
+    own = recording(learner.rule)
     learner.engine, graph = own, own.graph
     assert graph is not None
     for step, parts in enumerate(check_device.PARTS):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import Encoding, Split
+from alignscale.distributed import launched
 from alignscale.environment import available_memory, records
 from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
@@ -157,7 +158,8 @@ class Cache:
 
         def measured() -> tuple[Machine, Costs]:
             machine = Machine.measured(device, self.folder.parent)
-            recorded = records(config.engine, device, self.mesh.everyone.size)
+            alone = config.engine.name != "auto" or launched() is None  # or it stands for DeepSpeed
+            recorded = alone and records(config.engine, device, self.mesh.everyone.size)
             return machine, Costs.measured(net, inputs, part, device, dtype, machine, recorded)
 
         machine, costs = self.mesh.everyone.of_first(measured)
