@@ -93,7 +93,8 @@ def table() -> list[Case]:
 def pairwise(ranks: int) -> list[Case]:
     """A few cases that hold every pair of net, norm, rule and stage, and each other option.
 
-    The options are at two stages on two ranks, at a third one on one and at the fourth one on four.
+    Adam is at every stage. The options are at two stages on two ranks, at a third one on one and at the fourth one on
+    four, each time with another net and rule.
     """
     every = [case for case in table() if case.net != "conv_stride4"]
     left = {pair for case in every for pair in pairs(case)}
@@ -102,17 +103,22 @@ def pairwise(ranks: int) -> list[Case]:
         best = max(every, key=lambda case: len(left & pairs(case)))
         chosen.append(best)
         left -= pairs(best)
+    every_stage = [Case("mlp", "batch", "align_ada", stage, optim) for stage in range(4) for optim in ("adam", "adamw")]
+    nets, rules = (
+        itertools.cycle(("mlp", "conv3", "rnn")),
+        itertools.cycle(("align_ada", "backprop", "align_zero", "align_prop")),
+    )
     others = [
-        Case("mlp", "none" if options in HALF else "batch", "align_ada", stage, optim, parts, options)
+        Case(next(nets), "none" if options in HALF else "batch", next(rules), stage, optim, parts, options)
         for stage in range(4)
         for number, (optim, parts, options) in enumerate((
-            ("adam", 1, ""), ("decay", 1, ""), ("clip", 1, ""), ("adamw", 2, ""), ("sgd", 3, ""),
+            ("decay", 1, ""), ("clip", 1, ""), ("adamw", 2, ""), ("sgd", 3, ""),
             ("sgd", 1, "partitioned"), ("sgd", 1, "regenerated"), ("sgd", 1, "offload"), ("sgd", 1, "own-moments"),
             ("sgd", 1, "bf16"), ("sgd", 1, "fp16"), ("sgd", 1, "few"),
         ))
         if (number + stage) % 4 in {1: (0,), 2: (1, 3), 4: (2,)}[ranks]
     ]  # fmt: skip
-    return chosen + others
+    return chosen + every_stage + others
 
 
 def traffic() -> list[Case]:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,16 @@ def finished(command: list[str], seconds: float = 300) -> subprocess.CompletedPr
 
 
 def run(ranks: int, *options: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    given = [one for one in RUN if "optim=adam" not in options or not one.startswith("optim.momentum")]
-    return finished(torchrun(ranks, "launch/train.py", *given, *options, restarts=restarts))
+    return finished(torchrun(ranks, "launch/train.py", *usual(options), *options, restarts=restarts))
+
+
+def usual(options: Sequence[str]) -> list[str]:
+    """RUN, but for SGD's momentum where Adam is asked for."""
+    return [one for one in RUN if "optim=adam" not in options or not one.startswith("optim.momentum")]
 
 
 def alone(*options: str) -> subprocess.CompletedProcess[str]:
-    return finished([PYTHON, "launch/train.py", *RUN, "threads=1", *options])
+    return finished([PYTHON, "launch/train.py", *usual(options), "threads=1", *options])
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def stopped(
     ranks: int, folder: Path, number: int, *options: str, at: int = 30, torchrun_too: bool = False, restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """A run whose first rank gets a signal when it has made a checkpoint at step ``at``."""
-    given = [*RUN, "checkpoint.every_steps=10", f"run.dir={folder}", *options]
+    given = [*usual(options), "checkpoint.every_steps=10", f"run.dir={folder}", *options]
     command = torchrun(ranks, "launch/train.py", *given, restarts=restarts, python=sys.executable)
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

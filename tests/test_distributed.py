@@ -147,13 +147,21 @@ def test_one_command_trains_on_two_ranks_to_the_result_of_one_in_one_folder(tmp_
     assert tool.scores(tmp_path / "two", "last", ["test"], None)[0]["accuracy"] == ours["test"]["accuracy"]
 
 
-def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+CHANGES = {
+    "sgd": ((3, 3, (2, 0)), (0, 2, (4, 3)), (2, 2, (3, 1)), (1, 2, (0, 0))),
+    "adam": ((3, 3, (2, 2)), (1, 2, (3, 0))),
+}
+"""Stage and ranks, and after them ranks (0: one process without DeepSpeed) and stage."""
+
+
+@pytest.mark.parametrize("optim", CHANGES)
+def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoint(tmp_path: Path, optim: str) -> None:
     options = ["epochs=3", "schedule=cosine", "optim.weight_decay=0.01", "optim.decay_towards=initial"]
+    options += ["optim=adam", "optim.lr=0.003"] if optim == "adam" else []
     whole = alone(*options, f"run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     expected = torch.cat([one.flatten() for one in weights(tmp_path / "whole").values()])
-    changes = ((3, 3, (2, 0)), (0, 2, (4, 3)), (2, 2, (3, 1)), (1, 2, (0, 0)))
-    for stage, ranks, (more, other) in changes:
+    for stage, ranks, (more, other) in CHANGES[optim]:
         folder = tmp_path / f"{stage}-{ranks}"
         first = stopped(ranks, folder, signal.SIGTERM, *options, "engine=deepspeed", f"engine.zero_stage={stage}")
         assert "stopped by signal 15" in first.stderr, first.stderr
@@ -162,7 +170,7 @@ def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoi
         assert again.returncode == 0, again.stderr
         assert "warning: not as before, so the run ends equal to rounding" in again.stdout
         found = torch.cat([one.flatten() for one in weights(folder).values()])
-        assert (found - expected).norm() / expected.norm() < 1e-5
+        assert (found - expected).norm() / expected.norm() < (1e-5 if optim == "sgd" else 1e-4)
 
 
 def test_what_a_script_trains_on_two_ranks_is_what_one_process_trains(tmp_path: Path) -> None:
