@@ -162,3 +162,12 @@ def test_a_rank_that_waits_for_its_data_is_named_though_it_lives(tmp_path: Path)
     said = re.findall("error: .*", done.stderr)
     assert len(said) == 1, done.stderr[-3000:]
     assert re.search(r"\(behind the others: rank 1 at step \d+ \(step\)\)", said[0]), said
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_alone_ends_all_and_is_said_once(tmp_path: Path) -> None:
+    done = at_step_20(3, 1, "images = images.float() * float('nan')", tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert "at step 21" in said[0]
+    assert "the images" in said[0]
