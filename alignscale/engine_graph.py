@@ -72,10 +72,11 @@ class StepGraph:
 
     def _kind(self, batch: Batch) -> object:
         """What a recorded step depends on, but for the numbers in ``_moving``."""
-        moving = [(one.shape, one.dtype) for one in _moving(batch)]
-        staying = [one.data_ptr() for one in (*_staying(batch), *self.rule.buffers())]
+        moving, staying = _tensors(batch)
+        shapes = [(one.shape, one.dtype) for one in moving]
+        places = [one.data_ptr() for one in (*staying, *self.rule.buffers())]
         weights = [(one.data_ptr(), one.requires_grad) for one in self.parameters]
-        return batch.size, moving, staying, weights
+        return batch.size, shapes, places, weights
 
     def _record(self, batch: Batch, kind: object) -> bool:
         """Whether there was room for it; where there is too little, none is recorded from now on."""
@@ -187,27 +188,23 @@ def _in_use(parameter: nn.Parameter) -> bool:
     return "seen" in node().metadata
 
 
+def _tensors(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of a batch that are its own, each once and in a fixed order, and the tables of more examples."""
+    moving: list[Tensor | None] = [batch.images, batch.targets]
+    staying: list[Tensor | None] = []
+    if batch.cached:
+        tables = [(gate.packed, None, gate.rows) for gate in batch.cached.gates.values() if isinstance(gate, Bits)]
+        for values, scale, rows in (*tables, *batch.cached.jacobians.values()):
+            (moving if rows is None else staying).extend((values, scale))
+            moving.append(rows)
+        moving += [gate for gate in batch.cached.gates.values() if isinstance(gate, Tensor)]
+        moving += batch.cached.inputs or ()
+    moving = list({id(one): one for one in moving}.values())
+    return [one for one in moving if one is not None], [one for one in staying if one is not None]
+
+
 def _moving(batch: Batch) -> list[Tensor]:
-    """The tensors of a batch that are its own, each once, in a fixed order; tables of more examples are not."""
-    found: list[Tensor | None] = [batch.images, batch.targets]
-    if batch.cached:
-        for gate in batch.cached.gates.values():
-            found += [gate] if isinstance(gate, Tensor) else [gate.packed] if gate.rows is None else [gate.rows]
-        for values, scale, rows in batch.cached.jacobians.values():
-            found += [values, scale] if rows is None else [rows]
-        found += batch.cached.inputs or ()
-    return list({id(one): one for one in found if one is not None}.values())
-
-
-def _staying(batch: Batch) -> list[Tensor]:
-    """The tables of more examples."""
-    found: list[Tensor | None] = []
-    if batch.cached:
-        for gate in batch.cached.gates.values():
-            found += [gate.packed] if isinstance(gate, Bits) and gate.rows is not None else []
-        for values, scale, rows in batch.cached.jacobians.values():
-            found += [] if rows is None else [values, scale]
-    return [one for one in found if one is not None]
+    return _tensors(batch)[0]
 
 
 def _copy(batch: Batch) -> Batch:

@@ -63,7 +63,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     where = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size}
     made_with: dict[str, Any] = {**where, **environment.versions()}
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
-    recorded = environment.records(engine, device, ranks.size) and learner.rule.replayable
+    recorded = getattr(learner.engine, "graph", None) and learner.rule.replayable
     made_with |= {"cuda_graph": True} if recorded else {}
     made_with |= {"width_ranks": mesh.width.ranks.size, **({"overlap": True} if mesh.width.overlap else {})}
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
