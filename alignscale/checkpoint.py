@@ -6,6 +6,7 @@ Beside the checkpoints the file ``latest`` names the one written last, for scrip
 """
 
 import collections
+import errno
 import hashlib
 import inspect
 import json
@@ -91,10 +92,10 @@ def _write_tensors(path: Path, names: Collection[str], coming: Iterator[Tensor])
     """A safetensors file of the next tensors that come, of which one at a time is in memory.
 
     How large they are shows when they come, so the header goes into a room that is kept for it. A reader maps the
-    file, so no type may come after one of fewer bytes.
+    file, so no type may come after one of fewer bytes. Raises OSError where the disk gives back other bytes.
     """
     room = 8 * (1 + sum(len(json.dumps(name)) // 8 + 25 for name in names))
-    about, end = {}, 0
+    about, end, written = {}, 0, hashlib.sha256()
     with path.open("wb") as file:
         file.seek(8 + room)
         for name in names:
@@ -104,10 +105,17 @@ def _write_tensors(path: Path, names: Collection[str], coming: Iterator[Tensor])
                 raise FloatingPointError(f"{path}: expected finite numbers, found others in {name}")
             kind = json.loads(serialized({name: own.flatten()[:0]})[8:])[name]["dtype"]
             about[name] = {"dtype": kind, "shape": [*own.shape], "data_offsets": [begin, end]}
-            file.write(own.flatten().view(torch.uint8).numpy().data)
-            del own  # before the next one comes
+            content = own.flatten().view(torch.uint8).numpy().data
+            file.write(content)
+            written.update(content)
+            del own, content  # before the next one comes
         file.seek(0)
         file.write(struct.pack("<Q", room) + json.dumps(about).encode().ljust(room))
+    sync(path)
+    with path.open("rb") as file:
+        file.seek(8 + room)
+        if hashlib.file_digest(file, "sha256").digest() != written.digest():
+            raise OSError(errno.EIO, "expected to read back the bytes that were written, found others", str(path))
 
 
 def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int, problem: Exception | None) -> None:
@@ -116,7 +124,6 @@ def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int, prob
         raise problem
     paths = sorted(partial.iterdir())
     for path in paths:
-        sync(path)
         load_file(path)  # maps it, if it is as it should be
     manifest = sealed({**about, "files": {path.name: _checksum(path) for path in paths}})
     write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from alignscale.checkpoint import Makers, Tensors
 from alignscale.choices import AdamConfig, ConfigError, OptimConfig, SGDConfig
 from alignscale.engine_graph import StepGraph
+from alignscale.environment import gpu_kernels
 from alignscale.rules import Rule
 from alignscale.types import Batch, StepOutput
 
@@ -56,10 +57,17 @@ def pull_to_start(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], c
 class Engine(ABC):
     """Runs a rule, and turns its surrogates into updates."""
 
+    graph: StepGraph | None = None
+
     def __init__(self, rule: Rule, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Module: runs the rule. The optimizer holds the rule's parameters, or what stands for them."""
         self.rule, self.module, self.optimizer = rule, module, optimizer
         self.names: dict[Tensor, str] = {one: name.removeprefix("net.") for name, one in rule.named_parameters()}
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded and replayed."""
+        return self.graph is not None and self.rule.replayable
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run the rule on a batch, or on this rank's part of it."""
@@ -110,7 +118,8 @@ class LocalEngine(Engine):
     ) -> None:
         """The optimizer holds the parameters of ``rule``, at their start. config: clips and decays as it says.
 
-        cuda_graph: of weights on a GPU, steps are recorded and replayed.
+        cuda_graph: of weights on a GPU, steps are recorded and replayed; not without our kernels, as torch's own way
+        to the random numbers waits for Python.
         """
         super().__init__(rule, rule, optimizer)
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -118,7 +127,7 @@ class LocalEngine(Engine):
         if config and config.weight_decay and config.decay_towards == "initial":
             pull_to_start(optimizer, self.parameters, config)
         on_gpu = all(parameter.is_cuda for parameter in self.parameters)
-        self.graph = StepGraph(rule, self.parameters) if cuda_graph and on_gpu else None
+        self.graph = StepGraph(rule, self.parameters) if cuda_graph and on_gpu and gpu_kernels() else None
         self.replayed: Tensor | None = None
 
     def __call__(self, batch: Batch) -> StepOutput:

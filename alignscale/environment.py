@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignscale.choices import ConfigError, DeepSpeedConfig, EngineConfig
+from alignscale.choices import ConfigError
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
 PACKAGES = ("alignscale", "torch", "numpy", "hydra-core", "safetensors")
@@ -82,25 +82,14 @@ def device_called(name: str) -> torch.device:
     return torch.device(name)
 
 
+def gpu_kernels(*tensors: Tensor) -> Any:
+    """alignscale/kernels.py where there is Triton, and all tensors are on a GPU in numbers that it reads; else None."""
+    return _kernels() if all(one.is_cuda and one.dtype in SUMMED for one in tensors) else None
+
+
 @functools.cache
-def gpu_kernels() -> Any:
-    """alignscale/kernels.py where there is Triton, else None."""
-    found = importlib.util.find_spec("triton")
-    return importlib.import_module("alignscale.kernels") if found else None
-
-
-def kernels_for(*tensors: Tensor) -> Any:
-    """``gpu_kernels`` where all tensors are on a GPU and in numbers that those read, else None."""
-    return gpu_kernels() if all(one.is_cuda and one.dtype in SUMMED for one in tensors) else None
-
-
-def records(engine: EngineConfig, device: torch.device, processes: int) -> bool:
-    """Whether steps are recorded and replayed: on a GPU, by the local engine of one process, for which ``auto`` stands.
-
-    Without our kernels they are not: torch's own way to the random numbers waits for Python.
-    """
-    local = not isinstance(engine, DeepSpeedConfig) and getattr(engine, "cuda_graph", True)
-    return local and device.type == "cuda" and processes == 1 and gpu_kernels() is not None
+def _kernels() -> Any:
+    return importlib.import_module("alignscale.kernels") if importlib.util.find_spec("triton") else None
 
 
 def recording_stream(device: torch.device) -> torch.cuda.Stream:

@@ -19,7 +19,7 @@ VERSION = 1
 """Of the generator: part of an initial network's fingerprint. Numbers never change within a version."""
 
 _PER_BLOCK = 8
-_CHUNK_BLOCKS = 1 << 18
+_CHUNK_BLOCKS = 1 << 15  # at once: a core's cache holds them
 _WORD = 0xFFFFFFFF
 
 
@@ -85,20 +85,20 @@ def normal(
     first, last = start * width, max(stop, start) * width
     device = torch.device(device)
     table = quantiles(device)
-    if table.is_cuda and gpu_kernels():
+    if kernels := gpu_kernels(table):
         size = (max(stop - start, 0), *shape[1:])
         upper, made = table[len(table) // 2 :], dtype if dtype in SUMMED else torch.float32
-        found: Tensor = gpu_kernels().normal(upper, seed, int(stream), layer, draw, first, size, made)
+        found: Tensor = kernels.normal(upper, seed, int(stream), layer, draw, first, size, made)
         return found.to(dtype)
-    pieces = []
     begin = first // _PER_BLOCK
     end = -(-last // _PER_BLOCK)
+    flat = table.new_empty((end - begin, _PER_BLOCK))
     for low in range(begin, end, _CHUNK_BLOCKS):
         blocks = torch.arange(low, min(low + _CHUNK_BLOCKS, end), device=device)
         words = torch.stack(philox((blocks, draw, layer, int(stream)), seed), 1)
-        pieces.append(table[torch.stack([words & 0xFFFF, words >> 16], 2).flatten()])
-    flat = torch.cat(pieces) if pieces else table.new_empty(0)
-    own = flat[first - begin * _PER_BLOCK : last - begin * _PER_BLOCK]
+        places = torch.stack([words & 0xFFFF, words >> 16], 2)
+        torch.take(table, places.flatten(1), out=flat[low - begin : low - begin + len(blocks)])
+    own = flat.flatten()[first - begin * _PER_BLOCK : last - begin * _PER_BLOCK]
     return own.view(max(stop - start, 0), *shape[1:]).to(dtype)
 
 

@@ -36,7 +36,7 @@ from alignscale.data.examples import Encoding, Examples, stream
 from alignscale.data.plan import Plan
 from alignscale.distributed import ALONE
 from alignscale.engine import Engine, LocalEngine, make_optimizer
-from alignscale.environment import device_called, records
+from alignscale.environment import device_called
 from alignscale.evaluate import evaluate
 from alignscale.frozen import WHOLE, Fixed, calibrate, initial_weight, initialise
 from alignscale.loss import make_loss, right
@@ -143,7 +143,7 @@ class Learner:
             from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
 
             return DeepSpeedEngine(self.rule, optim, config, self.mesh)
-        graph = records(config, self.encoding.device, self.mesh.everyone.size)
+        graph = getattr(config, "cuda_graph", True) and self.mesh.everyone.size == 1
         return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim, graph)
 
     def calibrate(self, images: Tensor) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from alignscale import checkpoint, environment
 from alignscale.analysis.errors import ErrorSums
-from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
+from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig, LocalConfig, RNNConfig
 from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
@@ -63,8 +63,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     where = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size}
     made_with: dict[str, Any] = {**where, **environment.versions()}
     made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
-    recorded = getattr(learner.engine, "graph", None) and learner.rule.replayable
-    made_with |= {"cuda_graph": True} if recorded else {}
+    made_with |= {"cuda_graph": True} if learner.engine.records else {}
     made_with |= {"width_ranks": mesh.width.ranks.size, **({"overlap": True} if mesh.width.overlap else {})}
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
@@ -217,8 +216,8 @@ def _open_cache(run: Run, show: Callable[[str], None]) -> None:
 
 def cache_of(config: TrainConfig, learner: Learner, train: Split) -> Cache:
     """The cache of the initial network's Jacobian for a run."""
-    frozen, encoding = learner.fixed.frozen, learner.encoding
-    return Cache(config, frozen, encoding, train, learner.rule.reads_inputs, learner.mesh)
+    frozen, reads = learner.fixed.frozen, learner.rule.reads_inputs
+    return Cache(config, frozen, learner.encoding, train, reads, learner.mesh, learner.engine.records)
 
 
 def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
@@ -228,7 +227,8 @@ def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
     train = ranks.together(lambda: load(config.data))["train"]
     check_data(config, {"train": len(train)})
     ranks.together(lambda: _check_memory(config, train, device, engine, mesh))
-    learner = make_learner(config, train, device, ENGINES["local"], mesh)
+    local = LocalConfig(cuda_graph=False) if isinstance(engine, DeepSpeedConfig) else engine
+    learner = make_learner(config, train, device, local, mesh)
     cache = cache_of(config, learner, train)
     if config.net.norm == "calibrated":
         calibrated(config, learner, train, None)

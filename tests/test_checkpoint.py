@@ -91,6 +91,21 @@ def test_a_full_disk_leaves_what_was_there_and_still_asks_for_the_rest(tmp_path:
     assert (complete(tmp_path)[0] / MANIFEST).read_bytes() == before
 
 
+def test_bytes_that_the_disk_gives_back_otherwise_are_no_checkpoint(tmp_path: Path) -> None:
+    """A byte of the first weight is another one on the disk before the second weight comes."""
+    save(tmp_path, 3, {"model": {"weight": ones(3)}}, ABOUT, 2)
+
+    def spoil() -> Tensor:
+        with (tmp_path / ".step-000000004.partial/model.safetensors").open("r+b") as file:
+            file.seek(100_000)
+            file.write(b"!")
+        return torch.ones(2)
+
+    with pytest.raises(OSError, match="expected to read back the bytes that were written, found others"):
+        save(tmp_path, 4, {"model": Coming({"a": ones(50_000), "b": spoil})}, ABOUT, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000003"]
+
+
 def test_an_error_in_the_making_is_raised_as_it_is_and_nothing_more_is_asked_for(tmp_path: Path) -> None:
     def failing() -> Tensor:
         raise RuntimeError("connection closed by peer")

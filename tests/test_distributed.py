@@ -240,7 +240,7 @@ def test_calibrated_norms_with_partitioned_initial_weights_train_and_a_cache_of_
 
 
 def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None:
-    options = ["--distributed", "--net", "mlp", "--width", "64", "--depth", "2"]
+    options = ["--distributed", "--net", "mlp", "--width", "1024", "--depth", "2"]
     options += ["--rules", "align_ada", "--repeats", "2", "--stages", "0,3"]
     done = finished(torchrun(2, "tools/bench_step.py", *options, "--json", str(tmp_path / "rows.json")))
     assert done.returncode == 0, done.stderr
@@ -251,7 +251,8 @@ def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None
     for row in found.values():
         slow, fast = row["projected_seconds"]["1 GB/s"], row["projected_seconds"]["100 GB/s"]
         assert slow > fast > row["compute_seconds"] > 0
-        assert row["peak_bytes"] >= 0
+        assert row["peak_bytes"] > row["calculated_bytes"] > row["psi_bytes"]
+        assert row["plain_peak_bytes"] > row["psi_bytes"]
     assert done.stdout.count("Psi, the padded bytes") == 1
 
 

@@ -1,8 +1,9 @@
 """One step of several rules under DeepSpeed on all ranks of a launch: time, traffic and memory, stage by stage.
 
 For ``bench_step.py --distributed``. Beside each rule runs a minimal hand-written DeepSpeed loop of the same network,
-one step each in turn; traffic is counted around torch's collectives, and memory is the peak of the process while a rule
-alone is there. The projection adds, to the time of a rank's share in one process, what its bytes take at a bandwidth.
+one step each in turn; traffic is counted around torch's collectives, and memory is what making a rule, or the loop, and
+its first steps add to the process at most. The projection adds, to the time of a rank's share in one process, what its
+bytes take at a bandwidth.
 """
 
 import argparse
@@ -67,11 +68,15 @@ def measured(
     for _ in range(MEMORY_STEPS):
         learner.update([batch], 1e-3)
     peak = max(ranks.objects(resident() - before))
+    before = resident(reset=True)
+    plain = plain_loop(config, batch, classes, stage, settings, ranks)
+    for _ in range(MEMORY_STEPS):
+        plain()
+    plain_peak = max(ranks.objects(resident() - before))
     collective_bytes.reset()
     learner.update([batch], 1e-3)
     gathered, scattered = collective_bytes.gathered(), collective_bytes.scattered()
     reduced = collective_bytes.COUNTED["all_reduce"]
-    plain = plain_loop(config, batch, classes, stage, settings, ranks)
     seconds = in_turn({rule: lambda: learner.update([batch], 1e-3), "plain": plain}, arguments.repeats)
     alone = Learner(config, shape, classes, rule, SGDConfig(lr=1e-3), engine=EngineConfig("local"))
     compute = statistics.median(in_turn({rule: lambda: alone.update([batch], 1e-3)}, arguments.repeats)[rule])
@@ -80,7 +85,8 @@ def measured(
         "net": arguments.net, "width": arguments.width, "batch": arguments.batch, "ranks": ranks.size,
         "zero_stage": stage, "rule": rule, "psi_bytes": psi,
         "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": reduced / psi,
-        "peak_bytes": peak, "calculated_bytes": calculated_bytes(psi, ranks.size, stage, rule),
+        "peak_bytes": peak, "plain_peak_bytes": plain_peak,
+        "calculated_bytes": calculated_bytes(psi, ranks.size, stage, rule),
         "seconds_median": statistics.median(seconds[rule]),
         "ratio_to_plain": statistics.median(a / b for a, b in zip(seconds[rule], seconds["plain"], strict=True)),
         "compute_seconds": compute,
@@ -186,14 +192,16 @@ def resident(reset: bool = False) -> int:
 def distributed_table(found: list[dict[str, Any]]) -> str:
     """The rows as aligned text."""
     speeds = list(found[0]["projected_seconds"])
-    head = f"{'ZeRO':>4s} {'rule':24s} {'gather':>7s} {'scatter':>7s} {'reduce':>7s} {'peak MiB':>9s} {'calc MiB':>9s} "
-    head += f"{'ms':>8s} {'/ backprop':>10s} {'/ plain':>8s}" + "".join(f" {speed:>10s}" for speed in speeds)
+    head = f"{'ZeRO':>4s} {'rule':24s} {'gather':>7s} {'scatter':>7s} {'reduce':>7s} {'peak MiB':>9s} {'plain':>6s} "
+    head += f"{'calc MiB':>9s} {'ms':>8s} {'/ backprop':>10s} {'/ plain':>8s}"
+    head += "".join(f" {speed:>10s}" for speed in speeds)
     lines = [head]
     for one in found:
         projected = "".join(f" {1000 * one['projected_seconds'][speed]:>7.1f} ms" for speed in speeds)
         lines.append(
             f"{one['zero_stage']:4d} {one['rule']:24s} {one['all_gather_psi']:7.3f} {one['reduce_scatter_psi']:7.3f} "
-            f"{one['all_reduce_psi']:7.3f} {one['peak_bytes'] / 2**20:9.1f} {one['calculated_bytes'] / 2**20:9.1f} "
+            f"{one['all_reduce_psi']:7.3f} {one['peak_bytes'] / 2**20:9.1f} "
+            f"{one['plain_peak_bytes'] / 2**20:6.0f} {one['calculated_bytes'] / 2**20:9.1f} "
             f"{1000 * one['seconds_median']:8.2f} {one['ratio_to_backprop']:10.3f} {one['ratio_to_plain']:8.3f}"
             f"{projected}"
         )

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import Encoding, Split
-from alignscale.distributed import launched
-from alignscale.environment import available_memory, records
+from alignscale.environment import available_memory
 from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
 from alignscale.jacobian.files import CacheError
@@ -46,6 +45,8 @@ class Cache:
     train: Split
     inputs: bool
     mesh: Mesh
+    recorded: bool
+    """Whether the run's steps are recorded and replayed."""
 
     @property
     def home(self) -> Path:
@@ -158,9 +159,7 @@ class Cache:
 
         def measured() -> tuple[Machine, Costs]:
             machine = Machine.measured(device, self.folder.parent)
-            alone = config.engine.name != "auto" or launched() is None  # or it stands for DeepSpeed
-            recorded = alone and records(config.engine, device, self.mesh.everyone.size)
-            return machine, Costs.measured(net, inputs, part, device, dtype, machine, recorded)
+            return machine, Costs.measured(net, inputs, part, device, dtype, machine, self.recorded)
 
         machine, costs = self.mesh.everyone.of_first(measured)
         machine = replace(machine, network=network_speed(self.mesh.everyone, device))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from alignscale.environment import gpu_kernels, kernels_for
+from alignscale.environment import gpu_kernels
 from alignscale.parallel import Share
 
 
@@ -271,7 +271,7 @@ def _scaled(delta: Tensor, scale: Tensor | float) -> Tensor:
 
 def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None, relu: bool) -> Tensor:
     bias = None if bias is None else bias.to(z.dtype)
-    if relu and z.dim() in (2, 4) and kernels_for(z):
+    if relu and z.dim() in (2, 4) and gpu_kernels(z):
         found: Tensor = _Rectified.apply(z, None if bias is None else bias.flatten(), scale)
         return found
     z = _scaled(z, scale) if bias is None else torch.add(bias, z, alpha=scale)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alignscale.choices import NetConfig
 from alignscale.distributed import Made
-from alignscale.environment import kernels_for
+from alignscale.environment import gpu_kernels
 from alignscale.nets.activations import ACTIVATIONS
 from alignscale.nets.layers import Layer, Linear
 from alignscale.nets.norms import BatchNorm, Norm, make_norm
@@ -41,7 +41,7 @@ def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
     """
     values, scale, rows = jacobian
     classes, site = values.shape[1], values.shape[2:]
-    if kernels := kernels_for(values, error):
+    if kernels := gpu_kernels(values, error):
         rows = torch.arange(len(error), device=error.device) if rows is None else rows
         weights = error if scale is None else error * scale[rows]
         found: Tensor = kernels.weighted_rows(values, weights, rows, error.dtype)
