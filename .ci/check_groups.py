@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-GROUPS = ("browser", "distributed", "ffcv", "slurm")
+GROUPS = ("browser", "distributed", "ffcv", "machines", "slurm")
 
 
 def main(report: Path, tests: Path) -> int:

@@ -8,7 +8,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,20 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alignscale.address import interface, own_address
 from alignscale.choices import ConfigError
+from alignscale.config import difference
 from alignscale.liveness import BEAT, Heart, RankError, of_another
 
 Made = TypeVar("Made")
-
-
-def _ending(work: dist.Work, result: Tensor) -> Callable[[], Tensor]:
-    """What waits for a collective that has begun, and returns its result."""
-
-    def end() -> Tensor:
-        work.wait()
-        return result
-
-    return end
 
 
 @dataclass(frozen=True)
@@ -83,12 +75,14 @@ class Ranks:
     def begin_gather(self, part: Tensor) -> Callable[[], Tensor]:
         """Start a ``gather``; what is returned waits for the end of it."""
         whole = part.new_empty(self.size * len(part), *part.shape[1:])
-        return _ending(dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True), whole)
+        work = dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True)
+        return lambda: (work.wait(), whole)[1]
 
     def begin_scatter(self, parts: Tensor) -> Callable[[], Tensor]:
         """Start to give each rank its of the equal parts, along axis 0, of the sum over ranks; as ``begin_gather``."""
         own = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
-        return _ending(dist.reduce_scatter_tensor(own, parts, group=self.group, async_op=True), own)
+        work = dist.reduce_scatter_tensor(own, parts, group=self.group, async_op=True)
+        return lambda: (work.wait(), own)[1]
 
     def objects(self, own: Made) -> list[Made]:
         """An object of each rank."""
@@ -98,10 +92,14 @@ class Ranks:
         return found
 
     def together(self, work: Callable[[], Made]) -> Made:
-        """What ``work`` returns, on each rank its own; where it fails on one rank, its error is raised on all."""
+        """What ``work`` returns, on each rank its own; where it fails on one rank, its error is raised on all.
+
+        However long it takes, the rank waits for nobody in it.
+        """
         made, problem = None, None
         try:
-            made = work()
+            with self.heart.busy() if self.heart else nullcontext():
+                made = work()
         except Exception as error:
             if self.size == 1:
                 raise
@@ -119,6 +117,16 @@ class Ranks:
         if self.size > 1:
             dist.broadcast_object_list(box, 0)
         return box[0]  # type: ignore[return-value]
+
+    def alike(self, what: str, own: dict[str, Any]) -> None:
+        """Raise ConfigError on all ranks where ``own`` is not the same on each, as by commands of their own."""
+        first, *others = self.objects(own)
+        for rank, other in enumerate(others, 1):
+            if found := difference(first, other):
+                raise ConfigError(
+                    f"expected the same {what} on all ranks, found on rank 0 -> on rank {rank}: {'; '.join(found)}; "
+                    "give the same command, and the same files, on each machine"
+                )
 
     def beat(self, step: int, phase: str) -> None:
         """Note where this rank is, for the message of one that waits for it in vain."""
@@ -190,6 +198,8 @@ _RUNS = itertools.count()
 
 def _missing(ranks: Ranks, timeout: float, problem: Exception) -> RankError:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(problem):
+        return RankError(f"rank {ranks.rank}: expected a free port at {where}, found it in use; choose another one")
     return RankError(
         f"rank {ranks.rank}: expected all {ranks.size} ranks at {where} within engine.timeout={timeout:g} s, "
         f"found: {' '.join(str(problem).split())[:160]}; start them all, or wait longer"
@@ -209,6 +219,9 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
             store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as problem:
             raise _missing(ranks, timeout, problem) from problem
+        store = _of_this_start(store)
+        if ranks.size > beside():
+            _find_interface()
     beats = dist.PrefixStore("alignscale", store.clone())  # type: ignore[attr-defined] # a client is for one at a time
     group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
     try:
@@ -222,13 +235,42 @@ def _group(backend: str, timeout: float) -> tuple[Ranks, Any]:
     return ranks, beats
 
 
+def _of_this_start(store: Any) -> Any:
+    """The store without what ranks have left there that torchrun has started before: it may keep one for all starts."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "--max-restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend=c10d on several "
+            "machines, or ranks would read what those before them left; launch/torchrun.sh has both, or give "
+            "--max-restarts=0"
+        )
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+
+
+def _find_interface() -> None:
+    """Have gloo use the network that leads to the first rank, not that which this machine's own name stands for."""
+    with suppress(OSError):  # of a name that nobody knows, which the group will say
+        own = own_address(os.environ["MASTER_ADDR"])
+        if name := interface(own) if own else "":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def note_said() -> None:
+    """Let the other ranks know that the first has spoken."""
+    with suppress(RuntimeError):  # the store is gone
+        if _JOINED:
+            _JOINED[0][1].set("said", "")
+
+
 def outlive_first(seconds: float) -> None:
-    """Wait until the first rank's process has ended, if it is that which holds the store; at most so long."""
+    """Wait until the first rank has spoken, and its process has ended, as torchrun shows that which ends first."""
     if not _JOINED:
         time.sleep(seconds)
         return
-    with suppress(RuntimeError):  # the store is gone, or the time is over
-        _JOINED[0][1].wait(["nothing"], timedelta(seconds=seconds))
+    with suppress(RuntimeError):  # the store has ended with the first rank's process, or the time is over
+        _JOINED[0][1].wait(["said"], timedelta(seconds=seconds))
+        time.sleep(1.0)
 
 
 @contextmanager

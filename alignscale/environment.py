@@ -92,14 +92,10 @@ def _kernels() -> Any:
     return importlib.import_module("alignscale.kernels") if importlib.util.find_spec("triton") else None
 
 
+@functools.cache
 def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Of a GPU, to record on; caches have their own of another priority, which torch takes from others."""
-    return _stream_of(torch.cuda.current_device() if device == torch.device("cuda") else device.index)
-
-
-@functools.cache
-def _stream_of(index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(index)
+    return torch.cuda.Stream(device)
 
 
 def out_of_memory(problem: BaseException) -> bool:
@@ -107,13 +103,16 @@ def out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
 
 
-def take_gpu(local: int) -> None:
-    """Make a GPU that of this process, rank ``local`` of this machine. Raises ConfigError where it sees too few."""
+def take_gpu(local: int, ranks: int) -> None:
+    """Make a GPU that of this process, rank ``local`` of this machine's. Raises ConfigError on each if it sees too few.
+
+    ranks: of this machine.
+    """
     seen = torch.cuda.device_count()
-    if local >= seen:
+    if max(local + 1, ranks) > seen:
         raise ConfigError(
-            f"device=cuda: expected a GPU for each rank of this machine, found {seen} that rank {local} of it sees; "
-            "start as many ranks as GPUs, and let each see all of them (with SLURM --gpus-per-node)"
+            f"device=cuda: expected a GPU for each of the {ranks} ranks of this machine, found {seen} that rank "
+            f"{local} sees; start as many ranks as GPUs, and let each see all of them (with SLURM --gpus-per-node)"
         )
     torch.cuda.set_device(local)
 

@@ -1,8 +1,12 @@
 """Files that are whole or not there: everything that a run leaves is written through these."""
 
 import errno
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,6 +29,21 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder by its ``.lock`` until the block or the process ends. Raises BlockingIOError, which names who does."""
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            lock.seek(0)
+            raise BlockingIOError(problem.errno, lock.read().strip() or "one of an unknown process") from problem
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
 
 
 def sync(path: Path) -> None:

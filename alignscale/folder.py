@@ -4,11 +4,8 @@ config.yaml, versions.json, metrics.jsonl, tensorboard/, checkpoints/, norms.saf
 """
 
 import errno
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -23,7 +20,7 @@ from alignscale.choices_schedule import SCHEDULES
 from alignscale.config import TrainConfig, as_dict, defining, refuse_difference, without_display
 from alignscale.distributed import alone_beside
 from alignscale.environment import hardware, source, source_diff, versions
-from alignscale.files import write_atomic
+from alignscale.files import held, write_atomic
 from alignscale.rules import RULES
 
 OURS = (
@@ -39,21 +36,16 @@ def opened(folder: Path, config: TrainConfig) -> Iterator[None]:
     Raises ConfigError if it belongs to another configuration or to something else, is held by another run, or cannot
     be written. The hold ends with the block, or with the process, however that ends.
     """
-    with ExitStack() as held:
+    with ExitStack() as hold:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_strange(folder)
-            lock = held.enter_context((folder / ".lock").open("ab+", buffering=0))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            hold.enter_context(held(folder))
             _claim(folder, config)
         except BlockingIOError as problem:
-            lock.seek(0)
-            holder = lock.read().decode(errors="replace").strip()
             raise ConfigError(
-                f"run folder {folder}: in use by another run ({holder}); wait for it to end, or choose another run.dir"
-                f"{alone_beside()}"
+                f"run folder {folder}: in use by another run ({problem.strerror}); wait for it to end, or choose "
+                f"another run.dir{alone_beside()}"
             ) from problem
         except OSError as problem:
             if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # another folder there is no better
@@ -99,6 +91,8 @@ def describe_folder(folder: Path, config: TrainConfig, device: torch.device) -> 
     write_atomic(folder / "versions.json", json.dumps(about, indent=1).encode())
     if changes := source_diff():
         write_atomic(folder / "source.diff", changes.encode())
+    else:
+        (folder / "source.diff").unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> TrainConfig:

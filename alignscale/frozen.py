@@ -45,11 +45,10 @@ def initial_weight(
     In the precision of the network's weights, rounded to ``dtype`` if one is given.
     """
     layer, weight = net.layers[index], net.layers[index].held[0]
-    dtype = dtype or weight.dtype
-    if layer.initial_std == 1.0:
-        return _own(layer.share, seed, stream, index, layer.whole, draw, weight.device, dtype)
-    numbers = _own(layer.share, seed, stream, index, layer.whole, draw, weight.device, weight.dtype)
-    return numbers.mul_(layer.initial_std).to(dtype)
+    dtype, plain = dtype or weight.dtype, layer.initial_std == 1.0
+    made = dtype if plain else weight.dtype
+    numbers = _own(layer.share, seed, stream, index, layer.whole, draw, weight.device, made)
+    return numbers if plain else numbers.mul_(layer.initial_std).to(dtype)
 
 
 def _own(

@@ -36,17 +36,15 @@ class Stream(IntEnum):
     SUBSET = 7
 
 
-def philox(
-    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int, rounds: int = 10
-) -> list[Tensor]:
-    """Philox4x32: four words of counter (int64 tensors of values below 2^32, or numbers) -> four words.
+def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int) -> list[Tensor]:
+    """Philox4x32-10: four words of counter (int64 tensors of values below 2^32, or numbers) -> four words.
 
     seed: 64 bits, low word first in the key. Source: Salmon et al. 2011; tested against Random123's known answers.
     """
     first = next((word for word in counter if isinstance(word, Tensor)), torch.zeros((), dtype=torch.int64))
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=first.device) for word in counter)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(rounds):
+    for _ in range(10):
         high0, low0 = _multiply(c0, 0xD2511F53)
         high1, low1 = _multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

@@ -7,10 +7,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
@@ -22,7 +22,12 @@ class Interrupted(RuntimeError):
         super().__init__(message)
         self.signum = signum
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How ranks send it to each other."""
+        return type(self), (str(self), self.signum)
 
+
+BEFORE = "stopped by signal {:d} before training; the same command begins again"
 REPEAT = 5.0
 """Seconds in which SIGTERM or SIGUSR2 again is the same one: SLURM tells a rank and torchrun, which tells the rank."""
 
@@ -35,6 +40,8 @@ class Interrupts(ExitStack):
 
     came: ClassVar[int] = 0
     """The last signal that was kept in this process."""
+    at_once: ClassVar[bool] = False
+    """Whether a signal raises Interrupted where it comes, as there is nothing to save."""
 
     def __init__(self, speaks: bool = True) -> None:
         """speaks: tell the user, as the first rank does."""
@@ -57,9 +64,21 @@ class Interrupts(ExitStack):
             signal.raise_signal(signum)
             return
         self.signum, self.since, Interrupts.came = signum, time.monotonic(), signum
+        if Interrupts.at_once:
+            raise Interrupted(BEFORE.format(signum), signum)
         with suppress(OSError, RuntimeError, ValueError):  # whoever read it, or what was being written, is none of ours
             if self.speaks:
                 print("\nstopping at the next step; once more to stop at once", file=sys.stderr)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """A run's long work before its first step, which is broken off by a signal where it is."""
+    Interrupts.at_once = True
+    try:
+        yield
+    finally:
+        Interrupts.at_once = False
 
 
 def first_signal(flags: Sequence[float]) -> int:

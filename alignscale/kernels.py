@@ -5,17 +5,13 @@ without. Each has the bits of the torch operations that it replaces, but for the
 Triton's interpreter, tools/check_device.py on the GPU.
 """
 
-import functools
 import math
-from collections.abc import Callable
-from typing import ParamSpec
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Given = ParamSpec("Given")
 BLOCK = 1024
 """Units that one program works on."""
 COUNTERS = 256
@@ -53,17 +49,9 @@ def _where_bit(signal, packed, rows, result, units, size, ROWS: tl.constexpr, BL
 
 @triton.jit
 def _where_bit_of_maps(  # type: ignore[no-untyped-def]
-    signal,
-    packed,
-    rows,
-    result,
-    places,
-    channels,
-    size,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    signal, packed, rows, result, places, channels, size,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """A channel's bits follow each other by place, and the signal's numbers by channel: a tile reads each bit once."""
     example = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -110,29 +98,17 @@ def _rectified(z, bias, result, scale, rows, columns, BIAS: tl.constexpr, ROWS: 
     tl.store(result + at, tl.where(value < 0, 0.0, value), mask=inside)  # what is no number stays
 
 
-def on_its_device(launch: Callable[Given, Tensor]) -> Callable[Given, Tensor]:
-    """Start a kernel on the GPU of the first tensor, which need not be the current one."""
-
-    @functools.wraps(launch)
-    def on_device(*given: Given.args, **named: Given.kwargs) -> Tensor:
-        with torch.cuda.device_of(given[0]):
-            return launch(*given, **named)
-
-    return on_device
-
-
-@on_its_device
 def weighted_rows(values: Tensor, weights: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Values (N, classes, *site), weights (B, classes), rows (B,) int64 -> sums over classes (B, *site)."""
     classes, site = values.shape[1], values.shape[2:]
     result = torch.empty(len(rows), *site, dtype=dtype, device=values.device)
     units = site.numel()
     grid = (len(rows), triton.cdiv(units, BLOCK))
-    _weighted_rows[grid](values.contiguous(), weights.contiguous(), rows, result, units, classes, BLOCK=BLOCK)
+    with torch.cuda.device_of(values):  # which need not be the current one; so below
+        _weighted_rows[grid](values.contiguous(), weights.contiguous(), rows, result, units, classes, BLOCK=BLOCK)
     return result
 
 
-@on_its_device
 def where_bit(signal: Tensor, packed: Tensor, rows: Tensor | None = None) -> Tensor:
     """Signal (B, *site) where the bit of jacobian/gates.py is set, else 0.
 
@@ -144,7 +120,8 @@ def where_bit(signal: Tensor, packed: Tensor, rows: Tensor | None = None) -> Ten
         signal = signal.contiguous()
         result = torch.empty_like(signal)
         grid = (len(signal), triton.cdiv(units, BLOCK))
-        _where_bit[grid](signal, *table, result, units, size, ROWS=rows is not None, BLOCK=BLOCK)
+        with torch.cuda.device_of(signal):
+            _where_bit[grid](signal, *table, result, units, size, ROWS=rows is not None, BLOCK=BLOCK)
         return result
     signal = signal.contiguous(memory_format=torch.channels_last)
     result = torch.empty_like(signal)
@@ -152,11 +129,11 @@ def where_bit(signal: Tensor, packed: Tensor, rows: Tensor | None = None) -> Ten
     places = units // channels
     tiles = (len(signal), triton.cdiv(places, GROUPS * 8), triton.cdiv(channels, CHANNELS))
     how = {"ROWS": rows is not None, "GROUPS": GROUPS, "CHANNELS": CHANNELS, "num_warps": 8}
-    _where_bit_of_maps[tiles](signal, *table, result, places, channels, size, **how)
+    with torch.cuda.device_of(signal):
+        _where_bit_of_maps[tiles](signal, *table, result, places, channels, size, **how)
     return result
 
 
-@on_its_device
 def normal(
     upper: Tensor, seed: int, stream: int, layer: int, draw: int, first: int, shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
@@ -166,11 +143,11 @@ def normal(
     last, block = first + math.prod(shape), first // 8
     if last > first:
         grid = (triton.cdiv(-(-last // 8) - block, COUNTERS),)
-        _normal[grid](upper, result, block, first, last, draw, layer, stream, seed, COUNTERS=COUNTERS)
+        with torch.cuda.device_of(upper):
+            _normal[grid](upper, result, block, first, last, draw, layer, stream, seed, COUNTERS=COUNTERS)
     return result
 
 
-@on_its_device
 def rectified(z: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """relu(scale * z + bias) of z (B, units) or maps (B, C, H, W); bias (units,) or (C,) in z's dtype."""
     z = z.contiguous(memory_format=torch.channels_last if z.dim() == 4 else torch.contiguous_format)
@@ -178,5 +155,6 @@ def rectified(z: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     rows = z.numel() // columns
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
     tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
-    _rectified[grid](z, z if bias is None else bias, result, scale, rows, columns, BIAS=bias is not None, **tile)
+    with torch.cuda.device_of(z):
+        _rectified[grid](z, z if bias is None else bias, result, scale, rows, columns, BIAS=bias is not None, **tile)
     return result

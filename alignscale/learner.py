@@ -173,6 +173,7 @@ class Learner:
         """
         losses, counts, errors, self.trained = [], [], [], True
         for place, batch in enumerate(batches, 1):
+            self.mesh.everyone.still()
             output = self.engine(batch)
             self.engine.backward(output.surrogate, place == len(batches))
             losses.append(output.loss)

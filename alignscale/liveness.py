@@ -9,8 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
 import torch.distributed as dist
@@ -74,6 +74,8 @@ class Heart(threading.Thread):
         self.told = ""
         """What the first rank that failed has told: ``lost`` or ``own``, a space, and its message."""
         self.silent: set[int] = set()
+        self.works = 0
+        """How many pieces of work of its own, one inside of another, the rank is at, and waits for nobody."""
         self.place, self.since = "the start", time.monotonic()
         self.answered = self.since
         """When the store answered last."""
@@ -87,6 +89,16 @@ class Heart(threading.Thread):
         """Note that the rank has got on where it is."""
         self.since = time.monotonic()
 
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Work of the rank's own inside, which may take any time, unless another rank has failed."""
+        self.works += 1
+        try:
+            yield
+        finally:
+            self.works -= 1
+            self.still()
+
     def run(self) -> None:
         """Until it is told to end. A process alone needs none.
 
@@ -98,6 +110,8 @@ class Heart(threading.Thread):
         threading.Thread(target=self._watch, daemon=True).start()
         while not self.ended.wait(BEAT):
             self.pulse()
+            if self.works and not self.told:
+                self.still()
             since = self.since
             if time.monotonic() - since > (min(30 * BEAT, self.timeout) if self.told else self.timeout):
                 found = f"no progress in {self.timeout:g} s at {self.place} ({self._whereabouts()})"

@@ -22,18 +22,17 @@ from alignscale.learner import Learner
 def calibrated(config: TrainConfig, learner: Learner, train: Split, path: Path | None) -> None:
     """Moments of the norms: computed once in a run's life, then read from ``path``, in its folder; None: computed."""
     mesh = learner.mesh
-    if not mesh.everyone.of_first(lambda: path is not None and path.exists()):
-        computes = mesh.data.first or config.frozen.weights == "partitioned"  # each rank has a part of the weights
-        images = mesh.everyone.together(lambda: _images(config, learner, train) if computes else None)
-        mesh.everyone.together(lambda: None if images is None else learner.calibrate_on(images))
-        share = learner.net.width.share(learner.net.units_axis)
-        whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
-        if path is None:
-            _set(learner, whole if mesh.everyone.first else {})
-            return
+    if path is not None and mesh.everyone.of_first(path.exists):
+        load_moments(path, learner)
+        return
+    computes = mesh.data.first or config.frozen.weights == "partitioned"  # each rank has a part of the weights
+    images = mesh.everyone.together(lambda: _images(config, learner, train) if computes else None)
+    mesh.everyone.together(lambda: None if images is None else learner.calibrate_on(images))
+    share = learner.net.width.share(learner.net.units_axis)
+    whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
+    if path is not None:
         mesh.everyone.of_first(lambda: write_atomic(path, save(whole)))
-    assert path is not None
-    load_moments(path, learner)
+    _set(learner, whole if mesh.everyone.first else {})
 
 
 def _images(config: TrainConfig, learner: Learner, train: Split) -> torch.Tensor:

@@ -5,9 +5,8 @@ Seed first, then calibration, then the fingerprint, and only then a checkpoint.
 
 import importlib.util
 import json
-import math
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,24 +14,26 @@ import yaml
 
 from alignscale import checkpoint, environment
 from alignscale.analysis.errors import ErrorSums
-from alignscale.choices import ENGINES, AdamConfig, ConfigError, DeepSpeedConfig, EngineConfig, LocalConfig, RNNConfig
+from alignscale.choices import ENGINES, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
 from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, beside, check_launched, joined, launched, restarts
 from alignscale.folder import describe_folder, opened
 from alignscale.frozen import fingerprint
+from alignscale.interrupts import ended_at_once
 from alignscale.jacobian.cache import Cache
-from alignscale.learner import PRECISIONS, Learner
+from alignscale.learner import Learner
+from alignscale.memory import check_memory
 from alignscale.moments import calibrated
-from alignscale.nets import build
 from alignscale.parallel import Mesh
-from alignscale.results import read_result
+from alignscale.results import flatten, read_result
 from alignscale.rules.dual import DualAlignZero, check_size
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
 
-CURRENT = ("backprop", "sign_symmetric", "direct_feedback_alignment", "readout_only")  # no initial weight
+LOCAL = ("run.", "threads", *(f"jacobian.{name}" for name in ("root", "dir", "tier")), "data.workers", "data.cache")
+"""Options that may differ from machine to machine."""
 USES = {"train": "training", "validation": "validation", "test": "testing"}
 
 
@@ -48,23 +49,25 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
             "resume=never: expected auto where torchrun (--max-restarts) or SLURM starts again, or the run would begin "
             "from nothing each time; give --max-restarts=0 (RESTARTS=0 for launch/torchrun.sh), or another run.dir"
         )
-    device, engine, mesh = _begun(config, held)
+    device, engine, mesh = begun(config, held)
     ranks = mesh.everyone
-    show = show if ranks.first else lambda line: None
-    splits = ranks.together(lambda: load(config.data))
+    show, options = show if ranks.first else lambda line: None, flatten(as_dict(config))
+    ranks.alike("options", {name: one for name, one in options.items() if not name.startswith(LOCAL)})
+    splits = ranks.together(lambda: _read(config))
+    ranks.alike("data", {name: split.digest for name, split in splits.items()})
     check_data(config, {split: len(examples) for split, examples in splits.items()})
     check_ranks(config, len(splits["train"]), ranks.size)
     name, folder, train = run_name(config), run_folder(config), splits["train"]
-    ranks.together(lambda: _check_memory(config, train, device, engine, mesh))
+    ranks.together(lambda: check_memory(config, train, device, engine, mesh))
     plan = Plan(len(train), config.batch_size, config.seed, train.layout)
     learner = make_learner(config, train, device, engine, mesh)
     if config.form == "dual":
         check_size(learner.net, len(train), train.shape, train.classes)
-    where = {"threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size}
-    made_with: dict[str, Any] = {**where, **environment.versions()}
-    made_with |= {"engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None)}
-    made_with |= {"cuda_graph": True} if learner.engine.records else {}
-    made_with |= {"width_ranks": mesh.width.ranks.size, **({"overlap": True} if mesh.width.overlap else {})}
+    made_with = {
+        **environment.versions(), "threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size,
+        "engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None), "cuda_graph": learner.engine.records,
+        "width_ranks": mesh.width.ranks.size, "overlap": mesh.width.overlap,
+    }  # fmt: skip
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
     show(_derived(run))
@@ -86,7 +89,12 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     return run
 
 
-def _begun(config: TrainConfig, held: ExitStack) -> tuple[torch.device, EngineConfig, Mesh]:
+def _read(config: TrainConfig) -> dict[str, Split]:
+    with ended_at_once():
+        return load(config.data)
+
+
+def begun(config: TrainConfig, held: ExitStack) -> tuple[torch.device, EngineConfig, Mesh]:
     """The device, what runs the steps, and the ranks, for options that are valid; torch's settings are in force."""
     validate(config)
     environment.keep_freed_memory()
@@ -110,7 +118,7 @@ def _engine(config: TrainConfig, device: torch.device, held: ExitStack) -> tuple
         if config.precision == "fp64":
             raise ConfigError("precision=fp64: expected fp32, fp16 or bf16, which are all that DeepSpeed takes")
         if device.type == "cuda":
-            environment.take_gpu(around.local if around else 0)
+            environment.take_gpu(around.local if around else 0, beside())
         return engine, held.enter_context(joined(device, engine.timeout))
     if around and around.size > 1:
         raise ConfigError(f"engine=local: expected one process, found {around.size}; use engine=deepspeed")
@@ -136,33 +144,6 @@ def identity(config: TrainConfig, splits: dict[str, Split], learner: Learner) ->
         "examples": {split: examples.digest for split, examples in splits.items()},
         "fingerprint": fingerprint(learner.net, as_dict(config.net), config.seed, learner.mesh),
     }
-
-
-def _check_memory(config: TrainConfig, train: Split, device: torch.device, engine: EngineConfig, mesh: Mesh) -> None:
-    """Raise ConfigError where what a step keeps on this rank is more than there is."""
-    with torch.device("meta"):
-        outline = build(config.net, train.shape, train.classes, config.batch_size, mesh.width)
-    dtype, master = PRECISIONS[config.precision]
-    states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
-    frozen = config.frozen.weights == "stored" and config.rule.name not in CURRENT
-    stage, share = getattr(engine, "zero_stage", 0), 1 / mesh.data.size
-    weight, gradient = share if stage == 3 else 1, share if stage >= 2 else 1
-    pulled = config.optim.weight_decay > 0 and config.optim.decay_towards == "initial"
-    optimizer = share * (states + 1 + pulled) if stage else states + pulled
-    if getattr(engine, "offload", False) and device.type == "cuda":
-        optimizer = 0
-    copies = max(1, weight + gradient + optimizer)  # a network is built whole before it is partitioned
-    weights = (copies * master.itemsize + frozen * dtype.itemsize) * sum(p.numel() for p in outline.parameters())
-    units = sum(math.prod(shape) for shape in outline.direct_shapes)
-    outputs = max(-(-config.batch_size // (config.accumulation * mesh.data.size)), 1) * units * dtype.itemsize
-    found = environment.available_memory(device) / (beside() if device.type == "cpu" else 1)
-    if weights + outputs > found:
-        raise ConfigError(
-            f"net.width={config.net.width}: weights, gradient, optimizer and initial weights take "
-            f"{weights / 2**30:.1f} GiB, the layers' outputs {outputs / 2**30:.1f} GiB, found {found / 2**30:.1f} GiB "
-            "of memory available to a rank; choose a smaller width or batch_size, more accumulation, "
-            "frozen.weights=regenerated, a higher engine.zero_stage or more ranks (parallel.width shares width out)"
-        )
 
 
 def _derived(run: Run) -> str:
@@ -199,7 +180,8 @@ def _open_cache(run: Run, show: Callable[[str], None]) -> None:
     train, rule = run.splits["train"], run.learner.rule
     cache = cache_of(run.config, run.learner, train)
     if run.config.jacobian.build:
-        cache.make(show)
+        with ended_at_once() if run.ranks.size == 1 else nullcontext():  # other ranks would wait
+            cache.make(show)
     run.store = cache.open()
     form = as_dict(run.store.form) if run.store else "live"
     show(f"jacobian: {', '.join(run.store.form.sites) if run.store else form}, from {cache.home}")
@@ -218,21 +200,6 @@ def cache_of(config: TrainConfig, learner: Learner, train: Split) -> Cache:
     """The cache of the initial network's Jacobian for a run."""
     frozen, reads = learner.fixed.frozen, learner.rule.reads_inputs
     return Cache(config, frozen, learner.encoding, train, reads, learner.mesh, learner.engine.records)
-
-
-def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
-    """The cache of a run that need not have begun. held: as ``prepare`` has it."""
-    device, engine, mesh = _begun(config, held)
-    ranks = mesh.everyone
-    train = ranks.together(lambda: load(config.data))["train"]
-    check_data(config, {"train": len(train)})
-    ranks.together(lambda: _check_memory(config, train, device, engine, mesh))
-    local = LocalConfig(cuda_graph=False) if isinstance(engine, DeepSpeedConfig) else engine
-    learner = make_learner(config, train, device, local, mesh)
-    cache = cache_of(config, learner, train)
-    if config.net.norm == "calibrated":
-        calibrated(config, learner, train, None)
-    return cache
 
 
 def _resume(run: Run, show: Callable[[str], None]) -> None:
@@ -266,6 +233,9 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
 
     ended, manifest, found = run.ranks.of_first(read)
     if manifest is None:
+        if ended is not None and ended["runs"][0]["steps"] == run.stop:
+            run.finished = ended
+            show("finished before, and its checkpoints are gone; resume=never trains it again")
         return
     if manifest["progress"]["best_of"] != run.config.checkpoint.best:
         raise ConfigError(

@@ -80,6 +80,11 @@ class Run:
         points = [point for point in self.curve if point["step"] > 0]
         return max(points, key=lambda point: point[key], default=None)
 
+    def is_best(self, step: int) -> bool:
+        """Whether the network was measured after update ``step``, and is the best so far."""
+        best = self.best()
+        return best is not None and best["step"] == step
+
     def save(self, step: int) -> None:
         """Write a checkpoint after update ``step``. Raises Diverged if a weight is not finite."""
         self.ranks.beat(step, "save")

@@ -59,10 +59,10 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
     metrics.enter_context(closing(batches))  # which ends what reads ahead, however the loop ends
     if run.store:
         batches = metrics.enter_context(closing(run.store.attached(batches)))
-    asked = first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
+    asked = signal_of_any(run, interrupts)
     if not asked and run.start % per_epoch == 0 and (not run.curve or run.curve[-1]["step"] < run.start):
         rate = config.optim.lr * factor(config.schedule, run.start - 1, per_epoch, run.stop) if run.start else None
-        end_epoch(run, metrics, run.start, rate)
+        asked = end_epoch(run, metrics, interrupts, run.start, rate)
     stop_if_asked(run, run.start, asked)
     begin = time.perf_counter()
     for step, parts in batches:
@@ -82,26 +82,42 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
         due = run.due(done) or by_clock > 0
         if config.log.alignment_every and done % config.log.alignment_every == 0:
             metrics.align(done, alignment(run, done))
-        if done % per_epoch == 0 and not (asked and done < run.stop):  # it saves first, and measures when it goes on
-            due = end_epoch(run, metrics, done, lr) or due
+        if done % per_epoch == 0 and not asked:  # else it saves first, and measures when it goes on
+            asked = end_epoch(run, metrics, interrupts, done, lr)
+            due = due or run.is_best(done)
         if due or asked:
             run.save(done)
         stop_if_asked(run, done, asked)
         begin = time.perf_counter()
 
 
-def end_epoch(run: Run, metrics: Metrics, done: int, lr: float | None) -> bool:
-    """Measure after update ``done``, if it is time to. Returns whether the network is the best so far."""
-    due = done // run.plan.steps_per_epoch % run.config.evaluation.every_epochs == 0 or done == run.stop
-    if due:
-        measure(run, metrics, done, run.epoch_loss if done else None, lr)
+def signal_of_any(run: Run, interrupts: Interrupts) -> int:
+    """The signal that came to some rank; 0 for none."""
+    return first_signal(run.ranks.totals(interrupts.flags, run.learner.encoding.device))
+
+
+def end_epoch(run: Run, metrics: Metrics, interrupts: Interrupts, done: int, lr: float | None) -> int:
+    """Measure after update ``done``, if it is time to. Returns the signal that broke it off, or 0.
+
+    What was broken off is as if it had not begun: the run measures when it goes on.
+    """
+
+    def look() -> None:
+        if asked := signal_of_any(run, interrupts):
+            raise Interrupted("in an evaluation", asked)
+
+    if done // run.plan.steps_per_epoch % run.config.evaluation.every_epochs == 0 or done == run.stop:
+        try:
+            measure(run, metrics, done, run.epoch_loss if done else None, lr, look)
+        except Interrupted as problem:
+            return problem.signum
     run.epoch_loss = 0.0
-    return due and run.best() is run.curve[-1]
+    return 0
 
 
 def stop_if_asked(run: Run, done: int, asked: int) -> None:
-    """Raise Interrupted after update ``done``, of which a checkpoint is on disk, if a signal came and more is to do."""
-    if asked and done < run.stop:
+    """Raise Interrupted after update ``done``, of which a checkpoint is on disk, if a signal came."""
+    if asked:
         saved = " and a checkpoint" if done else ""
         command = "the same command" + ("" if run.config.resume == "auto" else ", without resume=never,")
         raise Interrupted(
@@ -111,15 +127,20 @@ def stop_if_asked(run: Run, done: int, asked: int) -> None:
         )
 
 
-def measure(run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float | None) -> None:
-    """Evaluate and add a point to the run's curve. Raises Diverged after training if a loss is not finite."""
+def measure(
+    run: Run, metrics: Metrics, step: int, train_loss: float | None, lr: float | None, look: Callable[[], None]
+) -> None:
+    """Evaluate and add a point to the run's curve. Raises Diverged after training if a loss is not finite.
+
+    look: is called before each batch, and may break it off.
+    """
     point: dict[str, Any] = {"train_loss": train_loss, "lr": lr}
     run.ranks.beat(step, "evaluation")
     engine, encoding, most = run.learner.engine, run.learner.encoding, run.config.evaluation.batch_size
     lost: list[tuple[str, Callable[[], object]]] = []
     for split in dict.fromkeys(("test", *run.config.evaluation.splits)):
         scores = partial(evaluate, engine, run.splits[split], encoding, most, run.learner.mesh.data)
-        found = scores()
+        found = scores(look=look)
         lost += [] if math.isfinite(found["loss"]) else [(f"{split} loss", scores)]
         loss_key = "train_end_loss" if split == "train" else f"{split}_loss"  # train_loss is the mean over the epoch
         point |= {f"{split}_accuracy": found["accuracy"], f"{split}_top5": found["top5"], loss_key: found["loss"]}

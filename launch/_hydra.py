@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -28,28 +28,20 @@ if not all(map(importlib.util.find_spec, ("hydra", "torch"))):
 
 import hydra
 from _mistakes import check
-from _options import CONFIGS, register, typed
+from _options import CONFIGS, apart, register, typed
+from _outcome import outcome
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
-from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
-from alignscale.data.examples import DataError
-from alignscale.distributed import Ranks, launched, outlive_first
-from alignscale.environment import out_of_memory
+from alignscale.distributed import Ranks, launched, note_said, outlive_first
 from alignscale.interrupts import Interrupted, Interrupts
-from alignscale.jacobian.files import CacheError
 from alignscale.liveness import RankError, leave
 from alignscale.run import Diverged
 
 INTERRUPTED = "interrupted; the same command, without resume=never, goes on from the last checkpoint"
-SMALLER = (
-    "; a smaller batch_size, evaluation.batch_size or net.width, more accumulation, or on a GPU engine=local "
-    "engine.cuda_graph=false, needs less"
-)
-MEND = "; free space or mend it, then give the same command"
 FIRST = (launched() or Ranks()).first
 """Whether this process speaks for all ranks, to which every error that is not a rank's own comes."""
 FINAL = (2, 3, 140)
@@ -61,10 +53,11 @@ PATIENCE = 60.0
 """Seconds that the others wait for the first to end, which is to speak: torchrun ends them all when one has ended."""
 
 
-def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+def entry(name: str, trains: bool = False) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Make a command of a function of a configuration, the one that ``configs/<name>.yaml`` composes.
 
-    The whole command line is checked before Hydra starts, so a mistake in it ends with one line and status 2.
+    The whole command line is checked before Hydra starts, so a mistake in it ends with one line and status 2. trains:
+    each configuration is a run, which wants a folder of its own.
     """
 
     def decorate(work: Callable[[Any], None]) -> Callable[[], None]:
@@ -95,7 +88,7 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
                 register()
                 for_jobs()
                 sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-                guarded(lambda: _apart(check(name, sys.argv[1:])))
+                guarded(lambda: _checked(name, trains))
                 guarded(command)
                 if lost:
                     sys.exit(_say(f"{len(lost)} of the runs diverged, as was said above", 3))
@@ -113,14 +106,10 @@ def entry(name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     return decorate
 
 
-def _apart(configs: Sequence[Any]) -> None:
-    """Raise ConfigError for runs of a sweep with the same folder, where each would take the other's place."""
-    folders = [config.run.dir for config in configs if config.run.dir]
-    if len(set(folders)) < len(folders):
-        raise ConfigError(
-            f"run.dir={folders[0]}: expected a folder of its own for each of {len(configs)} runs; leave it out, and "
-            "give run.root"
-        )
+def _checked(name: str, trains: bool) -> None:
+    configs = check(name, sys.argv[1:])
+    if trains:
+        apart(configs)
 
 
 def not_again() -> None:
@@ -177,26 +166,19 @@ def guarded(work: Callable[[], object]) -> None:
     """
     try:
         work()
-    except (ConfigError, DataError, CheckpointError, CacheError) as problem:
-        sys.exit(_say(problem, 2))
     except BrokenPipeError:  # whatever read the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (OSError, SafetensorError) as problem:
-        sys.exit(_say(problem, 1, "error: a file could not be read or written", MEND))
-    except Diverged as problem:
-        sys.exit(_say(problem, 3))
-    except Interrupted as problem:
-        sys.exit(_say(problem, 128 + problem.signum, "stopped"))
     except RankError as problem:
         sys.stdout.flush()
         leave(problem)
     except KeyboardInterrupt:
         sys.exit(_say(INTERRUPTED, 130))
-    except (MemoryError, RuntimeError) as problem:
-        if not out_of_memory(problem):
+    except (ConfigError, OSError, SafetensorError, MemoryError, RuntimeError) as problem:
+        found = outcome(problem)
+        if found is None:
             raise
-        sys.exit(_say(problem, 1, "error: expected more memory, found", SMALLER))
+        sys.exit(_say(problem, *found))
 
 
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
@@ -213,5 +195,6 @@ def _say(problem: object, status: int, before: str = "error", after: str = "") -
         time.sleep(PATIENCE)
         before = f"{before}: rank {ranks.rank} of {ranks.size}, on {socket.gethostname()}"  # the first has not ended
     with suppress(OSError):
-        print(f"{before}: {problem}{after}", file=sys.stderr)
+        print(f"{before}: {problem}{after}", file=sys.stderr, flush=True)
+    note_said()
     return status

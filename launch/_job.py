@@ -15,19 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import submitit
+from _outcome import outcome
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from alignscale.checkpoint import CheckpointError
-from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig
-from alignscale.data.examples import DataError
 from alignscale.files import write_atomic
 from alignscale.interrupts import Interrupted
-from alignscale.jacobian.files import CacheError
 from alignscale.liveness import LOST, Heart, RankError
-from alignscale.run import Diverged
 
-MEND = "; free space or mend it, then give the same command"
 PATIENCE = 60.0
 """Seconds that a rank leaves to SLURM, and to a rank that speaks, to end it."""
 
@@ -80,17 +75,12 @@ class Job:
             status = LOST if isinstance(problem, RankError) else 128 + problem.signum
             stopped_here = isinstance(problem, Interrupted) and problem.signum != signal.SIGUSR2
             error = problem if stopped_here else self._again(job, problem)
-        except Diverged as problem:
-            status, error = 3, problem
         except Exception as problem:
-            status, error = (
-                2 if isinstance(problem, (ConfigError, DataError, CheckpointError, CacheError)) else 1,
-                problem,
-            )
-            if isinstance(problem, OSError):
-                error = OSError(f"a file could not be read or written: {problem}{MEND}")
-            elif status == 1:
+            found = outcome(problem)
+            if found is None:
                 traceback.print_exc()
+            status, before, after = found or (1, "error", "")
+            error = RuntimeError(f"{before}: {problem}{after}".removeprefix("error: "))
         self._end(failure, job, status, error)
 
     def _again(self, job: submitit.JobEnvironment, problem: Exception) -> Exception:

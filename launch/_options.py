@@ -1,6 +1,8 @@
 """The options as Hydra knows them: every choice registered by type, and the type of each option by its dotted name."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -8,9 +10,9 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS
+from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, ConfigError
 from alignscale.choices_schedule import SCHEDULES
-from alignscale.config import JACOBIANS, TrainConfig
+from alignscale.config import JACOBIANS, TrainConfig, run_folder
 from alignscale.rules import RULES
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
@@ -89,3 +91,15 @@ def _types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 TYPES = _types(GridConfig)
 """Those of a run and of a comparison, with the options of all choices."""
+
+
+def apart(runs: Sequence[TrainConfig]) -> None:
+    """Raise ConfigError for runs with the same folder, where each would take the other's place."""
+    counts = Counter(map(run_folder, runs))
+    twice = next((folder for folder, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"{twice}: expected a folder of its own for each of {len(runs)} runs, found the same run twice; leave "
+            "run.dir out, and give values that each make another run: one is there twice, or the option changes no "
+            "numbers"
+        )

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from _options import CompareConfig, GridConfig
+from _options import CompareConfig, GridConfig, apart
 from _report.claims import CLAIMS
 from _report.page import write_report
 
@@ -56,11 +56,7 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     command: shown in the report. Raises ConfigError before any work for an option that is wrong.
     """
     grid = list(expand(config))
-    if len({run.run.dir for run in grid}) < len(grid):
-        raise ConfigError(
-            f"compare.option={config.compare.option}, compare.values={config.compare.values}: expected values that "
-            "each make another run, found the same run twice: a value is there twice, or the option changes no numbers"
-        )
+    apart(grid)
     first = (launched() or Ranks()).first
     if not first:
         show = silent

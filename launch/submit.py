@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from _hydra import command_line, for_jobs, guarded, quoted
-from _options import CompareConfig, register
+from _options import CompareConfig, apart, register
 
 from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig, run_folder, run_name
@@ -52,11 +52,7 @@ def place(configs: list[TrainConfig], sweep: str) -> Path | None:
     folder = Path(sweep or Path(configs[0].run.root) / f"{configs[0].name}-sweep").expanduser().absolute()
     for config in configs:
         config.run.dir = str(folder / run_name(config))
-    if len({config.run.dir for config in configs}) < len(configs):
-        raise ConfigError(
-            "the sweep has the same run twice; expected values that each make another run: one is there twice, or the "
-            "option changes no numbers"
-        )
+    apart(configs)
     return folder
 
 

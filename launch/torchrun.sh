@@ -24,10 +24,16 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$(command -v -- "$python")" ] || { printf 'error: %s: expected an interpreter, found none; make setup, or PYTHON=...\n' "$python" >&2; exit 2; }
 ranks=${RANKS:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
 
+# What this machine is called where the others are, and whether HOST is one of its addresses: torchrun tells the others its
+# name, which many systems themselves take for 127.0.1.1.
+known=$("$python" -I alignscale/address.py "$host") || exit 2
+read -r own here <<< "$known"
+
 # A store that torchrun shares with the ranks outlives none of them when one is killed.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 [ "$nodes" -eq 1 ] || printf 'waiting for %s machines at %s\n' "$nodes" "$host" >&2
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-3}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 --shutdown-timeout=120 \
-    --rdzv-backend=c10d --rdzv-endpoint="$host" --rdzv-id="${RUN_ID:-alignscale}" launch/train.py "$@"
+    ${own:+--local-addr="$own"} ${here:+--rdzv-conf=is_host=true} --rdzv-backend=c10d --rdzv-endpoint="$host" \
+    --rdzv-id="${RUN_ID:-alignscale}" launch/train.py "$@"

@@ -7,7 +7,7 @@ from _runs import train_and_report
 from alignscale.config import TrainConfig
 
 
-@entry("train")
+@entry("train", trains=True)
 def main(config: TrainConfig) -> None:
     """Train, and end with a one-line result."""
     result = train_and_report(config, print, command_line("launch/train.py"))

@@ -31,7 +31,15 @@ def lacks_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-LONG = ["test_slurm", "test_distributed", "test_width", "test_lost_ranks", "test_rank_errors", "test_submit"]
+LONG = [
+    "test_slurm",
+    "test_distributed",
+    "test_width",
+    "test_lost_ranks",
+    "test_rank_errors",
+    "test_machines",
+    "test_submit",
+]
 """Files that take minutes, the longest first."""
 
 # Each mark's requirement: a reason to skip, or None. A mark that is not here needs nothing.
@@ -40,6 +48,7 @@ REQUIREMENTS: dict[str, Callable[[], str | None]] = {
     "distributed": lambda: None if importlib.util.find_spec("deepspeed") else "no deepspeed; run make setup",
     "ffcv": cache(lambda: lacks_module("ffcv")),
     "gpu": lacks_gpu,
+    "machines": lambda: lacks_program("ip", "unshare", "nsenter") or (None if os.geteuid() == 0 else "no root"),
     "slurm": lambda: lacks_program("slurmctld", "slurmd", "srun", "munged", "ip", "unshare"),
 }
 

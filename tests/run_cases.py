@@ -1,10 +1,12 @@
 """Runs small enough for tests of training."""
 
+import json
 import os
 import signal
 import sys
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -68,3 +70,9 @@ def long_run_that_may_be_stopped(folder: Path, begun: Event) -> None:
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "examples_per_second"} for line in lines]

@@ -3,22 +3,28 @@
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from run_cases import config, silent
+from safetensors import SafetensorError
 from warm import PYTHON
 
 from alignscale.checkpoint import complete
 from alignscale.choices import ConfigError, ConvConfig, MLPConfig, MSEConfig, RNNConfig, SGDConfig, SyntheticConfig
 from alignscale.config import CheckpointConfig, RunConfig
-from alignscale.data.examples import Encoding, Split, Wanted
+from alignscale.data.examples import DataError, Encoding, Examples, Split, Wanted
+from alignscale.evaluate import evaluate
 from alignscale.folder import opened
+from alignscale.learner import Learner
 from alignscale.run import Diverged
 from alignscale.train import train
 from alignscale.types import Batch
@@ -218,3 +224,50 @@ def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found thesis\.tex and no config\.yaml"):
         train(options, silent)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_split_of_which_every_example_was_left_out_is_refused() -> None:
+    learner = Learner("mlp", (1, 4, 4), 2)
+    whole = Examples.whole(torch.rand(4, 1, 4, 4), torch.arange(4) % 2, 2, "images")
+
+    class Lost(Examples):
+        def batches(self, wanted: Any, encoding: Encoding) -> Any:
+            for batch in super().batches(wanted, encoding):
+                none = slice(0)
+                yield replace(batch, images=batch.images[none], targets=batch.targets[none], keys=[])
+
+    lost = Lost(**{field.name: getattr(whole, field.name) for field in fields(whole) if field.init})
+    with pytest.raises(DataError, match="found all 4 of a split left out"):
+        evaluate(learner.engine, lost, learner.encoding, 2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "words"),
+    [
+        (MemoryError("1 TiB"), 1, "error: expected more memory, found: 1 TiB; a smaller batch_size"),
+        (OSError(28, "No space left on device"), 1, "error: a file could not be read or written: [Errno 28]"),
+        (SafetensorError("cut off"), 1, "error: a file could not be read or written: cut off; free space"),
+        (Diverged("lost"), 3, "error: lost"),
+    ],
+)
+def test_a_job_of_a_scheduler_ends_with_the_words_and_status_of_the_command(
+    tmp_path: Path, problem: Exception, status: int, words: str
+) -> None:
+    """submitit's own debug executor; the run of the job is broken off by ``problem``."""
+    (tmp_path / "job.py").write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT / "launch")!r}, {str(ROOT)!r}]
+import pickle, submitit, _runs
+from _job import Job
+problem = pickle.loads({pickle.dumps(problem)!r})
+def broken(*given):
+    raise problem
+_runs.train_and_report = broken
+job = submitit.AutoExecutor({str(tmp_path)!r}, cluster="debug").submit(Job(None, "", folder={str(tmp_path)!r}))
+job.result()
+""")
+    done = subprocess.run([PYTHON, tmp_path / "job.py"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith(words)
+    assert "Traceback" not in done.stderr

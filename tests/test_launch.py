@@ -182,11 +182,12 @@ def test_a_sweep_goes_on_where_a_run_diverges_and_says_so_at_its_end(tmp_path: P
 
 
 def test_runs_of_a_sweep_in_one_folder_are_refused(tmp_path: Path) -> None:
-    given = ["--multirun", "seed=0,1", *FAST, f"run.dir={tmp_path / 'run'}", "resume=never"]
-    done = run(str(ROOT / "launch/train.py"), *given, root=tmp_path)
-    assert done.returncode == 2
-    assert f"run.dir={tmp_path / 'run'}: expected a folder of its own for each of 2 runs" in done.stderr
-    assert not list(tmp_path.iterdir())
+    for values in ("seed=0,1", f"run.dir={tmp_path / 'run'}"), ("seed=1,1", f"run.root={tmp_path}"):
+        given = ["--multirun", *values, *FAST, "resume=never"]
+        done = run(str(ROOT / "launch/train.py"), *given, root=tmp_path)
+        assert done.returncode == 2
+        assert "expected a folder of its own for each of 2 runs, found the same run twice" in done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_python_without_the_packages_says_which_one_has_them() -> None:

@@ -10,28 +10,20 @@ import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-from run_cases import config, long_run, long_run_that_may_be_stopped, same, silent, weights
+from run_cases import config, long_run, long_run_that_may_be_stopped, rows, same, silent, weights
 from warm import PYTHON
 
 from alignscale.checkpoint import CheckpointError, complete, find, read_manifest, sealed
 from alignscale.choices import ConfigError, MLPConfig
 from alignscale.config import AnalysisConfig, CheckpointConfig, EvaluationConfig
-from alignscale.interrupts import Interrupted, Interrupts
-from alignscale.learner import Learner
+from alignscale.interrupts import Interrupted
 from alignscale.prepare import prepare
 from alignscale.train import train
 from tools import show_checkpoint
 
 ROOT = Path(__file__).parents[1]
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """The metrics without the times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "examples_per_second"} for line in lines]
 
 
 def test_a_run_stopped_at_20_random_moments_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
@@ -100,36 +92,14 @@ def test_checkpoints_come_by_steps_and_the_newest_and_the_best_are_kept(tmp_path
     }
 
 
-def test_a_signal_at_an_epochs_end_saves_first_and_what_goes_on_measures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An evaluation may take longer than what ends the run waits; and what goes on may be killed in its turn."""
-    whole = train(config(tmp_path / "whole"), silent)["runs"][0]
-    calls = 0
-
-    def update(self: Learner, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 11:  # of 6 in an epoch: the next one learns of it
-            os.kill(os.getpid(), signal.SIGTERM)
-        if calls == 13:
-            raise MemoryError("killed")
-        return updated(self, *arguments)
-
-    updated = Learner.update
-    monkeypatch.setattr(Learner, "update", update)
-    options = config(tmp_path / "run")
-    with pytest.raises(Interrupted, match="after step 12 of 18"):
-        train(options, silent)
-    progress = read_manifest(complete(tmp_path / "run/checkpoints")[-1])["progress"]
-    assert [point["step"] for point in progress["curve"]] == [0, 6]
-    with pytest.raises(MemoryError):
-        train(options, silent)
-    again = train(options, silent)["runs"][0]
-    assert again["curve"] == whole["curve"]
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
-    assert again["best"] == whole["best"]
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(tmp_path: Path) -> None:
+    first = train(config(tmp_path / "run"), silent)
+    rows_before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    said: list[str] = []
+    assert train(config(tmp_path / "run"), said.append) == first
+    assert "finished before, and its checkpoints are gone" in said[-1]
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == rows_before
 
 
 def test_the_name_of_the_newest_checkpoint_is_mended(tmp_path: Path) -> None:
@@ -201,16 +171,6 @@ def test_a_stop_is_whole_when_whoever_reads_the_output_dies_of_it_too(tmp_path: 
         assert process.wait(60) == 130
     path = complete(tmp_path / "run/checkpoints")[-1]
     assert read_manifest(path)["step"] >= json.loads(rows.read_text().splitlines()[-1])["step"]
-
-
-def test_a_signal_that_comes_twice_at_once_is_one_and_a_second_one_ends_it() -> None:
-    """SLURM's SIGTERM comes to a rank and to torchrun, which sends it on."""
-    with Interrupts(speaks=False) as interrupts:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupts.flags == [0, 1, 0]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_resume_never_is_refused_where_torchrun_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def test_a_secret_of_the_environment_is_in_no_file(tmp_path: Path) -> None:
         (["cluster=debug", "cluster.tasks_per_node=2"], "expected 1 with the executor debug; cluster=local"),
         (["cluster=local", "net.widht=3"], "net.width"),
         (["cluster=local", "resume=never"], "resume=never: expected auto"),
-        (["cluster=local", "seed=1,1"], "the sweep has the same run twice"),
+        (["cluster=local", "seed=1,1"], "found the same run twice"),
         (["cluster=local", "cluster.setup=['export WANDB_API_KEY=abc']"], "export WANDB_API_KEY before the command"),
         (["cluster=local", "cluster.srun=['--export=ALL,HF_TOKEN=abc']"], "cluster.srun: expected no secret"),
         (["cluster=local", "cluster.sbatch={export:'DB_PASSWORD=abc'}"], "cluster.sbatch: expected no secret"),

@@ -97,9 +97,11 @@ def distributed(arguments: argparse.Namespace) -> int:
     """The ranks of torchrun together; the first one writes."""
     from distributed_step import distributed_table, rows  # counts collectives from its import on
 
-    for option, default in (("norm", "none"), ("jacobian", ["live"]), ("precision", "fp32"), ("device", "cpu")):
+    only: dict[str, object] = {"norm": "none", "jacobian": ["live"], "precision": "fp32", "device": "cpu"}
+    only |= {"dtype": "fp32", "tier": ["host"], "unfused": False, "no_graph": False}
+    for option, default in {**only, **({"frozen": "stored"} if arguments.parallel_width else {})}.items():
         if getattr(arguments, option) not in (None, "auto", default):
-            raise ConfigError(f"--{option}: expected {default} with --distributed")
+            raise ConfigError(f"--{option.replace('_', '-')}: has no effect with --distributed; leave it out")
     torch.set_num_threads(arguments.threads or 1)
     config = dataclasses.replace(net_config(arguments.net, arguments.width, arguments.depth), norm="none")
     with joined(torch.device("cpu"), 600.0) as ranks:

@@ -17,13 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
 from _hydra import entry
 
-from alignscale.choices import ConfigError
+from alignscale.choices import ConfigError, DeepSpeedConfig, LocalConfig
 from alignscale.config import TrainConfig
+from alignscale.data import load
 from alignscale.jacobian.cache import Cache
 from alignscale.jacobian.form import Form
 from alignscale.jacobian.plan import Planner
-from alignscale.prepare import cache_for
+from alignscale.memory import check_memory
+from alignscale.moments import calibrated
+from alignscale.prepare import begun, cache_of, make_learner
 from alignscale.rules import RULES
+from alignscale.validation import check_data
 
 PLAN = "--plan"
 
@@ -71,6 +75,21 @@ def build_seconds(planner: Planner, form: Form, examples: int) -> float:
 def row(name: str, tier: str, size: float, build: float, step: float, backprop: float, mark: str) -> str:
     """One line."""
     return f"{name:10s} {tier:7s} {size:9.3f} {build:9.1f} {1000 * step:9.2f} {step / backprop:10.2f} {mark}".rstrip()
+
+
+def cache_for(config: TrainConfig, held: ExitStack) -> Cache:
+    """The cache of a run that need not have begun. held: is given torch's settings and the process group."""
+    device, engine, mesh = begun(config, held)
+    ranks = mesh.everyone
+    train = ranks.together(lambda: load(config.data))["train"]
+    check_data(config, {"train": len(train)})
+    ranks.together(lambda: check_memory(config, train, device, engine, mesh))
+    local = LocalConfig(cuda_graph=False) if isinstance(engine, DeepSpeedConfig) else engine
+    learner = make_learner(config, train, device, local, mesh)
+    cache = cache_of(config, learner, train)
+    if config.net.norm == "calibrated":
+        calibrated(config, learner, train, None)
+    return cache
 
 
 @entry("train")

@@ -63,7 +63,8 @@ def measured(
     settings = {"zero_optimization": NOTHING_KEPT} if stage == 3 else {}
     engine = DeepSpeedConfig(zero_stage=stage, extra=settings)
     before = resident(reset=True)
-    learner = Learner(config, shape, classes, rule, SGDConfig(lr=1e-3), engine=engine, mesh=Mesh(ranks, ranks))
+    options = (config, shape, classes, rule, SGDConfig(lr=1e-3))
+    learner = Learner(*options, frozen_weights=arguments.frozen, engine=engine, mesh=Mesh(ranks, ranks))
     psi = padded_bytes(learner, ranks.size)
     for _ in range(MEMORY_STEPS):
         learner.update([batch], 1e-3)
@@ -78,7 +79,8 @@ def measured(
     gathered, scattered = collective_bytes.gathered(), collective_bytes.scattered()
     reduced = collective_bytes.COUNTED["all_reduce"]
     seconds = in_turn({rule: lambda: learner.update([batch], 1e-3), "plain": plain}, arguments.repeats)
-    alone = Learner(config, shape, classes, rule, SGDConfig(lr=1e-3), engine=EngineConfig("local"))
+    ranks.still()
+    alone = Learner(*options, frozen_weights=arguments.frozen, engine=EngineConfig("local"))
     compute = statistics.median(in_turn({rule: lambda: alone.update([batch], 1e-3)}, arguments.repeats)[rule])
     wire = (gathered + scattered + 2 * reduced) * (ranks.size - 1) / ranks.size
     return {
@@ -86,7 +88,7 @@ def measured(
         "zero_stage": stage, "rule": rule, "psi_bytes": psi,
         "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": reduced / psi,
         "peak_bytes": peak, "plain_peak_bytes": plain_peak,
-        "calculated_bytes": calculated_bytes(psi, ranks.size, stage, rule),
+        "calculated_bytes": calculated_bytes(psi, ranks.size, stage, rule, arguments.frozen),
         "seconds_median": statistics.median(seconds[rule]),
         "ratio_to_plain": statistics.median(a / b for a, b in zip(seconds[rule], seconds["plain"], strict=True)),
         "compute_seconds": compute,
@@ -170,12 +172,12 @@ def padded_bytes(learner: Learner, ranks: int) -> int:
     return sum(4 * ranks * -(-size // ranks) for size in sizes)
 
 
-def calculated_bytes(psi: int, ranks: int, stage: int, rule: str) -> int:
+def calculated_bytes(psi: int, ranks: int, stage: int, rule: str, initial: str) -> int:
     """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and the initial or random weights."""
     share = psi / ranks
     weights, gradient = share if stage == 3 else psi, share if stage >= 2 else psi
     copy = share if stage else 0
-    frozen = psi if rule.startswith("align") or rule == "feedback_alignment" else 0
+    frozen = psi if initial == "stored" and (rule.startswith("align") or rule == "feedback_alignment") else 0
     return round(weights + gradient + copy + frozen)
 
 

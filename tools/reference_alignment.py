@@ -72,7 +72,7 @@ def check_alignment(entry: dict[str, Any], arrays: Arrays, folder: Path) -> floa
                 errors.append(abs(error) / (5 * standard_error(arrays, kind, layer)))
             if f"fixed_{kind}" in arrays:
                 noise = tensor(needed(arrays, f"fixed_noise{layer}")).permute(0, 3, 1, 2)
-                both, first, second = moments(change, target, noise, at)
+                both, first, second = moments(change, target, noise, at).sum(0).tolist()
                 errors.append(abs(both / (first * second) ** 0.5 - arrays[f"fixed_{kind}"][layer]) / 1e-5)
     if not np.isfinite(errors).all():
         raise CaseError("a score, of ours or of the file, is not a finite number")

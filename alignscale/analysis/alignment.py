@@ -37,10 +37,10 @@ class Map:
     before: tuple[int, int] = (0, 0)
 
     @classmethod
-    def same(cls, inputs: tuple[int, int], stride: int, kernel: int = 3) -> "Map":
-        """SAME padding as TensorFlow has it: of an odd sum, the smaller part comes before."""
+    def same(cls, inputs: tuple[int, int], stride: int) -> "Map":
+        """SAME padding as TensorFlow has it for 3x3 kernels: of an odd sum, the smaller part comes before."""
         outputs = (-(-inputs[0] // stride), -(-inputs[1] // stride))
-        pads = [max((n - 1) * stride + kernel - size, 0) // 2 for n, size in zip(outputs, inputs, strict=True)]
+        pads = [max((n - 1) * stride + 3 - size, 0) // 2 for n, size in zip(outputs, inputs, strict=True)]
         return cls(inputs, outputs, stride, (pads[0], pads[1]))
 
 
@@ -139,7 +139,7 @@ def estimate(first: Tensor, second: Tensor, at: Map = POINT, probes: int = 100, 
     shape = (first.shape[1], *(at.inputs if first.dim() == 4 else ()))
     parts = torch.arange(probes).split(PROBES)
     noise = (torch.randn(len(part), *shape, generator=generator).to(first) for part in parts)
-    sums = torch.cat([_moments(first, second, z, at) for z in noise]).cpu()
+    sums = torch.cat([moments(first, second, z, at) for z in noise]).cpu()
     means = sums.mean(0)
     if means[1:].min() <= 0:
         return Score(math.nan)
@@ -148,13 +148,8 @@ def estimate(first: Tensor, second: Tensor, at: Map = POINT, probes: int = 100, 
     return Score(value, abs(value) * relative.std().item() / math.sqrt(probes))
 
 
-def moments(first: Tensor, second: Tensor, noise: Tensor, at: Map = POINT) -> list[float]:
-    """<u, v>, |u|^2 and |v|^2 for u = D1^T D1 z, v = D2^T D2 z and noise z, (B, in) or (B, in, H, W)."""
-    return _moments(first, second, noise, at).sum(0).tolist()
-
-
-def _moments(first: Tensor, second: Tensor, noise: Tensor, at: Map) -> Tensor:
-    """(B, 3), float64: the moments of each z."""
+def moments(first: Tensor, second: Tensor, noise: Tensor, at: Map = POINT) -> Tensor:
+    """<u, v>, |u|^2 and |v|^2 for u = D1^T D1 z, v = D2^T D2 z and each z of noise (B, in) or (B, in, H, W): (B, 3)."""
     u, v = (_gram(weight, noise, at).flatten(1).double() for weight in (first, second))
     return torch.stack([(u * v).sum(1), u.square().sum(1), v.square().sum(1)], 1)
 

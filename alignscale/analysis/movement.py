@@ -5,7 +5,6 @@ It stands alone beside the alignment score, whose theory holds as far as a netwo
 
 import math
 
-import torch
 from torch import Tensor
 
 from alignscale.nets.network import Network
@@ -21,6 +20,6 @@ def relative(now: Tensor, start: Tensor) -> float:
 def gates_moved(net: Network, now: Trace, start: Trace) -> list[float]:
     """Per site: of relu the fraction of units that opened or closed, else the relative change of the derivative."""
     pairs = zip(net.gates(now), net.gates(start), strict=True)
-    if net.activation.of_output and net.activation.gate(torch.ones(1)) == 1:  # relu, whose residue is its gate
+    if net.activation.binary:
         return [((a > 0) != (b > 0)).double().mean().item() for a, b in pairs]
     return [relative(a, b) for a, b in pairs]

@@ -1,29 +1,27 @@
 """Data sets by name: training, validation and test examples."""
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from alignscale import choices
 from alignscale.choices import ConfigError, DataConfig
-from alignscale.data.archives import archive
-from alignscale.data.builtin import add, digits, synthetic
 from alignscale.data.examples import Examples, Split
-from alignscale.data.image_folder import image_folder
 from alignscale.initial import Stream, permutation
 
 __all__ = ["Examples", "Split", "load", "split"]
 
-READERS: dict[type[DataConfig], Callable[[Any], tuple[Examples, Split]]] = {
-    choices.DigitsConfig: digits,
-    choices.SyntheticConfig: synthetic,
-    choices.AddConfig: add,
-    choices.ArchiveConfig: archive,
-    choices.ImageFolderConfig: image_folder,
+READERS: dict[type[DataConfig], tuple[str, str]] = {
+    choices.DigitsConfig: ("builtin", "digits"),
+    choices.SyntheticConfig: ("builtin", "synthetic"),
+    choices.AddConfig: ("builtin", "add"),
+    choices.ArchiveConfig: ("archives", "archive"),
+    choices.ImageFolderConfig: ("image_folder", "image_folder"),
+    choices.WebDatasetConfig: ("webdataset", "webdataset"),
+    choices.FFCVConfig: ("ffcv", "ffcv"),
 }
-"""Of each class of options, what reads training and test examples."""
+"""Of each class of options, the module and function that read training and test examples; some need an extra."""
 
 
 def load(config: DataConfig) -> dict[str, Split]:
@@ -35,27 +33,18 @@ def load(config: DataConfig) -> dict[str, Split]:
 
 
 def _read(config: DataConfig) -> tuple[Split, Split]:
-    if isinstance(config, (choices.FFCVConfig, choices.WebDatasetConfig)):
-        return _streamed(config)
     if type(config) not in READERS:
         raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
-    return READERS[type(config)](config)
-
-
-def _streamed(config: choices.FFCVConfig | choices.WebDatasetConfig) -> tuple[Split, Split]:
-    extra = "ffcv" if isinstance(config, choices.FFCVConfig) else "stream"
+    module, name = READERS[type(config)]
     try:
-        if isinstance(config, choices.FFCVConfig):
-            from alignscale.data.ffcv import ffcv  # an extra, and slow to import
-
-            return ffcv(config)
-        from alignscale.data.webdataset import webdataset  # an extra, and slow to import
+        found: tuple[Split, Split] = getattr(import_module(f"{__name__}.{module}"), name)(config)
     except ModuleNotFoundError as problem:
+        extra = "ffcv" if module == "ffcv" else "stream"
         raise ConfigError(
             f"data={config.name}: expected the package {problem.name}, found none; pip install 'alignscale[{extra}]', "
             "or make setup in a clone"
         ) from problem
-    return webdataset(config)
+    return found
 
 
 def split(config: DataConfig, train: Split, test: Split) -> dict[str, Split]:

@@ -9,20 +9,11 @@ from types import ModuleType
 
 import torch
 
-from alignscale.choices import ConfigError
-
 
 def datasets() -> ModuleType:
-    """``torchvision.datasets``. Raises ConfigError where torchvision is not installed."""
+    """``torchvision.datasets``."""
     try:
         return _imported()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "torchvision":
-            raise
-        raise ConfigError(
-            "data: expected torchvision, which these data sets need, found none; pip install 'alignscale[stream]', "
-            "or make setup in a clone"
-        ) from error
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
@@ -35,7 +26,7 @@ def datasets() -> ModuleType:
 
 
 def transforms() -> ModuleType:
-    """``torchvision.transforms.v2``. Raises ConfigError where torchvision is not installed."""
+    """``torchvision.transforms.v2``."""
     datasets()
     from torchvision.transforms import v2  # slow to import, and only who names a transform needs it
 

@@ -5,6 +5,7 @@ the same whoever reads it, and a run goes on at any step. The library says what 
 reading is sequential and cannot begin in the middle.
 """
 
+import itertools
 import math
 import os
 import warnings
@@ -96,7 +97,7 @@ class WebDataset(Streamed):
 
     def batches(self, wanted: Iterable[Wanted], encoding: Encoding) -> Generator[Batch, None, None]:
         """Read ahead by the workers, chunk by chunk."""
-        asked: deque[tuple[Wanted, int]] = deque()  # with the number of its chunks
+        asked: deque[tuple[Wanted, int]] = deque()  # with the number of chunks
 
         def jobs() -> Iterable[tuple[list[int], int]]:
             for one in wanted:
@@ -104,29 +105,23 @@ class WebDataset(Streamed):
                 asked.append((one, len(chunks)))
                 yield from ((self.places[one.places[chunk]].tolist(), one.view) for chunk in chunks)
 
-        options, chunk, start = self.config, 0, 0
-        kept: list[int] = []
-        found = workers.results(
-            _Reader(self), jobs(), options.workers, CHUNK * math.prod(self.shape), options.worker_restarts
-        )
-        with closing(found):
-            for (count, damaged), slot in found:
-                one, chunks = asked[0]
+        size, restarts = CHUNK * math.prod(self.shape), self.config.worker_restarts
+        with closing(workers.results(_Reader(self), jobs(), self.config.workers, size, restarts)) as found:
+            for first in found:
+                one, chunks = asked.popleft()
                 shape = self.shape_in(one.view)
-                if chunk == 0:
-                    images = torch.empty(len(one.places), *shape, dtype=torch.uint8)
-                read = torch.from_numpy(slot[: count * math.prod(shape)]).view(count, *shape)
-                images[start : start + count] = read  # the slot is written to again
-                kept += [start + place for place in range(count) if str(place) not in damaged]
-                if damaged:
+                images = torch.empty(len(one.places), *shape, dtype=torch.uint8)
+                kept: list[int] = []
+                start = 0
+                for (count, damaged), slot in itertools.chain([first], itertools.islice(found, chunks - 1)):
+                    read = torch.from_numpy(slot[: count * math.prod(shape)]).view(count, *shape)
+                    images[start : start + count] = read  # the slot is written to again
+                    kept += [start + place for place in range(count) if str(place) not in damaged]
                     self._note(one, start, damaged)
-                chunk, start = chunk + 1, start + count
-                if chunk == chunks:
-                    asked.popleft()
-                    if len(kept) < start:
-                        images, one = images[kept], one._replace(places=one.places[kept])
-                    yield encoding.encoded(self, images, one)
-                    chunk, start, kept = 0, 0, []
+                    start += count
+                if len(kept) < start:
+                    images, one = images[kept], one._replace(places=one.places[kept])
+                yield encoding.encoded(self, images, one)
 
     def _note(self, one: Wanted, start: int, damaged: dict[str, str]) -> None:
         """Count what is left out. Raises DataError where it is too much of a shard."""

@@ -3,18 +3,16 @@
 It stands alone because a cache is made once, before training and with other resources, and must be whole or refused.
 """
 
-import fcntl
 import functools
-import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from alignscale.files import held
 from alignscale.frozen import Frozen
 from alignscale.jacobian.explicit import jacobians
 from alignscale.jacobian.files import CacheError, Writer
@@ -93,28 +91,20 @@ def write_file(path: Path, layout: Layout, count: int, parts: Iterator[Rows], ab
 @contextmanager
 def _alone(folder: Path, mesh: Mesh) -> Iterator[None]:
     """Hold the folder against another builder, and clear away what a killed one left half written."""
-    lock = (folder / ".lock").open("a+") if mesh.data.first else None
+    with ExitStack() as hold:
 
-    def hold() -> None:
-        if lock is None:
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            lock.seek(0)
-            raise CacheError(
-                f"{folder}: expected no other builder, found {lock.read().strip() or 'one'} at work; wait for it to "
-                "end, then give the same command, which makes what is still missing"
-            ) from problem
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        for partial in folder.glob(".*.partial"):
-            partial.unlink()
+        def take() -> None:
+            if not mesh.data.first:
+                return
+            try:
+                hold.enter_context(held(folder))
+            except BlockingIOError as problem:
+                raise CacheError(
+                    f"{folder}: expected no other builder, found {problem.strerror} at work; wait for it to end, then "
+                    "give the same command, which makes what is still missing"
+                ) from problem
+            for partial in folder.glob(".*.partial"):
+                partial.unlink()
 
-    try:
-        mesh.everyone.together(hold)
+        mesh.everyone.together(take)
         yield
-    finally:
-        if lock is not None:
-            lock.close()

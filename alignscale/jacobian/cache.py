@@ -4,7 +4,6 @@ It stands alone because the tool that makes caches and the training that reads t
 """
 
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data.examples import Encoding, Split
+from alignscale.distributed import beside
 from alignscale.environment import available_memory
 from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
@@ -114,7 +114,7 @@ class Cache:
         form = everyone.objects(kept if kept and auto else self.chosen())[0]  # memory may differ
         if form.sites[0] != "live":
             layout = self.layout(form)
-            self._placed(layout)
+            everyone.together(lambda: self.tiers(layout))
             found = everyone.objects(missing(self.folder, self.wanted, self.config.data.views))
             lacking = sorted({file for files in found for file in files})  # all units of a file are made together
             if lacking and self.config.frozen.weights == "partitioned" and self.mesh.data.size > 1:
@@ -168,15 +168,23 @@ class Cache:
         return Planner(net, inputs, classes, part, machine, costs, dtype.itemsize, self.inputs, told)
 
     def chosen(self) -> Form:
-        """The form that the options name; of ``auto`` the one that the cost model finds fastest, which may be live."""
+        """The form that the options name; of ``auto`` the one that the cost model finds fastest, which may be live.
+
+        A collective of all ranks.
+        """
         options, net = self.config.jacobian, self.frozen.net
         if options.name != "auto" or options.layers:
             return self._form()
         live = replace(self._form(), sites=("live",) * len(net.shapes))
         if self.config.net.norm == "batch":
             return live
-        best = self.candidates()["auto"]
-        return best if self.planner.step(best, self.tier_of(best)) < self.planner.step(None, "host") else live
+        planner = self.planner  # a collective, before what one rank may fail in
+
+        def fastest() -> Form:
+            best = self.candidates()["auto"]
+            return best if planner.step(best, self.tier_of(best)) < planner.step(None, "host") else live
+
+        return self.mesh.everyone.together(fastest)
 
     def candidates(self) -> dict[str, Form]:
         """Gates, explicit where the net has it, and the fastest mixture of both that fits."""
@@ -205,12 +213,7 @@ class Cache:
         if tier == "disk":
             return float(shutil.disk_usage(self.folder.parent).free)
         device = self.encoding.device if tier == "device" else torch.device("cpu")
-        return SPARE * available_memory(device) / (self.beside if device.type == "cpu" else 1)
-
-    @cached_property
-    def beside(self) -> int:
-        """Ranks on this machine. A collective of all ranks."""
-        return self.mesh.everyone.objects(socket.gethostname()).count(socket.gethostname())
+        return SPARE * available_memory(device) / (beside() if device.type == "cpu" else 1)
 
     def tier_of(self, form: Form) -> str:
         """The slowest tier that a tensor of this form is kept in."""
@@ -252,15 +255,11 @@ class Cache:
         if found != asked:
             raise CacheError(f"{self.folder}: expected a cache in the form {asked}, found {found}; {made()}")
         layout = self.layout(found)
-        tiers = self._placed(layout)
+        tiers = everyone.together(lambda: self.tiers(layout))
         views, device, net = self.config.data.views, self.encoding.device, self.frozen.net
         which = (self.folder, net, found, self.wanted, views, tiers, device)
         checks = (options.verify, layout, seal(about, found), everyone.still)
         return everyone.together(lambda: Store(*which, *checks))
-
-    def _placed(self, layout: Layout) -> dict[str, str]:
-        assert self.beside  # a collective, before what one rank may fail in
-        return self.mesh.everyone.together(lambda: self.tiers(layout))
 
     def tiers(self, layout: Layout) -> dict[str, str]:
         """Where each tensor of a row is kept: what is cheapest to read of what fits; the smallest first.

@@ -96,19 +96,19 @@ class Costs:
         recorded: steps are replayed on a GPU, and no time goes by to start an operation.
         """
         pairs = [*zip(net.layers, inputs, strict=True)]
-        keys = [(layer.shape, shape, getattr(layer, "stride", 0)) for layer, shape in pairs]
+        keys = [(layer.shape, shape, getattr(layer, "stride", 0), layer.rectifies) for layer, shape in pairs]
         kinds, flop = dict(zip(keys, pairs, strict=True)), sum(batch * layer_flop(*pair) for pair in pairs)
-        relu = net.rectifies and device.type == "cuda"
         clock = _replayed if recorded else timed
         every = [*kinds.items()] * 2  # a process is slower in its first seconds
-        timings = [(key, _layer_times(*pair, batch, device, dtype, relu, clock)) for key, pair in every]
+        timings = [(key, _layer_times(*pair, batch, device, dtype, clock)) for key, pair in every]
         rounds = [dict(timings[: len(kinds)]), dict(timings[len(kinds) :])]
         times = [[min(pair) for pair in zip(*(found[key] for found in rounds), strict=True)] for key in keys]
         compute, transpose, gradient = zip(*times, strict=True)
         parameters = sum(one.numel() for layer in net.layers for one in layer.held if one is not None)
         update = 4 * 4 * parameters / machine.memory  # weight and gradient read, weight written, gradient written
         cast = (4 + dtype.itemsize) * parameters / machine.memory if dtype.itemsize < 4 else 0.0
-        return cls(compute, transpose, gradient, update, cast, flop / max(sum(compute), 1e-12), relu)
+        rectified = net.layers[0].rectifies and device.type == "cuda"
+        return cls(compute, transpose, gradient, update, cast, flop / max(sum(compute), 1e-12), rectified)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -168,17 +168,12 @@ def _steps(layer: Layer, inputs: tuple[int, ...]) -> int:
 
 
 def _layer_times(
-    layer: Layer,
-    inputs: tuple[int, ...],
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    relu: bool,
+    layer: Layer, inputs: tuple[int, ...], batch: int, device: torch.device, dtype: torch.dtype,
     clock: Callable[[Callable[[], object], torch.device], float],
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float]:  # fmt: skip
     """Seconds of compute, transpose and weight gradient of ``batch`` examples, scaled from what fits a moment.
 
-    relu: with compute. clock: seconds of an operation.
+    clock: seconds of an operation.
     """
     if isinstance(layer, Linear):
         layer = copy.copy(layer)
@@ -193,7 +188,7 @@ def _layer_times(
     delta = torch.randn_like(layer.compute(a, weight, None))
     scale = batch / examples * part
     work = (
-        lambda: layer.compute(a, weight, None, relu),
+        lambda: layer.compute(a, weight, None),
         lambda: layer.transpose(delta, weight),
         lambda: layer.weight_gradient(a, delta),
     )
@@ -250,46 +245,48 @@ class Planner:
         own = self._own
         if form is None:
             return own + self.forward + self.pullback + self._exchanged("live")
+        size = self.size(form)
         seconds = own if form.inputs or not self.reads_inputs else own + self.forward
-        seconds += sum(self._site(form, site, tier) for site in range(len(self.net.shapes)))
-        if form.inputs:
-            rows = form.layout(self.net, self.classes, list(self.inputs))
-            size = bytes_of({name: row for name, row in rows.items() if name.startswith("inputs")})
-            seconds += self._moved(size, tier)
+        seconds += sum(self._site(form, site) for site in range(len(self.net.shapes))) + self._moved(size, tier)
         explicit = all(site == "explicit" for site in form.sites)
         seconds += self._exchanged("explicit" if explicit else "gates")
         if not self.machine.beside:
             return seconds
-        moved = 0.0 if tier == "device" else self.batch * self.size(form) / self.machine.bandwidth(tier)
-        return max(seconds, LOOK_UP + moved)
+        fetched = 0.0 if tier == "device" else self.batch * size / self.machine.bandwidth(tier)
+        return max(seconds, LOOK_UP + fetched)
 
     def _moved(self, size: int, tier: str) -> float:
         """Seconds to fetch so many bytes an example, unless beside the step, and to read what was fetched."""
         fetch = 0.0 if self.machine.beside else 1 / self.machine.bandwidth(tier)
         return self.batch * size * (fetch + (1 if self.machine.beside else 2) / self.machine.memory)
 
-    def _site(self, form: Form, site: int, tier: str) -> float:
+    def _site(self, form: Form, site: int) -> float:
+        """Seconds of what is made of a site's rows, once they are read."""
         units = torch.Size(self.net.shapes[site]).numel()
         if form.sites[site] == "explicit":
-            size = self.classes * units * DTYPES[form.dtype].itemsize
             as_it_is = DTYPES[form.dtype].itemsize == self.itemsize or (self.machine.beside and form.dtype != "fp8")
             wide = 0 if as_it_is else 2 * self.classes * units * self.itemsize
-            return self._moved(size, tier) + self.batch * wide / self.machine.memory
-        size = -(-units // 8) if self.net.activation.binary else units * DTYPES[form.dtype].itemsize
+            return self.batch * wide / self.machine.memory
         above = [layer for layer, where in enumerate(self.net.sites) if where == site][-1] + 1
         lifted = sum(self.costs.transpose[1:3]) if self.net.recurrent else self.costs.transpose[above]
         as_bits = self.machine.beside and reads_bits(self.net)
         passes = PASSES["bits"] if as_bits else PASSES["pullback"] + PASSES["unpacked"]
-        return lifted + passes * self.batch * units * self.itemsize / self.machine.memory + self._moved(size, tier)
+        return lifted + passes * self.batch * units * self.itemsize / self.machine.memory
 
     def best(self, options: Form, tier: str, capacity: float, examples: int) -> Form:
         """Site by site the faster of gates and explicit, with as many explicit as fit ``capacity`` bytes."""
-        gates, explicit = (replace(options, sites=(kind,) * len(options.sites)) for kind in ("gates", "explicit"))
-        gains = [self._site(gates, site, tier) - self._site(explicit, site, tier) for site in range(len(gates.sites))]
-        chosen = gates
-        for site in sorted(range(len(gains)), key=lambda site: -gains[site]):
-            sites = (*chosen.sites[:site], "explicit", *chosen.sites[site + 1 :])
-            more = replace(options, sites=sites)
+        chosen = gates = replace(options, sites=("gates",) * len(options.sites))
+
+        def explicit(form: Form, site: int) -> Form:
+            return replace(form, sites=(*form.sites[:site], "explicit", *form.sites[site + 1 :]))
+
+        def gain(site: int) -> float:
+            one = explicit(gates, site)
+            saved = self.size(gates) - self.size(one)
+            return self._site(gates, site) - self._site(one, site) + self._moved(saved, tier)
+
+        for site in sorted(range(len(options.sites)), key=gain, reverse=True):
+            more = explicit(chosen, site)
             faster = self.step(more, tier) < self.step(chosen, tier)
             if faster and examples * self.size(more) <= capacity:
                 chosen = more

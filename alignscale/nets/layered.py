@@ -27,7 +27,8 @@ class LayeredNet(Network):
         self.sites = [*range(self.readout), None]
         self.direct_shapes = shapes
         self.flat = len(shapes[-1]) == 1
-        self.rectifies = config.norm == "none" and config.activation == "relu"
+        for layer in layers[:-1]:
+            layer.rectifies = config.norm == "none" and config.activation == "relu"
 
     def tracing(self, images: Tensor, parameters: Parameters | None) -> Turns[Trace]:
         """Images (B, C, H, W) -> the trace; logits (B, classes)."""
@@ -35,9 +36,8 @@ class LayeredNet(Network):
         inputs, residues, norms = [], [], []
         for index, norm in enumerate(self.norms):
             inputs.append(a)
-            relu = self.rectifies and a.is_cuda
-            x, state = norm(self.run_layer(index, a, parameters, relu))
-            own, residue = (x, x) if relu else self.activation.forward(x)
+            x, state = norm(self.run_layer(index, a, parameters))
+            own, residue = (x, x) if self.layers[index].rectifies and x.is_cuda else self.activation.forward(x)
             residues.append(residue)
             norms.append(state)
             a = (yield from self.width.gather(own)) if index + 1 < self.readout else (yield from _turn(own))

@@ -62,6 +62,8 @@ class Layer(nn.Module, ABC):
     """A linear map with a weight (out, ...) and perhaps a bias (out,); ``delta`` is always at its own output."""
 
     bias: nn.Parameter | None
+    rectifies = False
+    """Whether relu follows at once, which a GPU makes in the pass that adds the bias."""
 
     def __init__(
         self, shape: tuple[int, ...], bias: bool, gain: float, parameterisation: str, share: Share | None = None
@@ -79,13 +81,13 @@ class Layer(nn.Module, ABC):
         self.bias = nn.Parameter(torch.zeros(self.shape[0])) if bias else None
         self.held = (self.weight, self.bias)  # for who must not ask for them as attributes, which ZeRO 3 watches
 
-    def forward(self, a: Tensor, relu: bool = False) -> Tensor:
+    def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
-        return self.compute(a, self.weight, self.bias, relu)
+        return self.compute(a, self.weight, self.bias)
 
     @abstractmethod
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
-        """scale * weight a + bias, for any weight of this layer's shape; relu: of it, on a GPU in the same pass."""
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """scale * weight a + bias, for any weight of this layer's shape; on a GPU relu of it if the layer rectifies."""
 
     @abstractmethod
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
@@ -94,6 +96,14 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """scale * sum over examples of delta a^T, and the bias's sum of delta, both times ``factor``."""
+
+    def _scaled_and_shifted(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(z.dtype)
+        if self.rectifies and gpu_kernels(z):
+            found: Tensor = _Rectified.apply(z, None if bias is None else bias.flatten(), self.scale)
+            return found
+        z = _scaled(z, self.scale) if bias is None else torch.add(bias, z, alpha=self.scale)
+        return torch.relu(z) if self.rectifies and z.is_cuda else z
 
     def port(self, a: Tensor, delta: Tensor, unscale: Tensor | None = None) -> Tensor:
         """A scalar whose backward pass puts ``weight_gradient(a, delta)`` into the weight and bias.
@@ -116,10 +126,10 @@ class Linear(Layer):
 
     total: Callable[[Tensor], Tensor] | None = None
 
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out)."""
         z = F.linear(a, weight.to(a.dtype))
-        return _scale_and_shift(z if self.total is None else self.total(z), self.scale, bias, relu)
+        return self._scaled_and_shifted(z if self.total is None else self.total(z), bias)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""
@@ -163,10 +173,10 @@ class Conv(Layer):
         sizes = zip(self.padded[1:], self.padding, strict=True)
         self.rest = [(size + 2 * side - 3) % self.stride for size, side in sizes]  # lines that no window reaches
 
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
         z = F.conv2d(laid_out(self._padded(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
-        return _scale_and_shift(z, self.scale, None if bias is None else bias[:, None, None], relu)
+        return self._scaled_and_shifted(z, None if bias is None else bias[:, None, None])
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
@@ -199,7 +209,7 @@ class State(Layer):
         super().__init__((batch, units), False, 1.0, "ntk")
         self.scale, self.initial_std = 1.0, 0.0
 
-    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The weight; of ``a`` only the dtype is read."""
         return weight.to(a.dtype)
 
@@ -267,15 +277,6 @@ def laid_out(maps: Tensor) -> Tensor:
 
 def _scaled(delta: Tensor, scale: Tensor | float) -> Tensor:
     return delta if isinstance(scale, float) and scale == 1.0 else delta * scale
-
-
-def _scale_and_shift(z: Tensor, scale: float, bias: Tensor | None, relu: bool) -> Tensor:
-    bias = None if bias is None else bias.to(z.dtype)
-    if relu and z.dim() in (2, 4) and gpu_kernels(z):
-        found: Tensor = _Rectified.apply(z, None if bias is None else bias.flatten(), scale)
-        return found
-    z = _scaled(z, scale) if bias is None else torch.add(bias, z, alpha=scale)
-    return torch.relu(z) if relu else z
 
 
 def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:

@@ -41,18 +41,15 @@ def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
     """
     values, scale, rows = jacobian
     classes, site = values.shape[1], values.shape[2:]
+    at = torch.arange(len(error), device=error.device) if rows is None else rows
+    weights = error if scale is None else error * scale[at]
     if kernels := gpu_kernels(values, error):
-        rows = torch.arange(len(error), device=error.device) if rows is None else rows
-        weights = error if scale is None else error * scale[rows]
-        found: Tensor = kernels.weighted_rows(values, weights, rows, error.dtype)
+        found: Tensor = kernels.weighted_rows(values, weights, at, error.dtype)
         return found
     if values.dtype in WIDER:
         values = values if rows is None else values.view(torch.uint8)[rows].view(values.dtype)
-        scale = scale if rows is None or scale is None else scale[rows]
-        values, rows = values.to(WIDER[values.dtype]), None
-    weights = error if scale is None else error * (scale if rows is None else scale[rows])
-    rows = torch.arange(len(error), device=error.device) if rows is None else rows
-    places = rows[:, None] * classes + torch.arange(classes, device=error.device)
+        values, at = values.to(WIDER[values.dtype]), torch.arange(len(error), device=error.device)
+    places = at[:, None] * classes + torch.arange(classes, device=error.device)
     table = values.reshape(-1, math.prod(site))
     delta = F.embedding_bag(places, table, per_sample_weights=weights.to(table.dtype), mode="sum")
     return delta.view(len(error), *site).to(error.dtype)
@@ -64,7 +61,7 @@ def _joined(parts: Sequence[list[Tensor]]) -> list[Tensor]:
 
 
 def _once(make: Callable[[int], Made], keep: bool) -> Callable[[int], Made]:
-    """``make``, which may take long or ask other ranks, once for all parts of a batch; keep: also what came before."""
+    """``make``, which may take long or ask other ranks, once for all parts and steps; keep: also what came before."""
     kept: dict[int, Made] = {}
 
     def made(index: int) -> Made:
@@ -98,8 +95,6 @@ class Network(nn.Module, ABC):
     units_axis = 0
     """Of a site's shape."""
 
-    rectifies = False
-    """Whether a GPU's layers make the activation with their bias."""
     recurrent = False
     """Whether a site's first axis is time, normalised one step after another."""
 
@@ -129,7 +124,7 @@ class Network(nn.Module, ABC):
         images: (B, C, H, W) or (B, T, F). Builds autograd's graph only where gradients are enabled.
         """
         parts = self._parts(len(images))
-        if len(parts) > 1 and parameters is not None:
+        if parameters is not None and (self.recurrent or len(parts) > 1):
             parameters = _once(parameters, self.recurrent)
         traces = in_turn([self.tracing(images[part], parameters) for part in parts])
         if len(traces) == 1:
@@ -245,13 +240,8 @@ class Network(nn.Module, ABC):
         deltas[self.readout] = error
         return deltas
 
-    def run_layer(self, index: int, a: Tensor, parameters: Parameters | None, relu: bool = False) -> Tensor:
-        """Layer ``index`` under its own weight (a module call, so that an engine's hooks see it) or under another.
-
-        relu: of its output, see Layer.compute.
-        """
+    def run_layer(self, index: int, a: Tensor, parameters: Parameters | None) -> Tensor:
+        """Layer ``index`` under its own weight (a module call, so that an engine's hooks see it) or under another."""
         layer = self.layers[index]
-        if parameters is not None:
-            return layer.compute(a, *parameters(index), relu)
-        found: Tensor = layer(a, relu=True) if relu else layer(a)
+        found: Tensor = layer(a) if parameters is None else layer.compute(a, *parameters(index))
         return found

@@ -3,8 +3,6 @@
 It stands alone as the one network whose pullback runs through time. Its hidden site has shape (T, units).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -50,11 +48,10 @@ class RNN(Network):
         start = h.new_empty(0)
         if self.state is not None:
             h = self._initial(h)
-        recurrent = self._recurrent(parameters)
         before, after, residues, states = [], [], [], []
         for step in range(drive.shape[1]):
             before.append(h)
-            z = drive[:, step] + recurrent(h)
+            z = drive[:, step] + self.run_layer(RECURRENT, h, parameters)
             normed, state = self.norms[0](z, step)
             own, residue = self.activation.forward(normed)
             h = (yield from self.width.gather(own)) if step + 1 < drive.shape[1] else own
@@ -65,14 +62,6 @@ class RNN(Network):
         logits = self.run_layer(READOUT, read, parameters)
         inputs = [x, torch.stack(before, 1), read, start][: len(self.layers)]
         return Trace(inputs, [torch.stack(residues, 1)], [_stack(states)], logits)
-
-    def _recurrent(self, parameters: Parameters | None) -> Callable[[Tensor], Tensor]:
-        """The recurrent layer with its weight fetched once: regenerated at every step it costs T times as much."""
-        layer = self.layers[RECURRENT]
-        if parameters is None:
-            return layer
-        weight, bias = parameters(RECURRENT)
-        return lambda h: layer.compute(h, weight, bias)
 
     def _initial(self, h: Tensor) -> Tensor:
         state: Tensor = self.layers[STATE](h)

@@ -38,8 +38,9 @@ class DualAlignZero(Rule):
         self.jacobians: list[Tensor] = []
         self.learned: list[Tensor] = []
         self.seen: Tensor | None = None
-        net.current, net.rectifies = self.primal, False
+        net.current = self.primal
         for index, layer in enumerate(net.layers):
+            layer.rectifies = False  # what was learned is added before relu
             layer.register_forward_hook(lambda _, read, z, index=index: z + self._addition(index, read[0]))
 
     def attach(self, store: Store, images: Tensor) -> None:

@@ -1,0 +1,64 @@
+"""At which of its addresses other machines reach this one.
+
+It stands alone, without torch, because launch/torchrun.sh asks it before all else. Many systems give the machine's own
+name the address 127.0.1.1, which torchrun and gloo would tell the other machines.
+"""
+
+import fcntl
+import ipaddress
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+SIOCGIFADDR = 0x8915
+"""Linux's request for the IPv4 address of a network interface."""
+ELSEWHERE = "192.0.2.1"
+"""An address that no machine has (RFC 5737): the way to it is the way to all that is not near."""
+
+
+def own_address(host: str) -> str:
+    """This machine's address on its way to ``host``, by the tables of the kernel; nothing is sent.
+
+    One of this machine alone only where ``host`` is one, or where there is no network. Raises OSError for a name that
+    nobody knows.
+    """
+    addresses = [where[4][0] for where in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)]
+    named = not (host == "localhost" or host in addresses)
+    found = [own for where in [*addresses, *([ELSEWHERE] if named else [])] if (own := _towards(str(where)))]
+    return next((own for own in found if not ipaddress.ip_address(own).is_loopback), found[0] if found else "")
+
+
+def _towards(address: str) -> str:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def interface(address: str) -> str:
+    """The network interface that has an IPv4 ``address``; an empty name for any other address."""
+    for _, name in socket.if_nameindex():
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return ""
+
+
+def is_here(host: str, port: int) -> bool:
+    """Whether ``host`` is an address of this machine that others reach, where nobody listens at ``port`` yet."""
+    with suppress(OSError, ValueError), socket.socket() as probe:
+        if not ipaddress.IPv4Address(host).is_loopback:
+            probe.bind((host, port))
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    name, _, number = sys.argv[1].rpartition(":")
+    try:
+        print(own_address(name), "true" if is_here(name, int(number)) else "")
+    except (OSError, ValueError) as problem:
+        sys.exit(f"error: {sys.argv[1]}: expected HOST:PORT, a machine that this one can reach, found: {problem}")

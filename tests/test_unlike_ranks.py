@@ -1,0 +1,71 @@
+"""Claims about ranks that are not alike: other options or files on another machine, and work that takes long on one."""
+
+from pathlib import Path
+
+import pytest
+from data_cases import image_files, write_image_folder
+from launches import ROOT, RUN, finished, result, torchrun
+
+pytestmark = pytest.mark.distributed
+SCRIPT = f"""
+import os, runpy, sys, time
+sys.path[:0] = [{str(ROOT / "launch")!r}, {str(ROOT)!r}]
+rank = os.environ["RANK"]
+sys.argv[0] = {str(ROOT / "launch/train.py")!r}
+EXTRA
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launched(folder: Path, extra: str, *options: str) -> tuple[int, str]:
+    (folder / "script.py").write_text(SCRIPT.replace("EXTRA", extra))
+    done = finished(torchrun(2, str(folder / "script.py"), *RUN, f"run.dir={folder / 'run'}", *options))
+    return done.returncode, done.stderr
+
+
+def test_other_options_on_another_machine_are_refused(tmp_path: Path) -> None:
+    code, said = launched(tmp_path, 'sys.argv += ["seed=" + rank, "threads=" + str(1 + int(rank))]')
+    assert code != 0
+    assert said.count("error: expected the same options on all ranks, found on rank 0 -> on rank 1: seed: 0 -> 1;") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_files_on_another_machine_are_refused(tmp_path: Path) -> None:
+    for rank in range(2):
+        write_image_folder(tmp_path / f"{rank}/images")
+    next(image_files(tmp_path / "1/images", "train")).unlink()
+    options = ["data=imagefolder", "data.root=images", "data.size=8", "batch_size=4"]
+    code, said = launched(tmp_path, f'os.chdir({str(tmp_path)!r} + "/" + rank)', *options)
+    assert code != 0
+    assert said.count("error: expected the same data on all ranks, found on rank 0 -> on rank 1: ") == 1, said[-3000:]
+
+
+def test_reading_data_may_take_longer_than_a_rank_waits_for_another(tmp_path: Path) -> None:
+    """Both ranks read for 8 s, and none waits for the other more than 4."""
+    slow = """
+from alignscale import prepare
+load = prepare.load
+prepare.load = lambda config: (time.sleep(8), load(config))[1]"""
+    code, said = launched(tmp_path, slow, "engine=deepspeed", "engine.timeout=4", "epochs=1")
+    assert code == 0, said[-3000:]
+    assert result(tmp_path / "run")["steps"] == 39
+
+
+def test_a_script_that_trains_may_take_longer_than_a_rank_waits_for_another(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(f"""
+import sys, time
+sys.path[:0] = [{str(ROOT)!r}]
+import torch
+from alignscale.choices import DeepSpeedConfig, SGDConfig
+from alignscale.distributed import joined
+from alignscale.learner import Learner
+from alignscale.parallel import Mesh
+with joined(torch.device("cpu"), 4.0) as ranks:
+    learner = Learner("mlp", (1, 4, 4), 2, optim=SGDConfig(lr=0.01), engine=DeepSpeedConfig(), mesh=Mesh(ranks, ranks))
+    forward = learner.rule.forward
+    learner.rule.forward = lambda batch: (time.sleep(0.5), forward(batch))[1]
+    learner.fit(torch.rand(40, 1, 4, 4), torch.arange(40) % 2, 8, 20)
+print("done")
+""")
+    done = finished(torchrun(2, str(tmp_path / "script.py")))
+    assert (done.returncode, done.stdout.count("done")) == (0, 2), done.stderr[-3000:]
