@@ -33,7 +33,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder by its ``.lock`` until the block or the process ends. Raises BlockingIOError, which names who does."""
+    """Hold a folder by its ``.lock`` until the block ends, or the process. Raises BlockingIOError, naming a holder."""
     with (folder / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
