@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 SIOCGIFADDR = 0x8915
 """Linux's request for the IPv4 address of a network interface."""
@@ -18,15 +19,21 @@ ELSEWHERE = "192.0.2.1"
 
 
 def own_address(host: str) -> str:
-    """This machine's address on its way to ``host``, by the tables of the kernel; nothing is sent.
+    """This machine's address on its way to ``host``, by the tables of the kernel, IPv4 before IPv6; nothing is sent.
 
-    One of this machine alone only where ``host`` is one, or where there is no network. Raises OSError for a name that
-    nobody knows.
+    Where ``host`` is a name that this machine has for itself alone, that on the way to all that is not near. Raises
+    OSError for a name that nobody knows.
     """
-    addresses = [where[4][0] for where in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)]
+    addresses = addresses_of(host)
     named = not (host == "localhost" or host in addresses)
-    found = [own for where in [*addresses, *([ELSEWHERE] if named else [])] if (own := _towards(str(where)))]
+    found = [own for where in [*addresses, *([ELSEWHERE] if named else [])] if (own := _towards(where))]
     return next((own for own in found if not ipaddress.ip_address(own).is_loopback), found[0] if found else "")
+
+
+def addresses_of(host: str) -> list[str]:
+    """Those of ``host``, IPv4 first. Raises OSError for a name that nobody knows."""
+    found = [str(where[4][0]) for where in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)]
+    return sorted(found, key=lambda address: ":" in address)
 
 
 def _towards(address: str) -> str:
@@ -38,7 +45,10 @@ def _towards(address: str) -> str:
 
 
 def interface(address: str) -> str:
-    """The network interface that has an IPv4 ``address``; an empty name for any other address."""
+    """The network interface whose first address is ``address``, or one of whose IPv6 addresses; else an empty name."""
+    if ":" in address:
+        packed, table = ipaddress.ip_address(address).packed.hex(), Path("/proc/net/if_inet6").read_text()
+        return next((line.split()[-1] for line in table.splitlines() if line.startswith(packed)), "")
     for _, name in socket.if_nameindex():
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
@@ -51,6 +61,7 @@ def is_here(host: str, port: int) -> bool:
     """Whether ``host`` is an address of this machine that others reach, where nobody listens at ``port`` yet."""
     with suppress(OSError, ValueError), socket.socket() as probe:
         if not ipaddress.IPv4Address(host).is_loopback:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended here a minute ago
             probe.bind((host, port))
             return True
     return False
@@ -58,7 +69,11 @@ def is_here(host: str, port: int) -> bool:
 
 if __name__ == "__main__":
     name, _, number = sys.argv[1].rpartition(":")
+    name = name.strip("[]")
     try:
-        print(own_address(name), "true" if is_here(name, int(number)) else "")
-    except (OSError, ValueError) as problem:
+        named = not (name == "localhost" or name in addresses_of(name))
+        mine = named and all(ipaddress.ip_address(one).is_loopback for one in addresses_of(name))
+        own = name if mine else own_address(name)  # a name that stands for another address elsewhere
+        print(own, "true" if is_here(name, int(number)) else "")
+    except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"error: {sys.argv[1]}: expected HOST:PORT, a machine that this one can reach, found: {problem}")

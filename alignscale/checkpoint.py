@@ -10,6 +10,7 @@ import errno
 import hashlib
 import inspect
 import json
+import os
 import re
 import shutil
 import struct
@@ -113,6 +114,7 @@ def _write_tensors(path: Path, names: Collection[str], coming: Iterator[Tensor])
         file.write(struct.pack("<Q", room) + json.dumps(about).encode().ljust(room))
     sync(path)
     with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read comes from the disk
         file.seek(8 + room)
         if hashlib.file_digest(file, "sha256").digest() != written.digest():
             raise OSError(errno.EIO, "expected to read back the bytes that were written, found others", str(path))
@@ -135,6 +137,12 @@ def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int, prob
     for old in complete(final.parent)[:-keep]:
         if old.name != _name(about["progress"]["best"]):
             _remove(old)
+
+
+def amend(path: Path, progress: dict[str, Any]) -> None:
+    """Give a checkpoint, whose tensors stay, another ``progress``, at once. Raises OSError with it as it was."""
+    manifest = sealed({**read_manifest(path), "progress": progress})
+    write_atomic(path / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def note_latest(path: Path) -> None:

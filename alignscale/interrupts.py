@@ -27,7 +27,6 @@ class Interrupted(RuntimeError):
         return type(self), (str(self), self.signum)
 
 
-BEFORE = "stopped by signal {:d} before training; the same command begins again"
 REPEAT = 5.0
 """Seconds in which SIGTERM or SIGUSR2 again is the same one: SLURM tells a rank and torchrun, which tells the rank."""
 
@@ -40,13 +39,15 @@ class Interrupts(ExitStack):
 
     came: ClassVar[int] = 0
     """The last signal that was kept in this process."""
+    now: ClassVar[int] = 0
+    """The signal that the last block has kept; 0 for none."""
     at_once: ClassVar[bool] = False
     """Whether a signal raises Interrupted where it comes, as there is nothing to save."""
 
     def __init__(self, speaks: bool = True) -> None:
         """speaks: tell the user, as the first rank does."""
         super().__init__()
-        self.signum, self.speaks, self.since = 0, speaks, 0.0
+        self.signum, self.speaks, self.since, Interrupts.now = 0, speaks, 0.0, 0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self._keep))
@@ -63,9 +64,9 @@ class Interrupts(ExitStack):
             self.close()
             signal.raise_signal(signum)
             return
-        self.signum, self.since, Interrupts.came = signum, time.monotonic(), signum
+        self.signum, self.since, Interrupts.came, Interrupts.now = signum, time.monotonic(), signum, signum
         if Interrupts.at_once:
-            raise Interrupted(BEFORE.format(signum), signum)
+            end_if_asked()
         with suppress(OSError, RuntimeError, ValueError):  # whoever read it, or what was being written, is none of ours
             if self.speaks:
                 print("\nstopping at the next step; once more to stop at once", file=sys.stderr)
@@ -73,12 +74,25 @@ class Interrupts(ExitStack):
 
 @contextmanager
 def ended_at_once() -> Iterator[None]:
-    """A run's long work before its first step, which is broken off by a signal where it is."""
+    """A run's long work before its first step: a signal breaks it off where it is, and has come before it or in it.
+
+    What is raised in the middle of it may be taken for a damaged file there, so it is raised again at the end.
+    """
+    end_if_asked()
     Interrupts.at_once = True
     try:
         yield
     finally:
         Interrupts.at_once = False
+        end_if_asked()
+
+
+def end_if_asked() -> None:
+    """Raise Interrupted if a signal was kept."""
+    if Interrupts.now:
+        raise Interrupted(
+            f"stopped by signal {Interrupts.now:d} before its first step; the same command goes on", Interrupts.now
+        )
 
 
 def first_signal(flags: Sequence[float]) -> int:

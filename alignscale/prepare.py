@@ -15,7 +15,7 @@ import yaml
 from alignscale import checkpoint, environment
 from alignscale.analysis.errors import ErrorSums
 from alignscale.choices import ENGINES, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
-from alignscale.config import TrainConfig, as_dict, defining, difference, run_folder, run_name
+from alignscale.config import READING, TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
 from alignscale.distributed import Ranks, beside, check_launched, joined, launched, restarts
@@ -32,7 +32,17 @@ from alignscale.rules.dual import DualAlignZero, check_size
 from alignscale.run import Diverged, Run
 from alignscale.validation import check_data, check_ranks, validate
 
-LOCAL = ("run.", "threads", *(f"jacobian.{name}" for name in ("root", "dir", "tier")), "data.workers", "data.cache")
+LOCAL = (
+    "run.",
+    "threads",
+    "log.progress",
+    "log.tensorboard",
+    "log.wandb",
+    "jacobian.root",
+    "jacobian.dir",
+    "jacobian.tier",
+    *(f"data.{name}" for name in (*READING, "root", "path", "test_path", "urls", "test_urls", "manifest", "test_man")),
+)
 """Options that may differ from machine to machine."""
 USES = {"train": "training", "validation": "validation", "test": "testing"}
 
@@ -51,8 +61,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         )
     device, engine, mesh = begun(config, held)
     ranks = mesh.everyone
-    show, options = show if ranks.first else lambda line: None, flatten(as_dict(config))
-    ranks.alike("options", {name: one for name, one in options.items() if not name.startswith(LOCAL)})
+    show = show if ranks.first else lambda line: None
     splits = ranks.together(lambda: _read(config))
     ranks.alike("data", {name: split.digest for name, split in splits.items()})
     check_data(config, {split: len(examples) for split, examples in splits.items()})
@@ -101,6 +110,8 @@ def begun(config: TrainConfig, held: ExitStack) -> tuple[torch.device, EngineCon
     held.enter_context(environment.torch_settings(config.threads, config.deterministic))
     device = environment.device_called(config.device)
     engine, ranks = _engine(config, device, held)
+    options = flatten(as_dict(config))
+    ranks.alike("options", {name: one for name, one in options.items() if not name.startswith(LOCAL)})
     return device, engine, Mesh.of(ranks, config.parallel.width, config.net.width, config.parallel.overlap)
 
 

@@ -91,21 +91,25 @@ class Run:
         tensors = self.learner.engine.state()
         if self.learner.errors is not None:
             tensors = {**tensors, "errors": {"sums": self.errors}}
-        progress = {
-            "best": (self.best() or {}).get("step"),
-            "best_of": self.config.checkpoint.best,
-            "curve": self.curve,
-            "seconds": self.seconds + sum(self.timings),
-            "seconds_per_step": self._typical(),
-            "epoch_loss": self.epoch_loss,
-            "counts": self.counts,
-        }
-        about, folder = {**self.about, "progress": progress}, self.folder / "checkpoints"
+        about, folder = {**self.about, "progress": self._progress()}, self.folder / "checkpoints"
         try:
             checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep, self.ranks)
         except FloatingPointError:
             self.diverge(step, "weight")
         self.saved = time.monotonic()
+
+    def note_measured(self) -> None:
+        """Write what was measured just now into the checkpoint that the run goes on from, which came before it."""
+        folder = self.folder / "checkpoints"
+        self.ranks.of_first(lambda: checkpoint.amend(checkpoint.find(folder, "last"), self._progress()))
+
+    def _progress(self) -> dict[str, Any]:
+        options = self.config.checkpoint
+        return {
+            "best": (self.best() or {}).get("step"), "best_of": options.best, "curve": self.curve,
+            "seconds": self.seconds + sum(self.timings), "seconds_per_step": self._typical(),
+            "epoch_loss": self.epoch_loss, "counts": self.counts,
+        }  # fmt: skip
 
     def errors(self) -> Tensor:
         """The summed errors of all ranks' examples, float64 (examples, classes), in host memory."""

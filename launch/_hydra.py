@@ -109,7 +109,7 @@ def entry(name: str, trains: bool = False) -> Callable[[Callable[[Any], None]], 
 def _checked(name: str, trains: bool) -> None:
     configs = check(name, sys.argv[1:])
     if trains:
-        apart(configs)
+        apart(configs, "--multirun")
 
 
 def not_again() -> None:

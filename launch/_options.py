@@ -93,13 +93,12 @@ TYPES = _types(GridConfig)
 """Those of a run and of a comparison, with the options of all choices."""
 
 
-def apart(runs: Sequence[TrainConfig]) -> None:
-    """Raise ConfigError for runs with the same folder, where each would take the other's place."""
+def apart(runs: Sequence[TrainConfig], given: str) -> None:
+    """Raise ConfigError for runs with one folder, where each would take another's place. given: what made them."""
     counts = Counter(map(run_folder, runs))
     twice = next((folder for folder, count in counts.items() if count > 1), None)
     if twice is not None:
         raise ConfigError(
-            f"{twice}: expected a folder of its own for each of {len(runs)} runs, found the same run twice; leave "
-            "run.dir out, and give values that each make another run: one is there twice, or the option changes no "
-            "numbers"
+            f"{given}: expected a folder of its own for each of {len(runs)} runs, found the same run twice, {twice}: a "
+            "value is there twice, or an option changes no numbers, or run.dir names the folder"
         )

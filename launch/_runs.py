@@ -56,7 +56,7 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
     command: shown in the report. Raises ConfigError before any work for an option that is wrong.
     """
     grid = list(expand(config))
-    apart(grid)
+    apart(grid, f"compare.option={config.compare.option}, compare.values={config.compare.values}")
     first = (launched() or Ranks()).first
     if not first:
         show = silent

@@ -52,7 +52,7 @@ def place(configs: list[TrainConfig], sweep: str) -> Path | None:
     folder = Path(sweep or Path(configs[0].run.root) / f"{configs[0].name}-sweep").expanduser().absolute()
     for config in configs:
         config.run.dir = str(folder / run_name(config))
-    apart(configs)
+    apart(configs, "the sweep")
     return folder
 
 

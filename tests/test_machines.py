@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launches import ENVIRONMENT, RUN, alone, result, wait_for
+from launches import ENVIRONMENT, ROOT, RUN, alone, result, wait_for
 from machines import Machine
 from warm import RANKS
 
@@ -55,8 +55,8 @@ def test_a_machine_that_is_lost_is_replaced_by_giving_the_command_on_another_one
     first: Machine, tmp_path: Path
 ) -> None:
     """It is gone with its network: nothing tells the others."""
-    command = ["launch/torchrun.sh", "2", f"{first.address}:29513", *RUN, "epochs=6", "engine=deepspeed"]
-    command += ["engine.timeout=20", "checkpoint.every_steps=10", f"run.dir={tmp_path / 'run'}"]
+    command = ["launch/torchrun.sh", "2", f"{first.address}:29513", *RUN, "epochs=12", "engine=deepspeed"]
+    command += ["net.width=600", "engine.timeout=20", "checkpoint.every_steps=10", f"run.dir={tmp_path / 'run'}"]
     node = started(first, *command)
     with Machine(tmp_path, first, 2) as second:
         lost = started(second, *command)
@@ -67,4 +67,31 @@ def test_a_machine_that_is_lost_is_replaced_by_giving_the_command_on_another_one
         said = [one.communicate(timeout=300) for one in (node, other)]
         assert [node.returncode, other.returncode] == [0, 0], said
     assert "resumed after step" in said[0][0] + said[1][0]
-    assert result(tmp_path / "run")["steps"] == 6 * 39
+    assert result(tmp_path / "run")["steps"] == 12 * 39
+
+
+def test_an_address_is_free_again_at_once_and_names_of_ones_own_are_told_as_they_are(
+    first: Machine, tmp_path: Path
+) -> None:
+    """The same command again meets connections that ended a moment ago, at the port that it asks for."""
+    script = [sys.executable, "-I", "alignscale/address.py"]
+    gone = """
+import socket, sys
+server, client = socket.create_server((sys.argv[1], 29519)), socket.create_connection((sys.argv[1], 29519))
+one, _ = server.accept()
+one.close(), client.close()
+"""
+
+    def said(*words: str) -> list[str]:
+        found = subprocess.run([*first.enter, *words], capture_output=True, text=True, check=True)
+        return found.stdout.split()
+
+    said(sys.executable, "-c", gone, first.address)
+    assert said(*script, f"{first.address}:29519") == [first.address, "true"]
+    assert said(*script, "machine1:29519") == ["machine1"]
+    assert said(*script, "localhost:29519") == ["127.0.0.1"]
+    assert said(*script, "[::1]:29519") == ["::1"]
+    wrong = subprocess.run([*script, "localhost:99999999"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (wrong.returncode, "Traceback" in wrong.stderr) == (0, False)
+    wrong = subprocess.run([*script, "nobody.invalid:1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.stderr.startswith("error: nobody.invalid:1: expected HOST:PORT, a machine that this one can reach")

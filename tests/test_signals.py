@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from run_cases import config, rows, same, silent, weights
 
+from alignscale import environment
 from alignscale.checkpoint import complete, read_manifest
 from alignscale.config import EvaluationConfig
+from alignscale.data.examples import DataError
 from alignscale.engine import Engine
 from alignscale.interrupts import Interrupted, Interrupts
 from alignscale.learner import Learner
@@ -84,15 +86,29 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_what_goes_on_makes_it_anew(
     assert again["curve"] == whole["curve"]
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    newest = read_manifest(complete(tmp_path / "run/checkpoints")[-1])
+    assert newest["progress"]["curve"] == whole["curve"]
+    assert newest["progress"]["best"] == again["best"]["step"] == whole["best"]["step"]
 
 
-def test_a_signal_while_the_data_are_read_ends_it_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["before", "in", "taken for a damaged file"])
+def test_a_signal_while_the_data_are_read_ends_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     def reading(options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGUSR2)
+        try:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        except Interrupted as problem:
+            raise (DataError("damaged") if how == "taken for a damaged file" else problem) from None
         raise AssertionError("read on")
 
+    if how == "before":
+        settings = environment.keep_freed_memory
+        monkeypatch.setattr(
+            environment, "keep_freed_memory", lambda: (settings(), os.kill(os.getpid(), signal.SIGUSR2))
+        )
     monkeypatch.setattr("alignscale.prepare.load", reading)
-    with pytest.raises(Interrupted, match="signal 12 before training") as caught:
+    with pytest.raises(Interrupted, match="signal 12 before its first step") as caught:
         train(config(tmp_path / "run"), silent)
     assert pickle.loads(pickle.dumps(caught.value)).signum == signal.SIGUSR2  # as ranks send it to each other
 

@@ -28,6 +28,9 @@ def test_other_options_on_another_machine_are_refused(tmp_path: Path) -> None:
     assert code != 0
     assert said.count("error: expected the same options on all ranks, found on rank 0 -> on rank 1: seed: 0 -> 1;") == 1
     assert not (tmp_path / "run").exists()
+    code, said = launched(tmp_path, 'sys.argv += ["parallel.width=" + str(1 + int(rank))]')
+    assert code != 0
+    assert said.count("on rank 0 -> on rank 1: parallel.width: 1 -> 2;") == 1
 
 
 def test_other_files_on_another_machine_are_refused(tmp_path: Path) -> None:
@@ -41,12 +44,12 @@ def test_other_files_on_another_machine_are_refused(tmp_path: Path) -> None:
 
 
 def test_reading_data_may_take_longer_than_a_rank_waits_for_another(tmp_path: Path) -> None:
-    """Both ranks read for 8 s, and none waits for the other more than 4."""
+    """Both ranks read for 25 s, and none waits for the other more than 15."""
     slow = """
 from alignscale import prepare
 load = prepare.load
-prepare.load = lambda config: (time.sleep(8), load(config))[1]"""
-    code, said = launched(tmp_path, slow, "engine=deepspeed", "engine.timeout=4", "epochs=1")
+prepare.load = lambda config: (time.sleep(25), load(config))[1]"""
+    code, said = launched(tmp_path, slow, "engine=deepspeed", "engine.timeout=15", "epochs=1")
     assert code == 0, said[-3000:]
     assert result(tmp_path / "run")["steps"] == 39
 
@@ -60,10 +63,10 @@ from alignscale.choices import DeepSpeedConfig, SGDConfig
 from alignscale.distributed import joined
 from alignscale.learner import Learner
 from alignscale.parallel import Mesh
-with joined(torch.device("cpu"), 4.0) as ranks:
+with joined(torch.device("cpu"), 15.0) as ranks:
     learner = Learner("mlp", (1, 4, 4), 2, optim=SGDConfig(lr=0.01), engine=DeepSpeedConfig(), mesh=Mesh(ranks, ranks))
     forward = learner.rule.forward
-    learner.rule.forward = lambda batch: (time.sleep(0.5), forward(batch))[1]
+    learner.rule.forward = lambda batch: (time.sleep(1.5), forward(batch))[1]
     learner.fit(torch.rand(40, 1, 4, 4), torch.arange(40) % 2, 8, 20)
 print("done")
 """)

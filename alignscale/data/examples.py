@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ class Examples(Split):
         images = self.images.contiguous().numpy()
         return torch.tensor([zlib.crc32(image.data) for image in images], dtype=torch.int64)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Number and CRC-32 of the examples: equal when two runs saw the same data."""
         sums = [zlib.crc32(part.contiguous().numpy().data) for part in (self.images, self.labels, self.rows)]
