@@ -25,8 +25,9 @@ def own_address(host: str) -> str:
     OSError for a name that nobody knows.
     """
     addresses = addresses_of(host)
-    named = not (host == "localhost" or host in addresses)
-    found = [own for where in [*addresses, *([ELSEWHERE] if named else [])] if (own := _towards(where))]
+    if host not in ("localhost", *addresses):
+        addresses.append(ELSEWHERE)
+    found = [own for where in addresses if (own := _towards(where))]
     return next((own for own in found if not ipaddress.ip_address(own).is_loopback), found[0] if found else "")
 
 
@@ -37,11 +38,14 @@ def addresses_of(host: str) -> list[str]:
 
 
 def _towards(address: str) -> str:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         return str(probe.getsockname()[0])
     return ""
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def interface(address: str) -> str:
@@ -57,12 +61,12 @@ def interface(address: str) -> str:
     return ""
 
 
-def is_here(host: str, port: int) -> bool:
-    """Whether ``host`` is an address of this machine that others reach, where nobody listens at ``port`` yet."""
-    with suppress(OSError, ValueError), socket.socket() as probe:
-        if not ipaddress.IPv4Address(host).is_loopback:
+def is_here(address: str, port: int) -> bool:
+    """Whether this machine has an ``address`` that others reach, where nobody listens at ``port`` yet."""
+    with suppress(OSError), socket.socket(_family(address)) as probe:
+        if not ipaddress.ip_address(address).is_loopback:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended here a minute ago
-            probe.bind((host, port))
+            probe.bind((address, port))
             return True
     return False
 
@@ -71,9 +75,9 @@ if __name__ == "__main__":
     name, _, number = sys.argv[1].rpartition(":")
     name = name.strip("[]")
     try:
-        named = not (name == "localhost" or name in addresses_of(name))
-        mine = named and all(ipaddress.ip_address(one).is_loopback for one in addresses_of(name))
+        addresses = addresses_of(name)
+        mine = name not in ("localhost", *addresses) and all(ipaddress.ip_address(one).is_loopback for one in addresses)
         own = name if mine else own_address(name)  # a name that stands for another address elsewhere
-        print(own, "true" if is_here(name, int(number)) else "")
+        print(own, "true" if any(is_here(one, int(number)) for one in addresses) else "")
     except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"error: {sys.argv[1]}: expected HOST:PORT, a machine that this one can reach, found: {problem}")

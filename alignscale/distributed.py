@@ -94,7 +94,7 @@ class Ranks:
     def together(self, work: Callable[[], Made]) -> Made:
         """What ``work`` returns, on each rank its own; where it fails on one rank, its error is raised on all.
 
-        It may take any time: a rank that is at it is not taken for one that hangs.
+        A rank that is at it is not taken for one that hangs, however long it takes; others wait for it, as for all.
         """
         made, problem = None, None
         try:

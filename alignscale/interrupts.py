@@ -40,15 +40,16 @@ class Interrupts(ExitStack):
     came: ClassVar[int] = 0
     """The last signal that was kept in this process."""
     now: ClassVar[int] = 0
-    """The signal that the last block has kept; 0 for none."""
+    """The signal that the block keeps which is open in the main thread; 0 for none."""
     at_once: ClassVar[bool] = False
     """Whether a signal raises Interrupted where it comes, as there is nothing to save."""
 
     def __init__(self, speaks: bool = True) -> None:
         """speaks: tell the user, as the first rank does."""
         super().__init__()
-        self.signum, self.speaks, self.since, Interrupts.now = 0, speaks, 0.0, 0
+        self.signum, self.speaks, self.since = 0, speaks, 0.0
         if threading.current_thread() is threading.main_thread():
+            self.callback(setattr, Interrupts, "now", 0)
             for number in SIGNALS:
                 self.callback(signal.signal, number, signal.signal(number, self._keep))
 
@@ -78,9 +79,9 @@ def ended_at_once() -> Iterator[None]:
 
     What is raised in the middle of it may be taken for a damaged file there, so it is raised again at the end.
     """
-    end_if_asked()
     Interrupts.at_once = True
     try:
+        end_if_asked()
         yield
     finally:
         Interrupts.at_once = False

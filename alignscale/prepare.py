@@ -41,7 +41,7 @@ LOCAL = (
     "jacobian.root",
     "jacobian.dir",
     "jacobian.tier",
-    *(f"data.{name}" for name in (*READING, "root", "path", "test_path", "urls", "test_urls", "manifest", "test_man")),
+    *(f"data.{name}" for name in READING),
 )
 """Options that may differ from machine to machine."""
 USES = {"train": "training", "validation": "validation", "test": "testing"}

@@ -63,7 +63,7 @@ def steps(run: Run, metrics: Metrics, interrupts: Interrupts) -> None:
     if not asked and run.start % per_epoch == 0 and (not run.curve or run.curve[-1]["step"] < run.start):
         rate = config.optim.lr * factor(config.schedule, run.start - 1, per_epoch, run.stop) if run.start else None
         asked = end_epoch(run, metrics, interrupts, run.start, rate)
-        if run.start and not asked:
+        if run.start and run.curve and run.curve[-1]["step"] == run.start:
             run.note_measured()
     stop_if_asked(run, run.start, asked)
     begin = time.perf_counter()

@@ -17,7 +17,7 @@ if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]] || [[ $2 == *=* ]]; then
 fi
 nodes=$1 host=$2
 shift 2
-[[ $host =~ ^([^][:]+|\[.*\])$ ]] && host=$host:29500
+[[ ! $host =~ ^([^]:[]+|\[.*\])$ ]] || host=$host:29500
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}

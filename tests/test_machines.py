@@ -91,7 +91,22 @@ one.close(), client.close()
     assert said(*script, "machine1:29519") == ["machine1"]
     assert said(*script, "localhost:29519") == ["127.0.0.1"]
     assert said(*script, "[::1]:29519") == ["::1"]
-    wrong = subprocess.run([*script, "localhost:99999999"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (wrong.returncode, "Traceback" in wrong.stderr) == (0, False)
-    wrong = subprocess.run([*script, "nobody.invalid:1"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert wrong.stderr.startswith("error: nobody.invalid:1: expected HOST:PORT, a machine that this one can reach")
+    for host in (f"{first.address}:99999999", "nobody.invalid:1", "localhost:x", "nothing"):
+        wrong = subprocess.run([*first.enter, *script, host], capture_output=True, text=True, check=False)
+        assert wrong.returncode == 1
+        assert wrong.stderr.startswith(f"error: {host}: expected HOST:PORT, a machine that this one can reach")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_a_host_without_a_port_has_one(tmp_path: Path, host: str) -> None:
+    """By what torchrun is given, in place of which a program prints it."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] && echo "$@" || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = {**ENVIRONMENT, "RANKS": "1", "PYTHON": str(python)}
+    for given, told in ((host, f"{host}:29500"), (f"{host}:4", f"{host}:4")):
+        done = subprocess.run(
+            ["launch/torchrun.sh", "1", given, "net=mlp"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert f"--rdzv-endpoint={told} " in done.stdout
