@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import NETS, RULE_NAMES, Case
 
-from alignscale.analysis.updates import cosines
+from alignscale.analysis.updates import cosines, weight_updates
 from alignscale.choices import NETS as CONFIGS
 from alignscale.choices import ConvConfig, MLPConfig, RNNConfig, SGDConfig
 from alignscale.data.examples import Examples
@@ -15,7 +15,7 @@ from alignscale.observe import changes
 from alignscale.rules import RULES
 from alignscale.rules.base import scaled
 from alignscale.rules.feedback import SignSymmetricConfig
-from alignscale.types import Batch
+from alignscale.types import Batch, NormState, Trace
 
 TABLE = [Case(net, norm) for net in NETS if net != "rnn_every" for norm in ("none", "batch", "calibrated")]
 TABLE += [Case("conv3", "none", activation) for activation in ("gelu", "tanh", "erf")]
@@ -80,6 +80,36 @@ def test_small_errors_do_not_vanish_at_the_scale_of_imagenet(rule: str, precisio
     flat = [[torch.cat([x.flatten() for x in one if x is not None])] for one in found]
     assert cosines(*flat)[0] > least  # type: ignore[arg-type]
     assert min(cosines(*found)) > 1 - 3 * (1 - least)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp16", 0.9999), ("bf16", 0.999)])
+@pytest.mark.parametrize("rule", ["backprop", "align_ada", "align_zero", "feedback_alignment"])
+def test_with_norm_batch_no_direction_is_lost_on_the_way_back(
+    rule: str, precision: str, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At that scale, in a trained network: fp32 from the half-precision forward pass, whose rounding flips gates."""
+    dice = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(100, 3, 32, 32, generator=dice), torch.randint(1000, (100,), generator=dice)
+    net = dataclasses.replace(CONFIGS["imagenet_conv7"], width=64)
+    exact, half = (
+        Learner(net, (3, 32, 32), 1000, rule, SGDConfig(lr=5.0), precision=one) for one in ("fp32", precision)
+    )
+    exact.fit(images, labels, epochs=2, batch_size=50)
+    half.net.load_state_dict(exact.net.state_dict())
+    batch = batch_of(half, images, labels, 100)
+    found = list(weight_updates(half.net, *half.rule.local(batch)))
+    frozen = half.fixed.frozen.parameters
+    passes = {now: half.net.trace(batch.images, None if now else frozen) for now in (True, False)}
+    monkeypatch.setattr(exact.net, "trace", lambda _, parameters=None: widened(passes[parameters is None]))
+    truth = list(weight_updates(exact.net, *exact.rule.local(batch)))
+    assert min(cosines(truth, found)) > least
+
+
+def widened(trace: Trace) -> Trace:
+    """A half-precision pass in fp32."""
+    norms = [state and NormState(*(one.float() for one in state)) for state in trace.norms]
+    inputs, residues = ([one.float() for one in some] for some in (trace.inputs, trace.residues))
+    return Trace(inputs, residues, norms, trace.logits.float())
 
 
 def test_the_scale_of_a_half_precision_error_is_a_power_of_two_and_taken_back() -> None:
