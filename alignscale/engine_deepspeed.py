@@ -74,8 +74,11 @@ def _merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]
 class DeepSpeedEngine(Engine):
     """Many processes. What a checkpoint holds is whole, so other ranks or another stage go on from it."""
 
-    def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, mesh: Mesh) -> None:
-        """Partitions the parameters of ``rule`` as ``config`` says. Raises ConfigError for an option of DeepSpeed's."""
+    def __init__(self, rule: Rule, optim: OptimConfig, config: DeepSpeedConfig, mesh: Mesh, dtype: torch.dtype) -> None:
+        """Partitions the parameters of ``rule``, which computes in ``dtype``, as ``config`` says.
+
+        Raises ConfigError for an option of DeepSpeed's.
+        """
         zero.make_ready(next(rule.net.parameters()).device.type)
         zero.deepspeed.utils.logger.setLevel(logging.ERROR)
         self.mesh, self.stage = mesh, config.zero_stage
@@ -104,6 +107,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             zero.empty_again(rule.net)
             zero.fetch_current(rule.net)
+            zero.gather_narrow(rule.net, dtype)
+            zero.let_alone(rule.net)
         if optim.weight_decay and optim.decay_towards == "initial":
             pull_to_start(zero.inner(self.engine, self.stage), zero.partitions(self.engine, self.stage), optim)
 

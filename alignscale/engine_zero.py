@@ -112,12 +112,24 @@ def fetch_current(net: Network) -> None:
     """
 
     def current(index: int) -> tuple[Tensor, Tensor | None]:
-        held = [parameter for parameter in net.layers[index].held if parameter is not None]
-        with deepspeed.zero.GatheredParameters(held):
-            whole = [parameter.detach().clone() for parameter in held]
-        return whole[0], whole[1] if len(whole) > 1 else None
+        weight, bias = net.layers[index].held
+        return whole_weight(weight, 3), None if bias is None else whole_weight(bias, 3)
 
     net.current, net.width = current, replace(net.width, overlap=False)
+
+
+def gather_narrow(net: Network, dtype: torch.dtype) -> None:
+    """Gather weights for a pass in the precision that layers compute in; gradients are summed in that of weights."""
+    for parameter in net.parameters():
+        if parameter.requires_grad:  # another one's whole value, for a checkpoint, is gathered in the same way
+            parameter.comm_dtype = dtype  # type: ignore[attr-defined]
+
+
+def let_alone(net: Network) -> None:
+    """Take DeepSpeed's hooks off the norms, which have no parameter to gather: they cost as much as a layer's."""
+    for norm in net.norms:
+        for hooks in (norm._forward_pre_hooks, norm._forward_hooks):
+            hooks.clear()
 
 
 def partitions(engine: Any, stage: int) -> list[Tensor]:

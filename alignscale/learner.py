@@ -142,7 +142,7 @@ class Learner:
             os.environ.setdefault("DS_ACCELERATOR", self.encoding.device.type)  # read by the import
             from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
 
-            return DeepSpeedEngine(self.rule, optim, config, self.mesh)
+            return DeepSpeedEngine(self.rule, optim, config, self.mesh, self.encoding.dtype)
         graph = getattr(config, "cuda_graph", True) and self.mesh.everyone.size == 1
         return LocalEngine(self.rule, make_optimizer(optim, self.rule.trained()), optim, graph)
 

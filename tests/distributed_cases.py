@@ -128,6 +128,7 @@ def traffic() -> list[Case]:
     return [
         *cases,
         *(Case("wide", "none", rule, 3, options=how) for rule in rules for how in ("regenerated", "partitioned")),
+        *(Case("wide", "none", rule, 3, options=half) for rule in ("backprop", "align_ada") for half in HALF),
     ]
 
 

@@ -77,14 +77,15 @@ def test_the_whole_table_trains_to_the_local_engines_result(ranks: int, rows: Ca
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_align_needs_the_current_weights_once_and_backprop_twice(ranks: int, rows: Callable[..., Any]) -> None:
     found = {row["case"]: row for row in rows(ranks) if row["case"].startswith("wide")}
-    assert len(found) == 20
+    assert len(found) == 24
     for case, row in found.items():
         gathered = sum(count for name, count in row["bytes"].items() if name.startswith("all_gather")) / row["psi"]
         scattered = sum(count for name, count in row["bytes"].items() if name.startswith("reduce_scatter")) / row["psi"]
         assert scattered == pytest.approx(1, rel=0.01), case
         assert sum(row["bytes"].values()) / row["psi"] - gathered - scattered < 0.01, case  # by no other way
         if "partitioned" not in case or "feedback" in case or "backprop" in case:
-            assert gathered == pytest.approx(2 if "backprop" in case else 1, rel=0.01), case
+            narrow = 0.5 if case.endswith(("fp16", "bf16")) else 1  # weights go as layers compute, gradients in fp32
+            assert gathered == pytest.approx(narrow * (2 if "backprop" in case else 1), rel=0.01), case
     for rule, initial in (("align_prop", 0.8), ("align_ada", 1.8), ("align_zero", 1.8)):  # and the current weights once
         row = found[f"wide-none-{rule}-zero3-sgd-parts1-partitioned"]
         assert row["bytes"]["all_gather_into_tensor"] / row["psi"] == pytest.approx(1 + initial, abs=0.1), rule

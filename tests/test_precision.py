@@ -11,6 +11,7 @@ from alignscale.choices import NETS as CONFIGS
 from alignscale.choices import ConvConfig, MLPConfig, RNNConfig, SGDConfig
 from alignscale.data.examples import Examples
 from alignscale.learner import Learner
+from alignscale.nets.layers import Conv
 from alignscale.observe import changes
 from alignscale.rules import RULES
 from alignscale.rules.base import scaled
@@ -80,6 +81,29 @@ def test_small_errors_do_not_vanish_at_the_scale_of_imagenet(rule: str, precisio
     flat = [[torch.cat([x.flatten() for x in one if x is not None])] for one in found]
     assert cosines(*flat)[0] > least  # type: ignore[arg-type]
     assert min(cosines(*found)) > 1 - 3 * (1 - least)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("height", "width", "stride"), [(1, 1, 2), (3, 1, 2), (9, 1, 2), (5, 2, 2), (7, 3, 4)])
+def test_a_strided_convolution_to_one_column_has_numbers_of_its_own(
+    height: int, width: int, stride: int, dtype: torch.dtype
+) -> None:
+    """Processors with AMX had others in bf16: each time what lay in memory that was freed before."""
+    dice = torch.Generator().manual_seed(0)
+    conv = Conv((48, height, width), 48, stride, 1.0, "ntk")
+    a, delta = (torch.randn(40, *shape, generator=dice) for shape in ((48, height, width), conv.outputs))
+    weight = torch.randn(conv.shape, generator=dice)
+    for _ in range(20):
+        junk = [torch.full((size,), torch.nan) for size in (64, 256, 1024, 4096, 16384)]
+        del junk
+        trained = weight.clone().requires_grad_()
+        z = conv.compute(a.to(dtype), trained, None)
+        assert z.dtype == dtype
+        torch.testing.assert_close(z.float(), conv.compute(a, weight, None), rtol=0, atol=0.05)
+        (by_autograd,) = torch.autograd.grad(z, trained, delta.to(dtype))
+        expected = conv.weight_gradient(a, delta)[0]
+        for found in (conv.weight_gradient(a.to(dtype), delta.to(dtype))[0].float(), by_autograd):
+            assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp16", 0.9999), ("bf16", 0.999)])

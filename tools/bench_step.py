@@ -35,7 +35,6 @@ from step_work import Contender, clocked, measure, operations, peak_rate
 
 from alignscale.choices import NETS, ConfigError, ConvConfig, LocalConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.config import JACOBIANS
-from alignscale.distributed import joined
 from alignscale.environment import device_called, hardware, keep_freed_memory
 from alignscale.files import write_atomic
 from alignscale.jacobian.cache import Cache
@@ -48,6 +47,9 @@ SHAPES = {"mlp": (1, 8, 8), "conv3": (1, 8, 8), "conv7": (3, 16, 16), "imagenet_
 TIERS = ("device", "host", "disk")
 BUILDS = 5
 """Rounds in which the making of a cache is timed."""
+ALONE = {"norm": "none", "jacobian": ["live"], "dtype": "fp32", "tier": ["host"], "unfused": False, "no_graph": False}
+FOR_ZERO = {"frozen": "stored", "precision": "fp32", "device": "cpu"}
+"""Options without effect with --distributed, and with --parallel-width too: what they may be."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
 
@@ -95,23 +97,23 @@ def batch_of(arguments: argparse.Namespace) -> Batch:
 
 def distributed(arguments: argparse.Namespace) -> int:
     """The ranks of torchrun together; the first one writes."""
-    from distributed_step import distributed_table, rows  # counts collectives from its import on
+    from distributed_step import distributed_table, ranks_on, rows  # counts collectives from its import on
 
-    only: dict[str, object] = {"norm": "none", "jacobian": ["live"], "precision": "fp32", "device": "cpu"}
-    only |= {"dtype": "fp32", "tier": ["host"], "unfused": False, "no_graph": False}
-    for option, default in {**only, **({"frozen": "stored"} if arguments.parallel_width else {})}.items():
+    for option, default in {**ALONE, **(FOR_ZERO if arguments.parallel_width else {})}.items():
         if getattr(arguments, option) not in (None, "auto", default):
             raise ConfigError(f"--{option.replace('_', '-')}: has no effect with --distributed; leave it out")
     torch.set_num_threads(arguments.threads or 1)
     config = dataclasses.replace(net_config(arguments.net, arguments.width, arguments.depth), norm="none")
-    with joined(torch.device("cpu"), 600.0) as ranks:
+    device = torch.device("cpu") if arguments.parallel_width else device_called(arguments.device)
+    with ranks_on(device) as ranks:
         if arguments.parallel_width:
             from width_step import width_rows, width_table
 
             rows, distributed_table = width_rows, width_table
-        found = rows(arguments, config, batch_of(arguments), ranks)
+        found = rows(arguments, config, batch_of(arguments), ranks, device)
     if ranks.first:
-        print(f"{arguments.net}, width {arguments.width}, batch {arguments.batch}, {ranks.size} ranks")
+        where = f"{ranks.size} ranks, {hardware(device)['device']}, {arguments.precision}"
+        print(f"{arguments.net}, width {arguments.width}, batch {arguments.batch}, {where}")
         print(distributed_table(found))
         if arguments.json:
             write_atomic(arguments.json, json.dumps(found, indent=1).encode())

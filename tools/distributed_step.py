@@ -2,8 +2,9 @@
 
 For ``bench_step.py --distributed``. Beside each rule runs a minimal hand-written DeepSpeed loop of the same network,
 one step each in turn; traffic is counted around torch's collectives, and memory is what making a rule, or the loop, and
-its first steps add to the process at most. The projection adds, to the time of a rank's share in one process, what its
-bytes take at a bandwidth.
+its first steps add at most, to the process's or a GPU's. In half precision ours computes from fp32 weights as in
+training, and the loop is DeepSpeed's own bf16 or fp16, whose weights are narrow. The projection adds, to the time of a
+rank's share in one process, what its bytes take at a bandwidth.
 """
 
 import argparse
@@ -12,9 +13,10 @@ import gc
 import itertools
 import math
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,14 @@ import collective_bytes
 import torch
 import torch.nn.functional as F
 from plain_step import same_conv
+from step_work import clocked
 from torch import Tensor, nn
 
-from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, NetConfig, SGDConfig
-from alignscale.distributed import Ranks
-from alignscale.learner import Learner
+from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, LocalConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.distributed import Ranks, beside, joined, launched
+from alignscale.environment import hardware, take_gpu
+from alignscale.learner import PRECISIONS, Learner
+from alignscale.nets.layers import laid_out
 from alignscale.parallel import Mesh
 from alignscale.types import Batch
 
@@ -37,16 +42,28 @@ NOTHING_KEPT = dict.fromkeys(
 """ZeRO 3 that keeps no weight from the forward pass to the backward pass, as it is where they do not fit."""
 
 
-def rows(arguments: argparse.Namespace, config: NetConfig, whole: Batch, ranks: Ranks) -> list[dict[str, Any]]:
+@contextmanager
+def ranks_on(device: torch.device) -> Iterator[Ranks]:
+    """All ranks of the launch, each on its GPU where ``device`` is one."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark, around = True, launched()
+        take_gpu(around.local if around else 0, beside())
+    with joined(device, 600.0) as ranks:
+        yield ranks
+
+
+def rows(
+    arguments: argparse.Namespace, config: NetConfig, whole: Batch, ranks: Ranks, device: torch.device
+) -> list[dict[str, Any]]:
     """A row for each stage and rule, the same on all ranks but for what rank 0 alone prints."""
-    share = ranks.part(len(whole.images))
-    batch = Batch(whole.images[share], whole.targets[share], [], whole.size)
+    share, (dtype, _) = ranks.part(len(whole.images)), PRECISIONS[arguments.precision]
+    batch = Batch(laid_out(whole.images[share].to(device, dtype)), whole.targets[share].to(device), [], whole.size)
     rules = ["backprop", *[rule for rule in arguments.rules if rule != "backprop"]]
     pairs = itertools.product(arguments.stages, rules)
     small = replace(config, width=8)  # so that no row has what the first step of all brings into memory
-    warm = Learner(
-        small, tuple(batch.images.shape[1:]), arguments.classes, engine=DeepSpeedConfig(), mesh=Mesh(ranks, ranks)
-    )
+    shape = tuple(batch.images.shape[1:])
+    options = {"device": device, "precision": arguments.precision, "mesh": Mesh(ranks, ranks)}
+    warm = Learner(small, shape, arguments.classes, engine=DeepSpeedConfig(), **options)
     warm.update([batch], 1e-3)
     found = [measured(arguments, config, batch, ranks, stage, rule) for stage, rule in pairs]
     for one in found:
@@ -59,36 +76,44 @@ def measured(
     arguments: argparse.Namespace, config: NetConfig, batch: Batch, ranks: Ranks, stage: int, rule: str
 ) -> dict[str, Any]:
     """Measure one rule at one stage."""
-    shape, classes = tuple(batch.images.shape[1:]), arguments.classes
-    settings = {"zero_optimization": NOTHING_KEPT} if stage == 3 else {}
+    shape, classes, device = tuple(batch.images.shape[1:]), arguments.classes, batch.images.device
+    settings: dict[str, Any] = {"zero_optimization": NOTHING_KEPT} if stage == 3 else {}
     engine = DeepSpeedConfig(zero_stage=stage, extra=settings)
-    before = resident(reset=True)
-    options = (config, shape, classes, rule, SGDConfig(lr=1e-3))
-    learner = Learner(*options, frozen_weights=arguments.frozen, engine=engine, mesh=Mesh(ranks, ranks))
+    before = resident(device, reset=True)
+    make = partial(
+        Learner, config, shape, classes, rule, SGDConfig(lr=1e-3), device=device, precision=arguments.precision,
+        frozen_weights=arguments.frozen,
+    )  # fmt: skip
+    learner = make(engine=engine, mesh=Mesh(ranks, ranks))
     psi = padded_bytes(learner, ranks.size)
     for _ in range(MEMORY_STEPS):
         learner.update([batch], 1e-3)
-    peak = max(ranks.objects(resident() - before))
-    before = resident(reset=True)
+    peak = max(ranks.objects(resident(device) - before))
+    before = resident(device, reset=True)
+    if batch.images.dtype != torch.float32:
+        settings = {**settings, arguments.precision: {"enabled": True}}
     plain = plain_loop(config, batch, classes, stage, settings, ranks)
     for _ in range(MEMORY_STEPS):
         plain()
-    plain_peak = max(ranks.objects(resident() - before))
+    plain_peak = max(ranks.objects(resident(device) - before))
     collective_bytes.reset()
     learner.update([batch], 1e-3)
     gathered, scattered = collective_bytes.gathered(), collective_bytes.scattered()
     reduced = collective_bytes.COUNTED["all_reduce"]
-    seconds = in_turn({rule: lambda: learner.update([batch], 1e-3), "plain": plain}, arguments.repeats)
+    seconds = in_turn({rule: lambda: learner.update([batch], 1e-3), "plain": plain}, arguments.repeats, device)
     ranks.still()
-    alone = Learner(*options, frozen_weights=arguments.frozen, engine=EngineConfig("local"))
-    compute = statistics.median(in_turn({rule: lambda: alone.update([batch], 1e-3)}, arguments.repeats)[rule])
+    alone = make(engine=LocalConfig(cuda_graph=False))  # as DeepSpeed's steps are
+    compute = statistics.median(in_turn({rule: lambda: alone.update([batch], 1e-3)}, arguments.repeats, device)[rule])
     wire = (gathered + scattered + 2 * reduced) * (ranks.size - 1) / ranks.size
     return {
         "net": arguments.net, "width": arguments.width, "batch": arguments.batch, "ranks": ranks.size,
+        "device": hardware(device)["device"], "precision": arguments.precision,
         "zero_stage": stage, "rule": rule, "psi_bytes": psi,
         "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": reduced / psi,
         "peak_bytes": peak, "plain_peak_bytes": plain_peak,
-        "calculated_bytes": calculated_bytes(psi, ranks.size, stage, rule, arguments.frozen),
+        "calculated_bytes": calculated_bytes(
+            psi, ranks.size, stage, rule, psi * batch.images.itemsize // 4 if arguments.frozen == "stored" else 0
+        ),
         "seconds_median": statistics.median(seconds[rule]),
         "ratio_to_plain": statistics.median(a / b for a, b in zip(seconds[rule], seconds["plain"], strict=True)),
         "compute_seconds": compute,
@@ -136,17 +161,18 @@ def plain_loop(
     """The same network and optimizer as a user of DeepSpeed would write it, with backpropagation."""
     from alignscale.engine_zero import deepspeed
 
-    module = PlainNet(config, tuple(batch.images.shape[1:]), classes)
+    with batch.images.device:
+        module = PlainNet(config, tuple(batch.images.shape[1:]), classes)
     optimizer = torch.optim.SGD(module.parameters(), 1e-3, fused=True)
     options = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, **settings.get("zero_optimization", {})},
+        **settings, "zero_optimization": {"stage": stage, **settings.get("zero_optimization", {})},
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options, dist_init_required=False)
 
     def step() -> None:
         logits = engine(batch.images)
-        loss = (logits - batch.targets).square().sum() * (ranks.size / (batch.size * classes))
+        loss = (logits.float() - batch.targets).square().sum() * (ranks.size / (batch.size * classes))
         engine.backward(loss)
         engine.step()
         ranks.totals([loss.item()], logits.device)
@@ -154,15 +180,14 @@ def plain_loop(
     return step
 
 
-def in_turn(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def in_turn(steps: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + repeats):
         for name in list(steps)[:: 1 if turn % 2 else -1]:
-            begin = time.perf_counter()
-            steps[name]()
+            taken = clocked(steps[name], device)
             if turn >= WARM_UP:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -172,19 +197,24 @@ def padded_bytes(learner: Learner, ranks: int) -> int:
     return sum(4 * ranks * -(-size // ranks) for size in sizes)
 
 
-def calculated_bytes(psi: int, ranks: int, stage: int, rule: str, initial: str) -> int:
-    """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and the initial or random weights."""
+def calculated_bytes(psi: int, ranks: int, stage: int, rule: str, stored: int) -> int:
+    """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and initial or random weights if stored."""
     share = psi / ranks
     weights, gradient = share if stage == 3 else psi, share if stage >= 2 else psi
     copy = share if stage else 0
-    frozen = psi if initial == "stored" and (rule.startswith("align") or rule == "feedback_alignment") else 0
+    frozen = stored if rule.startswith("align") or rule == "feedback_alignment" else 0
     return round(weights + gradient + copy + frozen)
 
 
-def resident(reset: bool = False) -> int:
-    """The peak of the process's resident memory in bytes; reset: forget the peak and give the memory of now."""
+def resident(device: torch.device, reset: bool = False) -> int:
+    """The peak of the process's resident memory, or a GPU's, in bytes; reset: forget it and give what is held now."""
     if reset:
         gc.collect()
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
         ctypes.CDLL(None).malloc_trim(0)  # or what an earlier rule has freed would count as there
         Path("/proc/self/clear_refs").write_text("5")
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import collective_bytes
+import torch
 from distributed_step import MEMORY_STEPS, NOTHING_KEPT, resident
 from mesh_costs import memory, table
 
@@ -31,7 +32,9 @@ def plan_of(arguments: argparse.Namespace, config: NetConfig, mesh: Mesh, rule: 
     return Plan(config, shape, arguments.classes, arguments.batch, rule, width, data, stage)
 
 
-def width_rows(arguments: argparse.Namespace, config: NetConfig, whole: Batch, ranks: Ranks) -> list[dict[str, Any]]:
+def width_rows(
+    arguments: argparse.Namespace, config: NetConfig, whole: Batch, ranks: Ranks, device: torch.device
+) -> list[dict[str, Any]]:
     """A row for each rule and stage."""
     mesh = Mesh.of(ranks, arguments.parallel_width, config.width)
     share = mesh.data.part(len(whole.images))
@@ -41,21 +44,21 @@ def width_rows(arguments: argparse.Namespace, config: NetConfig, whole: Batch, r
     for stage in arguments.stages:
         for rule in dict.fromkeys(["backprop", *arguments.rules]):
             plan = plan_of(arguments, config, mesh, rule, stage)
-            found.append(measured(plan, batch, mesh))
+            found.append(measured(plan, batch, mesh, device))
     return found
 
 
-def measured(plan: Plan, batch: Batch, mesh: Mesh) -> dict[str, Any]:
+def measured(plan: Plan, batch: Batch, mesh: Mesh, device: torch.device) -> dict[str, Any]:
     """Measure one rule at one stage."""
     engine = DeepSpeedConfig(
         zero_stage=plan.stage, extra={"zero_optimization": NOTHING_KEPT} if plan.stage == 3 else {}
     )
-    before = resident(reset=True)
+    before = resident(device, reset=True)
     learner = Learner(plan.net, plan.shape, plan.classes, plan.rule, SGDConfig(lr=1e-3), engine=engine, mesh=mesh)
     for _ in range(MEMORY_STEPS):
         collective_bytes.reset()
         learner.update([batch], 1e-3)
-    peak = max(mesh.everyone.objects(resident() - before))
+    peak = max(mesh.everyone.objects(resident(device) - before))
     group = mesh.width.ranks.group
     counts = collective_bytes.within(group) if group is not None else {}
     turns = replace(plan, overlap=True).turns if mesh.width.ranks.size > 1 else 1

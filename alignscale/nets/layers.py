@@ -175,7 +175,8 @@ class Conv(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
-        z = F.conv2d(laid_out(self._padded(a)), weight.to(a.dtype), stride=self.stride, padding=self.padding)
+        maps, weight = self._safe(laid_out(self._padded(a))), self._safe(weight.to(a.dtype))
+        z = F.conv2d(maps, weight, stride=self.stride, padding=self.padding).to(a.dtype)
         return self._scaled_and_shifted(z, None if bias is None else bias[:, None, None])
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
@@ -191,8 +192,14 @@ class Conv(Layer):
         shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
         narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
         scaled = _scaled(delta, self.scale) if narrow else delta
-        gradient = conv2d_weight(laid_out(self._padded(a)), shape, laid_out(scaled), self.stride, self.padding)
+        maps, scaled = self._safe(laid_out(self._padded(a))), self._safe(laid_out(scaled))
+        gradient = conv2d_weight(maps, shape, scaled, self.stride, self.padding)
         return _scaled(gradient, factor if narrow else self.scale * factor), _scaled(delta.sum((0, 2, 3)), factor)
+
+    def _safe(self, maps: Tensor) -> Tensor:
+        """In fp32 where oneDNN (3.12, bf16 with AMX) reads memory not its own: strides to maps of one column."""
+        narrow = self.stride > 1 and min(self.outputs[1:]) == 1
+        return maps.float() if narrow and maps.itemsize == 2 and not maps.is_cuda else maps
 
     def _padded(self, a: Tensor) -> Tensor:
         if a.shape[1:] != self.inputs:
