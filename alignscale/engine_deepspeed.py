@@ -25,7 +25,6 @@ OURS = {
     "gradient_accumulation_steps": "accumulation", "gradient_clipping": "optim.clip_norm", "scheduler": "schedule",
     "zero_optimization.stage": "engine.zero_stage",
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"), "precision"),
-    "communication_data_type": "precision",
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
 OTHERS = {
@@ -46,6 +45,11 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
     if not isinstance(inside, Mapping):
         raise ConfigError(f"engine.extra: zero_optimization: expected settings by name, found {inside!r:.40}")
     for name in (*config.extra, *(f"zero_optimization.{name}" for name in inside)):
+        if name == "communication_data_type" and config.extra[name] not in ("bf16", "fp32"):
+            found = config.extra[name]  # fp16 has no range for gradients of a wide network
+            raise ConfigError(
+                f"engine.extra: {name}: expected bf16 or fp32, in which gradients are summed, found {found}"
+            )
         if name in OURS:
             raise ConfigError(f"engine.extra: {name}: expected {OURS[name]}, the option that decides it")
         if name in OTHERS:
@@ -105,10 +109,7 @@ class DeepSpeedEngine(Engine):
             self.keys = ["momentum_buffer"]
         self.counts = isinstance(optim, AdamConfig)
         if self.stage == 3:
-            zero.empty_again(rule.net)
-            zero.fetch_current(rule.net)
-            zero.gather_narrow(rule.net, dtype)
-            zero.let_alone(rule.net)
+            zero.attend(rule.net, dtype)
         if optim.weight_decay and optim.decay_towards == "initial":
             pull_to_start(zero.inner(self.engine, self.stage), zero.partitions(self.engine, self.stage), optim)
 

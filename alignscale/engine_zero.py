@@ -93,43 +93,30 @@ def _itself(value: Any) -> Any:
     return value
 
 
-def empty_again(net: Network) -> None:
-    """Make a parameter that ZeRO 3 has released, and the port has lent its shape, empty once it has its gradient."""
+def attend(net: Network, dtype: torch.dtype) -> None:
+    """What ZeRO 3 needs to do for a network whose layers compute in ``dtype``.
+
+    A parameter that it has released, and the port has lent its shape, is empty again once it has its gradient. Weights
+    are gathered for a pass in ``dtype``; what ``net.current`` and a checkpoint read of them is fp32. All ranks have to
+    ask for ``net.current`` together: a layer runs once a pass, on the whole batch, and gathers its weight each time.
+    """
 
     def withdraw(parameter: Any) -> None:
         if parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel():
             parameter.data = parameter.data.new_empty(0)
 
-    for parameter in net.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(withdraw)
-
-
-def fetch_current(net: Network) -> None:
-    """Let ``net.current`` gather a layer's weight and bias from all ranks, which have to ask for it together.
-
-    A layer runs once a pass, on the whole batch: each time that it is called it gathers its weight.
-    """
-
     def current(index: int) -> tuple[Tensor, Tensor | None]:
         weight, bias = net.layers[index].held
         return whole_weight(weight, 3), None if bias is None else whole_weight(bias, 3)
 
-    net.current, net.width = current, replace(net.width, overlap=False)
-
-
-def gather_narrow(net: Network, dtype: torch.dtype) -> None:
-    """Gather weights for a pass in the precision that layers compute in; gradients are summed in that of weights."""
     for parameter in net.parameters():
-        if parameter.requires_grad:  # another one's whole value, for a checkpoint, is gathered in the same way
+        if parameter.requires_grad:  # of another one the whole value, for a checkpoint, is gathered as for a pass
+            parameter.register_post_accumulate_grad_hook(withdraw)
             parameter.comm_dtype = dtype  # type: ignore[attr-defined]
-
-
-def let_alone(net: Network) -> None:
-    """Take DeepSpeed's hooks off the norms, which have no parameter to gather: they cost as much as a layer's."""
-    for norm in net.norms:
-        for hooks in (norm._forward_pre_hooks, norm._forward_hooks):
-            hooks.clear()
+    for norm in net.norms:  # which have no parameter, and whose hooks take as long as a layer's
+        norm._forward_pre_hooks.clear()
+        norm._forward_hooks.clear()
+    net.current, net.width = current, replace(net.width, overlap=False)
 
 
 def partitions(engine: Any, stage: int) -> list[Tensor]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from alignscale.analysis.alignment import BUDGET, POINT, PROBES, Map, Score, score, shuffled
-from alignscale.analysis.movement import gates_moved, relative
-from alignscale.analysis.updates import weight_updates
+from alignscale.analysis.updates import gates_moved, relative, weight_updates
 from alignscale.data import Split
 from alignscale.data.plan import even_batches
 from alignscale.learner import Learner

@@ -128,7 +128,11 @@ def traffic() -> list[Case]:
     return [
         *cases,
         *(Case("wide", "none", rule, 3, options=how) for rule in rules for how in ("regenerated", "partitioned")),
-        *(Case("wide", "none", rule, 3, options=half) for rule in ("backprop", "align_ada") for half in HALF),
+        *(
+            Case("wide", "none", rule, 3, options=half)
+            for rule in ("backprop", "align_ada")
+            for half in (*HALF, "narrow+bf16")
+        ),
     ]
 
 
@@ -186,7 +190,8 @@ def train(case: Case, made: Learner) -> list[float]:
 def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     """The case with DeepSpeed on all ranks, beside the same in the first one's process alone."""
     zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 else {}
-    engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3, offload=case.options == "offload")
+    narrow = {"communication_data_type": "bf16"} if "narrow" in case.options else {}
+    engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3 | narrow, offload=case.options == "offload")
     made = learner(case, engine, ranks)
     collective_bytes.reset()
     found = train(case, made)

@@ -77,11 +77,11 @@ def test_the_whole_table_trains_to_the_local_engines_result(ranks: int, rows: Ca
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_align_needs_the_current_weights_once_and_backprop_twice(ranks: int, rows: Callable[..., Any]) -> None:
     found = {row["case"]: row for row in rows(ranks) if row["case"].startswith("wide")}
-    assert len(found) == 24
+    assert len(found) == 26
     for case, row in found.items():
         gathered = sum(count for name, count in row["bytes"].items() if name.startswith("all_gather")) / row["psi"]
         scattered = sum(count for name, count in row["bytes"].items() if name.startswith("reduce_scatter")) / row["psi"]
-        assert scattered == pytest.approx(1, rel=0.01), case
+        assert scattered == pytest.approx(0.5 if "narrow" in case else 1, rel=0.01), case
         assert sum(row["bytes"].values()) / row["psi"] - gathered - scattered < 0.01, case  # by no other way
         if "partitioned" not in case or "feedback" in case or "backprop" in case:
             narrow = 0.5 if case.endswith(("fp16", "bf16")) else 1  # weights go as layers compute, gradients in fp32
@@ -115,6 +115,8 @@ def test_our_options_become_deepspeeds() -> None:
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": stage},
         }
+    with pytest.raises(ConfigError, match=r"communication_data_type: expected bf16 or fp32, .* found fp16"):
+        deepspeed_config(DeepSpeedConfig(extra={"communication_data_type": "fp16"}), 0.0)
     with pytest.raises(ConfigError, match=r"engine\.extra: bf16: expected precision, the option that decides it"):
         deepspeed_config(DeepSpeedConfig(extra={"bf16": {"enabled": True}}), 0.0)
     with pytest.raises(ConfigError, match=r"gradient_allreduce_op: expected settings that leave a step's numbers"):

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from alignscale import checkpoint, observe
 from alignscale.analysis.finite import all_finite
-from alignscale.analysis.movement import gates_moved, relative
-from alignscale.analysis.updates import weight_updates
+from alignscale.analysis.updates import gates_moved, relative, weight_updates
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ENGINES, ConfigError
 from alignscale.data.examples import DataError, stream

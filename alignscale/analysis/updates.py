@@ -1,4 +1,8 @@
-"""How close a rule's update is to backprop's: pure functions of a network's state, which they leave as it was."""
+"""How close a rule's update is to backprop's, and how far training has moved a network from its start.
+
+They stand alone as pure functions of a network's state, which they leave as it was; the theory of the alignment score
+holds as far as a network moves little.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -33,3 +37,17 @@ def _cosine(a: Tensor, b: Tensor, ranks: Ranks) -> float:
     product, first, second = ranks.sum(products).tolist()
     scale = math.sqrt(first * second)
     return product / scale if scale > 0 else 0.0
+
+
+def relative(now: Tensor, start: Tensor) -> float:
+    """|now - start| / |start|; NaN where the start is 0."""
+    scale = start.double().norm().item()
+    return (now.double() - start.double()).norm().item() / scale if scale > 0 else math.nan
+
+
+def gates_moved(net: Network, now: Trace, start: Trace) -> list[float]:
+    """Per site: of relu the fraction of units that opened or closed, else the relative change of the derivative."""
+    pairs = zip(net.gates(now), net.gates(start), strict=True)
+    if net.activation.binary:
+        return [((a > 0) != (b > 0)).double().mean().item() for a, b in pairs]
+    return [relative(a, b) for a, b in pairs]
