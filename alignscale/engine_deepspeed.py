@@ -45,8 +45,8 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
     if not isinstance(inside, Mapping):
         raise ConfigError(f"engine.extra: zero_optimization: expected settings by name, found {inside!r:.40}")
     for name in (*config.extra, *(f"zero_optimization.{name}" for name in inside)):
-        if name == "communication_data_type" and config.extra[name] not in ("bf16", "fp32"):
-            found = config.extra[name]  # fp16 has no range for gradients of a wide network
+        if name == "communication_data_type" and (found := config.extra[name]) not in ("bf16", "fp32"):
+            # fp16 has no range for gradients of a wide network
             raise ConfigError(
                 f"engine.extra: {name}: expected bf16 or fp32, in which gradients are summed, found {found}"
             )

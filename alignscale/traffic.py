@@ -123,9 +123,10 @@ def _weights(plan: Plan, layer: int, shape: tuple[int, ...]) -> list[Exchange]:
     if plan.stage < 3:
         gradients = Exchange(layer, "gradients", "reduce_scatter", "data", 1, size)
         return [gradients, Exchange(layer, "weights", "all_gather", "data", 1, size)]
-    twice = 2 if plan.rule in ("backprop", "sign_symmetric") else 1
+    once = size * plan.itemsize // MASTER  # as layers compute; the signs of sign_symmetric are of fp32 weights
+    again = {"backprop": once, "sign_symmetric": size}.get(plan.rule, 0)
     return [
-        Exchange(layer, "weights", "all_gather", "data", twice * len(parts), twice * size),
+        Exchange(layer, "weights", "all_gather", "data", (1 + bool(again)) * len(parts), once + again),
         Exchange(layer, "gradients", "reduce_scatter", "data", len(parts), size),
     ]
 

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,15 @@ def test_the_formulas_give_numbers_worked_out_by_hand() -> None:
     assert seconds(plan, 1e30, 1e30, 1.0) == pytest.approx(
         8 + sum(o.messages for o in exchanges(plan) if o.over == "data")
     )
+
+
+def test_half_precision_halves_the_weights_of_zero_3_on_their_way_and_no_gradient() -> None:
+    plan = Plan(MLPConfig(width=8, depth=3), (1, 2, 2), 2, 6, data=3, stage=3, itemsize=2)
+    for rule, times in (("align_ada", 0.5), ("backprop", 1.0), ("sign_symmetric", 1.5)):  # whose signs are fp32's
+        moved: Counter[str] = Counter()
+        for one in exchanges(replace(plan, rule=rule)):
+            moved[one.what] += one.bytes
+        assert moved["weights"] == times * moved["gradients"] > 0
 
 
 def test_a_convolutions_exchange_is_its_map() -> None:
