@@ -104,10 +104,9 @@ class DeepSpeedEngine(Engine):
         for name in config.extra.keys() - settings.names:
             raise ConfigError(f"engine.extra: {name}: expected a setting of DeepSpeed's, found one it never looks for")
         super().__init__(rule, self.engine, self.engine.optimizer)
-        self.keys = ["exp_avg", "exp_avg_sq"] if isinstance(optim, AdamConfig) else []
-        if isinstance(optim, SGDConfig) and optim.momentum:
-            self.keys = ["momentum_buffer"]
         self.counts = isinstance(optim, AdamConfig)
+        momentum = ["momentum_buffer"] if isinstance(optim, SGDConfig) and optim.momentum else []
+        self.keys = ["exp_avg", "exp_avg_sq"] if self.counts else momentum
         if self.stage == 3:
             zero.attend(rule.net, dtype)
         if optim.weight_decay and optim.decay_towards == "initial":

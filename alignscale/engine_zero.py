@@ -109,10 +109,12 @@ def attend(net: Network, dtype: torch.dtype) -> None:
         weight, bias = net.layers[index].held
         return whole_weight(weight, 3), None if bias is None else whole_weight(bias, 3)
 
+    autocast = importlib.import_module("deepspeed.runtime.torch_autocast").is_autocast_initialized()
     for parameter in net.parameters():
-        if parameter.requires_grad:  # of another one the whole value, for a checkpoint, is gathered as for a pass
+        if parameter.requires_grad:  # of another one the whole value is what is there, perhaps still from a pass
             parameter.register_post_accumulate_grad_hook(withdraw)
-            parameter.comm_dtype = dtype  # type: ignore[attr-defined]
+            if not autocast:  # by an engine of another's in this process: gradients would go in this precision too
+                parameter.comm_dtype = dtype  # type: ignore[attr-defined]
     for norm in net.norms:  # which have no parameter, and whose hooks take as long as a layer's
         norm._forward_pre_hooks.clear()
         norm._forward_hooks.clear()

@@ -118,7 +118,8 @@ def pairwise(ranks: int) -> list[Case]:
         ))
         if (number + stage) % 4 in {1: (0,), 2: (1, 3), 4: (2,)}[ranks]
     ]  # fmt: skip
-    return chosen + every_stage + others
+    kept = [Case("conv3", "none", "align_ada", 3, options="kept+bf16")] if ranks == 2 else []  # DeepSpeed's defaults
+    return chosen + every_stage + others + kept
 
 
 def traffic() -> list[Case]:
@@ -133,6 +134,7 @@ def traffic() -> list[Case]:
             for rule in ("backprop", "align_ada")
             for half in (*HALF, "narrow+bf16")
         ),
+        *(Case("wide", "none", "backprop", stage, options="narrow+bf16") for stage in range(3)),
     ]
 
 
@@ -189,7 +191,7 @@ def train(case: Case, made: Learner) -> list[float]:
 
 def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     """The case with DeepSpeed on all ranks, beside the same in the first one's process alone."""
-    zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 else {}
+    zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 and "kept" not in case.options else {}
     narrow = {"communication_data_type": "bf16"} if "narrow" in case.options else {}
     engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3 | narrow, offload=case.options == "offload")
     made = learner(case, engine, ranks)
@@ -200,6 +202,7 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     scores = made.evaluate(examples(case).images, examples(case).labels, 20)
     first = made.encoding.batch(examples(case), torch.arange(20), 0)
     cosines, psi = made.cosines(first), padded(made, ranks.size)
+    now = {f"layers.{index}.weight": made.net.current(index)[0] for index in range(len(made.net.layers))}
     if not ranks.first:
         return {}
     own = case.options == "own-moments"  # each rank's are those of a part of the batch
@@ -207,6 +210,8 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     return {
         "case": str(case), "ranks": ranks.size, "psi": psi,
         **compared(expected, found, weights, scores, cosines),
+        "exact": all(torch.equal(one, weights[name]) for name, one in now.items()),
+        "rounded": all(torch.equal(one, one.bfloat16().float()) for one in now.values()),
         "bytes": {name: count / steps(case) for name, count in counted.items()},
     }  # fmt: skip
 

@@ -96,6 +96,8 @@ def test_a_strided_convolution_to_one_column_has_numbers_of_its_own(
     for _ in range(20):
         junk = [torch.full((size,), torch.nan) for size in (64, 256, 1024, 4096, 16384)]
         del junk
+        back = conv.transpose(delta.to(dtype), weight).float()
+        torch.testing.assert_close(back, conv.transpose(delta, weight), rtol=0, atol=0.05)
         trained = weight.clone().requires_grad_()
         z = conv.compute(a.to(dtype), trained, None)
         assert z.dtype == dtype

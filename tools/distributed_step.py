@@ -45,6 +45,10 @@ NOTHING_KEPT = dict.fromkeys(
 @contextmanager
 def ranks_on(device: torch.device) -> Iterator[Ranks]:
     """All ranks of the launch, each on its GPU where ``device`` is one."""
+    if device.index is not None:
+        raise ConfigError(
+            f"--device {device}: expected cuda with --distributed, where each rank takes a GPU of its own"
+        )
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, around = True, launched()
         take_gpu(around.local if around else 0, beside())
@@ -86,16 +90,12 @@ def measured(
     )  # fmt: skip
     learner = make(engine=engine, mesh=Mesh(ranks, ranks))
     psi = padded_bytes(learner, ranks.size)
-    for _ in range(MEMORY_STEPS):
-        learner.update([batch], 1e-3)
-    peak = max(ranks.objects(resident(device) - before))
+    peak = peak_of(lambda: learner.update([batch], 1e-3), before, device, ranks)
     before = resident(device, reset=True)
     if batch.images.dtype != torch.float32:
         settings = {**settings, arguments.precision: {"enabled": True}}
     plain = plain_loop(config, batch, classes, stage, settings, ranks)
-    for _ in range(MEMORY_STEPS):
-        plain()
-    plain_peak = max(ranks.objects(resident(device) - before))
+    plain_peak = peak_of(plain, before, device, ranks)
     collective_bytes.reset()
     learner.update([batch], 1e-3)
     gathered, scattered = collective_bytes.gathered(), collective_bytes.scattered()
@@ -178,6 +178,16 @@ def plain_loop(
         ranks.totals([loss.item()], logits.device)
 
     return step
+
+
+def peak_of(step: Callable[[], object], before: int, device: torch.device, ranks: Ranks) -> int:
+    """Bytes over those of ``before`` at a peak of the first steps; on a GPU of one that tries no more algorithms."""
+    for _ in range(MEMORY_STEPS):
+        step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+    return max(ranks.objects(resident(device) - before))
 
 
 def in_turn(steps: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:

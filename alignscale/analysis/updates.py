@@ -18,8 +18,7 @@ from alignscale.types import Trace
 @torch.no_grad()
 def weight_updates(net: Network, trace: Trace, deltas: Deltas) -> Iterator[Tensor | None]:
     """The gradient that deltas and a trace give the weight of each layer of ``net``; None where it learns nothing."""
-    local = zip(net.layers, trace.inputs, net.through_norms(trace, deltas), strict=True)
-    for layer, a, delta in local:
+    for layer, a, delta in zip(net.layers, trace.inputs, net.through_norms(trace, deltas), strict=True):
         yield None if delta is None else layer.weight_gradient(a, delta)[0]
 
 
