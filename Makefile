@@ -24,7 +24,7 @@ demo:
 test:
 	@tools/setup.sh all
 	@$(python) -m compileall -q alignscale launch tools tests # once, and not in each process that a test starts
-	$(python) -m pytest -n 2 $(ARGS)
+	$(python) -m pytest -n 3 $(ARGS) # three: tests wait for processes and files, more than two cores are busy
 
 lint:
 	@tools/setup.sh all

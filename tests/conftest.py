@@ -61,7 +61,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
-    """Workers (pytest -n 2) have whole files, as a file's tests share what they wait for, in the order collected."""
+    """Workers (pytest -n 3) have whole files, as a file's tests share what they wait for, in the order collected."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
