@@ -21,10 +21,10 @@ demo:
 	@tools/setup.sh base
 	$(python) launch/compare.py experiment=demo $(ARGS)
 
-test:
+test: # by three workers, as tests wait for processes and files more than two cores are busy
 	@tools/setup.sh all
 	@$(python) -m compileall -q alignscale launch tools tests # once, and not in each process that a test starts
-	$(python) -m pytest -n 3 $(ARGS) # three: tests wait for processes and files, more than two cores are busy
+	$(python) -m pytest -n 3 $(ARGS)
 
 lint:
 	@tools/setup.sh all
