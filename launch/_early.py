@@ -9,9 +9,9 @@ from types import FrameType
 
 
 def mark_of_launch() -> Path | None:
-    """Where ranks say how they ended, in torchrun's folder of this launch on this machine; None without torchrun."""
+    """Where ranks say how they ended, in torchrun's folder of this start on this machine; None without torchrun."""
     error = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    return Path(error).parents[2] / "final" if error and error != os.devnull else None
+    return Path(error).parents[1] / "final" if error and error != os.devnull else None
 
 
 def note_final(status: int) -> None:

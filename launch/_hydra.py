@@ -114,9 +114,10 @@ def _checked(name: str, trains: bool) -> None:
 
 def not_again() -> None:
     """End as the ranks did before torchrun started them again, if it should not have (``FINAL``)."""
-    mark = mark_of_launch()
-    if mark and mark.exists():
-        sys.exit(int(mark.read_text()))
+    own = mark_of_launch()  # which a rank of this start may have made already, and waits for the first to speak
+    for mark in own.parents[1].glob("attempt_*/final") if own else ():
+        if mark != own:
+            sys.exit(int(mark.read_text()))
 
 
 def for_jobs() -> None:

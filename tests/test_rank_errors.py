@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from launches import ROOT, RUN, finished, run, torchrun
 from safetensors.torch import load_file
+from warm import PYTHON
 
 from alignscale.checkpoint import complete
 
@@ -47,6 +48,14 @@ def test_what_stops_all_ranks_is_said_once(tmp_path: Path, options: list[str], m
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
     assert f"exitcode  : {status}" in done.stderr
+
+
+def test_a_mistake_is_said_by_a_first_rank_that_comes_late() -> None:
+    """The others have met it by then, and noted that no start of torchrun's would mend it."""
+    late = f"[ $RANK = 0 ] && sleep 8; exec {PYTHON} launch/train.py net.widht=3"
+    done = finished(torchrun(2, "--no-python", "bash", "-c", late, restarts=1))
+    assert done.stderr.count("error: net.widht=3") == 1, done.stderr
+    assert done.returncode != 0
 
 
 def test_a_full_disk_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
