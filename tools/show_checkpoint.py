@@ -131,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             universal(options.export_universal, path.name, manifest["step"], tensors)
         if options.json:
             write_atomic(options.json, (json.dumps(found, indent=1) + "\n").encode())
+        for target in filter(None, (options.export, options.export_universal, options.json)):
+            print(f"written: {target}")
     except (CheckpointError, OSError) as problem:
         print(f"show_checkpoint: {problem}", file=sys.stderr)
         return 2
