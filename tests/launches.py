@@ -64,14 +64,15 @@ def result(folder: Path) -> dict[str, Any]:
 def stopped(
     ranks: int, folder: Path, number: int, *options: str, at: int = 30, torchrun_too: bool = False, restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """A run whose first rank gets a signal when it has made a checkpoint at step ``at``."""
-    given = [*usual(options), "checkpoint.every_steps=10", f"run.dir={folder}", *options]
-    command = torchrun(ranks, "launch/train.py", *given, restarts=restarts, python=sys.executable)
+    """A run whose first rank gets a signal when it has made a checkpoint at step ``at``; ranks: 0 without torchrun."""
+    given = ["launch/train.py", *usual(options), "checkpoint.every_steps=10", f"run.dir={folder}", *options]
+    command = torchrun(ranks, *given, restarts=restarts, python=sys.executable) if ranks else [sys.executable, *given]
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         wait_for(process, lambda: any(int(path.name[5:]) >= at for path in complete(folder / "checkpoints")))
-        for child in [*children(process.pid)[: ranks if torchrun_too else 1], *[process.pid] * torchrun_too]:
+        beside = children(process.pid)[: ranks if torchrun_too else 1] if ranks else []
+        for child in [*beside, *[process.pid] * (torchrun_too or not ranks)]:
             os.kill(child, number)
         out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(command, process.returncode, out, err)

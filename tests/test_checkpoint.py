@@ -91,6 +91,24 @@ def test_a_full_disk_leaves_what_was_there_and_still_asks_for_the_rest(tmp_path:
     assert (complete(tmp_path)[0] / MANIFEST).read_bytes() == before
 
 
+def test_all_is_on_the_disk_before_latest_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3, {"model": {"weight": ones(3)}}, ABOUT, 2)
+    synced: dict[str, list[Path]] = {}
+
+    def fsync(handle: int) -> None:
+        real(handle)
+        synced.setdefault((tmp_path / "latest").read_text(), []).append(Path(f"/proc/self/fd/{handle}").readlink())
+
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(tmp_path, 4, {"model": {"weight": ones(3)}, "other": {"a": ones(2)}}, ABOUT, 2)
+    before = [path.relative_to(tmp_path) for path in synced.pop("step-000000003")]
+    partial, latest = Path(".step-000000004.partial"), Path(f".latest.{os.getpid()}.partial")
+    sealed = partial / f".{MANIFEST}.{os.getpid()}.partial"
+    assert before == [partial / "model.safetensors", partial / "other.safetensors", sealed, partial, Path(), latest]
+    assert synced == {"step-000000004": [tmp_path]}
+
+
 def test_bytes_that_the_disk_gives_back_otherwise_are_no_checkpoint(tmp_path: Path) -> None:
     """A byte of the first weight is another one on the disk before the second weight comes."""
     save(tmp_path, 3, {"model": {"weight": ones(3)}}, ABOUT, 2)

@@ -12,6 +12,7 @@ import torch
 from cases import RULE_NAMES
 from launches import ROOT, RUN, alone, finished, result, run, stopped, torchrun
 from run_cases import weights
+from warm import PYTHON
 
 from alignscale.choices import ConfigError, DeepSpeedConfig
 from tools import evaluate as tool
@@ -167,16 +168,37 @@ def test_one_command_trains_on_two_ranks_to_the_result_of_one_in_one_folder(tmp_
         assert mine["train_loss"] == (other["train_loss"] and pytest.approx(other["train_loss"], rel=1e-5))
         assert mine["update_cosine"] == pytest.approx(other["update_cosine"], abs=1e-5)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("two", "one")]
-    assert len(lines[0]) == len(lines[1])
+    for mine, other in zip(*(map(json.loads, one) for one in lines), strict=True):  # each written once
+        assert mine.keys() == other.keys()
+        if mine["kind"] == "train":  # the others' numbers were compared above
+            own = {
+                **other,
+                "examples_per_second": mine["examples_per_second"],
+                "loss": pytest.approx(other["loss"], rel=1e-5),
+            }
+            assert mine == own
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     assert tool.scores(tmp_path / "two", "last", ["test"], None)[0]["accuracy"] == ours["test"]["accuracy"]
 
 
+def test_logits_at_each_step_of_a_sequence_train_on_ranks_as_in_one_process(tmp_path: Path) -> None:
+    options = ["data=add", "net=rnn", "net.readout=every", "net.width=16", "optim.lr=0.002", "epochs=2"]
+    two = [*options, "engine=deepspeed", "engine.zero_stage=3", f"run.dir={tmp_path / 'two'}"]
+    for command in (
+        torchrun(2, "launch/train.py", *two),
+        [PYTHON, "launch/train.py", *options, f"run.dir={tmp_path}/one"],
+    ):
+        done = finished(command)
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (result(tmp_path / name)["test"]["loss"] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 CHANGES = {
-    "sgd": ((3, 3, (2, 0)), (0, 2, (4, 3)), (2, 2, (3, 1)), (1, 2, (0, 0))),
+    "sgd": ((3, 3, (2, 0)), (0, 2, (4, 3)), (2, 2, (3, 1)), (1, 2, (0, 0)), (0, 0, (2, 3))),
     "adam": ((3, 3, (2, 2)), (1, 2, (3, 0))),
 }
-"""Stage and ranks, and after them ranks (0: one process without DeepSpeed) and stage."""
+"""Stage and ranks (0: one process without DeepSpeed), and after them ranks and stage."""
 
 
 @pytest.mark.parametrize("optim", CHANGES)
@@ -188,7 +210,8 @@ def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoi
     expected = torch.cat([one.flatten() for one in weights(tmp_path / "whole").values()])
     for stage, ranks, (more, other) in CHANGES[optim]:
         folder = tmp_path / f"{stage}-{ranks}"
-        first = stopped(ranks, folder, signal.SIGTERM, *options, "engine=deepspeed", f"engine.zero_stage={stage}")
+        engine = ["engine=deepspeed", f"engine.zero_stage={stage}"] if ranks else ["threads=1"]
+        first = stopped(ranks, folder, signal.SIGTERM, *options, *engine)
         assert "stopped by signal 15" in first.stderr, first.stderr
         how = [*options, "checkpoint.every_steps=10", f"run.dir={folder}"]
         again = run(more, *how, "engine=deepspeed", f"engine.zero_stage={other}") if more else alone(*how)
