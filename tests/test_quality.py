@@ -73,9 +73,17 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in PACKAGE}
 
 
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax; once more where Python before 3.11.8 has lost count of its depth (gh-106905)."""
+    try:
+        return ast.parse(path.read_text())
+    except SystemError:
+        return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every name that a file imports, wherever in the file, with the module that it comes from."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -150,7 +158,7 @@ def code_lines(path: Path) -> int:
     """Lines that hold code: without blank lines, comments and docstrings, as cloc counts them."""
     text = path.read_text()
     quoted: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             quoted |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     empty = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
