@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.torch_autocast import is_autocast_initialized
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError
@@ -109,11 +110,10 @@ def attend(net: Network, dtype: torch.dtype) -> None:
         weight, bias = net.layers[index].held
         return whole_weight(weight, 3), None if bias is None else whole_weight(bias, 3)
 
-    autocast = importlib.import_module("deepspeed.runtime.torch_autocast").is_autocast_initialized()
     for parameter in net.parameters():
         if parameter.requires_grad:  # of another one the whole value is what is there, perhaps still from a pass
             parameter.register_post_accumulate_grad_hook(withdraw)
-            if not autocast:  # by an engine of another's in this process: gradients would go in this precision too
+            if not is_autocast_initialized():  # as by another's engine here: gradients would be summed in it too
                 parameter.comm_dtype = dtype  # type: ignore[attr-defined]
     for norm in net.norms:  # which have no parameter, and whose hooks take as long as a layer's
         norm._forward_pre_hooks.clear()

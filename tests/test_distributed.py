@@ -295,6 +295,42 @@ def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None
     assert done.stdout.count("Psi, the padded bytes") == 1
 
 
+def test_bench_step_measures_half_precision_and_refuses_what_has_no_effect(tmp_path: Path) -> None:
+    options = [
+        "--distributed",
+        "--device",
+        "cpu",
+        "--net",
+        "mlp",
+        "--width",
+        "64",
+        "--depth",
+        "2",
+        "--precision",
+        "bf16",
+    ]
+    measured = [
+        *options,
+        "--rules",
+        "align_ada",
+        "--repeats",
+        "2",
+        "--stages",
+        "3",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    done = finished(torchrun(2, "tools/bench_step.py", *measured))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["precision"], row["all_gather_psi"], row["reduce_scatter_psi"]) for row in found] == [
+        ("bf16", 1.0, 1.0), ("bf16", 0.5, 1.0),
+    ]  # fmt: skip
+    refused = finished([PYTHON, "tools/bench_step.py", *options, "--parallel-width", "2"])
+    assert refused.returncode == 2
+    assert "--precision: has no effect with --distributed; leave it out" in refused.stderr
+
+
 def test_a_grid_of_runs_trains_on_two_ranks_with_one_report(tmp_path: Path) -> None:
     options = ["net=mlp", "epochs=1", "log.progress=false"]
     options += ["compare.widths=[4,8]", "compare.rules=[backprop,align_ada]"]

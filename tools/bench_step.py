@@ -47,8 +47,8 @@ SHAPES = {"mlp": (1, 8, 8), "conv3": (1, 8, 8), "conv7": (3, 16, 16), "imagenet_
 TIERS = ("device", "host", "disk")
 BUILDS = 5
 """Rounds in which the making of a cache is timed."""
-ALONE = {"norm": "none", "jacobian": ["live"], "dtype": "fp32", "tier": ["host"], "unfused": False, "no_graph": False}
-FOR_ZERO = {"frozen": "stored", "precision": "fp32", "device": "cpu"}
+UNUSED = {"norm": "none", "jacobian": ["live"], "dtype": "fp32", "tier": ["host"], "unfused": False, "no_graph": False}
+UNUSED_BY_WIDTH = {"frozen": "stored", "precision": "fp32", "device": "cpu"}
 """Options without effect with --distributed, and with --parallel-width too: what they may be."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
@@ -99,7 +99,7 @@ def distributed(arguments: argparse.Namespace) -> int:
     """The ranks of torchrun together; the first one writes."""
     from distributed_step import distributed_table, ranks_on, rows  # counts collectives from its import on
 
-    for option, default in {**ALONE, **(FOR_ZERO if arguments.parallel_width else {})}.items():
+    for option, default in {**UNUSED, **(UNUSED_BY_WIDTH if arguments.parallel_width else {})}.items():
         if getattr(arguments, option) not in (None, "auto", default):
             raise ConfigError(f"--{option.replace('_', '-')}: has no effect with --distributed; leave it out")
     torch.set_num_threads(arguments.threads or 1)
