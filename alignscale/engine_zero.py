@@ -118,6 +118,8 @@ def attend(net: Network, dtype: torch.dtype) -> None:
     for norm in net.norms:  # which have no parameter, and whose hooks take as long as a layer's
         norm._forward_pre_hooks.clear()
         norm._forward_hooks.clear()
+    for layer in net.layers:
+        layer.rounds_again = True  # or the copy would outlive what was released
     net.current, net.width = current, replace(net.width, overlap=False)
 
 

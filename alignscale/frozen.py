@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alignscale.distributed import ALONE, Ranks
 from alignscale.initial import VERSION, Stream, normal, quantiles
-from alignscale.nets.layers import laid_out
+from alignscale.nets.functions import laid_out
 from alignscale.nets.network import Deltas, Network
 from alignscale.nets.norms import ALL, CalibratedNorm
 from alignscale.parallel import Mesh, Share

@@ -41,7 +41,7 @@ from alignscale.evaluate import evaluate
 from alignscale.frozen import WHOLE, Fixed, calibrate, initial_weight, initialise
 from alignscale.loss import make_loss, right
 from alignscale.nets import build
-from alignscale.nets.layers import laid_out
+from alignscale.nets.functions import laid_out
 from alignscale.nets.norms import BatchNorm
 from alignscale.parallel import Mesh
 from alignscale.rules import RULES, make_rule

@@ -202,7 +202,8 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     scores = made.evaluate(examples(case).images, examples(case).labels, 20)
     first = made.encoding.batch(examples(case), torch.arange(20), 0)
     cosines, psi = made.cosines(first), padded(made, ranks.size)
-    now = {f"layers.{index}.weight": made.net.current(index)[0] for index in range(len(made.net.layers))}
+    now = {f"layers.{index}.weight": made.net.current(index)[0].clone() for index in range(len(made.net.layers))}
+    copies = copied(made, first) if case in traffic() else 0
     if not ranks.first:
         return {}
     own = case.options == "own-moments"  # each rank's are those of a part of the batch
@@ -212,13 +213,27 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
         **compared(expected, found, weights, scores, cosines),
         "exact": all(torch.equal(one, weights[name]) for name, one in now.items()),
         "rounded": all(torch.equal(one, one.bfloat16().float()) for one in now.values()),
+        "copies": copies,
         "bytes": {name: count / steps(case) for name, count in counted.items()},
     }  # fmt: skip
 
 
+def copied(made: Learner, batch: Batch) -> int:
+    """How many weights, whole, the graph of a step keeps till its way back, beside the parameters themselves."""
+    shapes, found = {tuple(sorted(layer.shape)) for layer in made.net.layers}, []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tuple(sorted(tensor.shape)) in shapes and not (tensor.is_leaf and tensor.requires_grad))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made.update([batch], made.lr)
+    return sum(found)
+
+
 def model_of(made: Learner) -> dict[str, torch.Tensor]:
     """Whole weights and norms on the first rank; a collective of all."""
-    return {name: make() for name, make in made.engine.state()["model"].items()}
+    return {name: make().clone() for name, make in made.engine.state()["model"].items()}
 
 
 def alone(case: Case) -> dict[str, Any]:

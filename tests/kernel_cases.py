@@ -12,7 +12,7 @@ from torch import Tensor
 from alignscale import kernels
 from alignscale.initial import Stream, normal, quantiles
 from alignscale.jacobian.gates import pack
-from alignscale.nets.layers import _Rectified
+from alignscale.nets.functions import rectified
 from alignscale.nets.network import contract
 from alignscale.types import Jacobian
 
@@ -74,7 +74,7 @@ def test_scale_bias_and_relu_are_those_of_torch(site: tuple[int, ...], biased: b
     z, bias = random(4, *site).requires_grad_(), random(site[0], seed=1).requires_grad_() if biased else None
     apart = None if bias is None else bias.view(-1, *[1] * (len(site) - 1))
     expected = torch.relu(z * 0.37 if apart is None else z * 0.37 + apart)
-    found = _Rectified.apply(z, bias, 0.37)
+    found = rectified(z, bias, 0.37)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     wanted = [one for one in (z, bias) if one is not None]
     gradients = [torch.autograd.grad(one, wanted, random(4, *site, seed=2)) for one in (found, expected)]

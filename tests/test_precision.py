@@ -108,6 +108,36 @@ def test_a_strided_convolution_to_one_column_has_numbers_of_its_own(
             assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("net", ["mlp", "conv3", "conv_stride4", "rnn"])
+def test_backprop_that_rounds_weights_again_keeps_no_copy_and_has_the_same_gradient(net: str, precision: str) -> None:
+    """As under ZeRO 3; and in one process no copy of a recurrent weight for each step."""
+    dice = torch.Generator().manual_seed(0)
+    images = torch.randn(7, *NETS[net][1], generator=dice)
+    labels = torch.randint(3, (7,), generator=dice)
+    found, copies = [], []
+    for again in (None, True, False):
+        made = learner(Case(net, "none"), "backprop", precision, images)
+        for layer in made.net.layers if again is not None else ():
+            layer.rounds_again = again
+        saved: list[torch.Tensor] = []
+
+        def pack(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found.append(updates(made, batch_of(made, images, labels, 7)))
+        shapes = [sorted(layer.shape) for layer in made.net.layers]
+        copies.append(sum(not (one.is_leaf and one.requires_grad) and sorted(one.shape) in shapes for one in saved))
+    kept = len(shapes) - (net == "mlp")  # whose first layer has an input without gradient
+
+    assert copies == ([1, 0, 4] if net == "rnn" else [kept, 0, kept])  # 4 steps
+    for one in zip(*found, strict=True):
+        for other in one[1:]:
+            torch.testing.assert_close(one[0], other, rtol=2e-2, atol=2e-2 * float(one[0].abs().max()))
+
+
 @pytest.mark.parametrize(("precision", "least"), [("fp16", 0.9999), ("bf16", 0.999)])
 @pytest.mark.parametrize("rule", ["backprop", "align_ada", "align_zero", "feedback_alignment"])
 def test_with_norm_batch_no_direction_is_lost_on_the_way_back(

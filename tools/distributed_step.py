@@ -31,7 +31,7 @@ from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, LocalCo
 from alignscale.distributed import Ranks, beside, joined, launched
 from alignscale.environment import hardware, take_gpu
 from alignscale.learner import PRECISIONS, Learner
-from alignscale.nets.layers import laid_out
+from alignscale.nets.functions import laid_out
 from alignscale.parallel import Mesh
 from alignscale.types import Batch
 

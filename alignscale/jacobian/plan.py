@@ -21,7 +21,8 @@ from torch import Tensor
 from alignscale.distributed import Ranks
 from alignscale.environment import recording_stream
 from alignscale.jacobian.form import DTYPES, Form, bytes_of, reads_bits
-from alignscale.nets.layers import Conv, Layer, Linear, laid_out
+from alignscale.nets.functions import laid_out
+from alignscale.nets.layers import Conv, Layer, Linear
 from alignscale.nets.network import Network
 
 SAMPLE_FLOP, SAMPLE_BYTES, REPEATS = {"cpu": 2e10, "cuda": 4e12}, {"cpu": 2**26, "cuda": 2**29}, 5

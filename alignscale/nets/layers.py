@@ -10,7 +10,8 @@ A layer computes in the precision of what it reads; its weight and the gradient 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from alignscale.environment import gpu_kernels
+from alignscale.nets.functions import Back, laid_out, padded, rectified, resized, rounded_again, summed, times
 from alignscale.parallel import Share
 
 
@@ -64,6 +66,8 @@ class Layer(nn.Module, ABC):
     bias: nn.Parameter | None
     rectifies = False
     """Whether relu follows at once, which a GPU makes in the pass that adds the bias."""
+    rounds_again = False
+    """Whether backprop in half precision rounds the weight once more on its way back, and keeps no copy till then."""
 
     def __init__(
         self, shape: tuple[int, ...], bias: bool, gain: float, parameterisation: str, share: Share | None = None
@@ -97,12 +101,18 @@ class Layer(nn.Module, ABC):
     def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """scale * sum over examples of delta a^T, and the bias's sum of delta, both times ``factor``."""
 
+    def _mapped(self, a: Tensor, weight: Tensor, there: Callable[[Tensor, Tensor], Tensor], back: Back) -> Tensor:
+        if a.dtype == weight.dtype or not (self.rounds_again and torch.is_grad_enabled()):
+            return there(a, weight.to(a.dtype))
+        return rounded_again(a, weight, there, back)
+
     def _scaled_and_shifted(self, z: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(z.dtype)
         if self.rectifies and gpu_kernels(z):
-            found: Tensor = _Rectified.apply(z, None if bias is None else bias.flatten(), self.scale)
-            return found
-        z = _scaled(z, self.scale) if bias is None else torch.add(bias, z, alpha=self.scale)
+            return rectified(z, bias, self.scale)
+        if bias is not None and z.dim() == 4:
+            bias = bias.view(-1, 1, 1)
+        z = times(z, self.scale) if bias is None else torch.add(bias, z, alpha=self.scale)
         return torch.relu(z) if self.rectifies and z.is_cuda else z
 
     def port(self, a: Tensor, delta: Tensor, unscale: Tensor | None = None) -> Tensor:
@@ -128,22 +138,18 @@ class Linear(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out)."""
-        z = F.linear(a, weight.to(a.dtype))
+        z = self._mapped(a, weight, F.linear, _linear_back)
         return self._scaled_and_shifted(z if self.total is None else self.total(z), bias)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""
-        return _scaled(delta, self.scale) @ weight.to(delta.dtype)
+        return times(delta, self.scale) @ weight.to(delta.dtype)
 
     def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(out, in) and (out,)."""
         delta = delta.flatten(0, -2)
-        scaled, a = _scaled(delta, self.scale * factor).T, a.flatten(0, -2)
-        if delta.is_cuda and delta.dtype in (torch.float16, torch.bfloat16):  # in fp32, as it is summed
-            gradient = torch.mm(scaled, a, out_dtype=torch.float32)
-        else:
-            gradient = scaled @ a
-        return gradient, None if self.held[1] is None else _scaled(delta.sum(0), factor)
+        gradient = summed(times(delta, self.scale * factor), a.flatten(0, -2))
+        return gradient, None if self.held[1] is None else times(delta.sum(0), factor)
 
 
 class Conv(Layer):
@@ -175,26 +181,30 @@ class Conv(Layer):
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
-        maps, weight = self._safe(laid_out(self._padded(a))), self._safe(weight.to(a.dtype))
-        z = F.conv2d(maps, weight, stride=self.stride, padding=self.padding).to(a.dtype)
-        return self._scaled_and_shifted(z, None if bias is None else bias[:, None, None])
+        whole = laid_out(self._padded(a))
+        maps = self._safe(whole)
+        weight = weight if maps is whole else weight.to(a.dtype).float()
+        there = partial(F.conv2d, stride=self.stride, padding=self.padding)
+        back = partial(_conv_back, stride=self.stride, padding=self.padding)
+        z = self._mapped(maps, weight, there, back).to(a.dtype)
+        return self._scaled_and_shifted(z, bias)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
         # the scale goes to the weight, and below to the gradient: they are far smaller than a batch of maps
-        scaled = laid_out(_scaled(weight.to(delta.dtype), self.scale))
+        scaled = laid_out(times(weight.to(delta.dtype), self.scale))
         signal = F.conv_transpose2d(laid_out(delta), scaled, None, self.stride, self.padding, self.rest)
         # cropped into a contiguous tensor, which elementwise kernels read ten times faster than a view
-        return _resized(signal, [-n for n in self.extra]) if any(self.extra) else signal
+        return resized(signal, [-n for n in self.extra]) if any(self.extra) else signal
 
     def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(out, in, k, k) and (out,)."""
         shape = (delta.shape[1], *self.shape[1:])  # fewer rows of the weight have a gradient of their own
         narrow = delta.dtype == torch.float16  # whose range the sums over a batch of maps would leave without the scale
-        scaled = _scaled(delta, self.scale) if narrow else delta
+        scaled = times(delta, self.scale) if narrow else delta
         maps, scaled = self._safe(laid_out(self._padded(a))), self._safe(laid_out(scaled))
         gradient = conv2d_weight(maps, shape, scaled, self.stride, self.padding)
-        return _scaled(gradient, factor if narrow else self.scale * factor), _scaled(delta.sum((0, 2, 3)), factor)
+        return times(gradient, factor if narrow else self.scale * factor), times(delta.sum((0, 2, 3)), factor)
 
     def _safe(self, maps: Tensor) -> Tensor:
         """In fp32 where oneDNN (3.12, bf16 with AMX) reads memory not its own: strides to maps of one column."""
@@ -204,8 +214,7 @@ class Conv(Layer):
     def _padded(self, a: Tensor) -> Tensor:
         if a.shape[1:] != self.inputs:
             self.fit(tuple(a.shape[1:]))
-        padded: Tensor = _Pad.apply(a, self.extra) if any(self.extra) else a
-        return padded
+        return padded(a, self.extra) if any(self.extra) else a
 
 
 class State(Layer):
@@ -226,64 +235,20 @@ class State(Layer):
 
     def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Delta itself; rows that a partial batch has not used have 0."""
-        return F.pad(_scaled(delta, factor), (0, 0, 0, self.shape[0] - len(delta))), None
+        return F.pad(times(delta, factor), (0, 0, 0, self.shape[0] - len(delta))), None
 
 
-class _Pad(torch.autograd.Function):
-    """``_resized`` by sides that are not negative, with its transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, sides: tuple[int, ...]) -> Tensor:
-        ctx.sides = sides
-        return _resized(maps, sides)
-
-    @staticmethod
-    def backward(ctx: Any, *signal: Tensor) -> tuple[Tensor, None]:
-        return _resized(signal[0], [-n for n in ctx.sides]), None
+def _linear_back(delta: Tensor, a: Tensor, weight: Tensor, signal: bool) -> tuple[Tensor | None, Tensor]:
+    return delta @ weight if signal else None, summed(delta.flatten(0, -2), a.flatten(0, -2))
 
 
-class _Rectified(torch.autograd.Function):
-    """relu(scale * z + bias) in one pass over z (B, units) or (B, C, H, W); bias (units,) or (C,)."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        found: Tensor = gpu_kernels().rectified(z, scale, bias)
-        ctx.scale, ctx.biased = scale, bias is not None
-        ctx.save_for_backward(found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *signal: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        delta = torch.ops.aten.threshold_backward(signal[0], *ctx.saved_tensors, 0)
-        others = [axis for axis in range(delta.dim()) if axis != 1]
-        return _scaled(delta, ctx.scale), delta.sum(others) if ctx.biased else None, None
-
-
-def _resized(maps: Tensor, sides: Sequence[int]) -> Tensor:
-    """Maps with columns (left, right) and rows (top, bottom) of 0 more, or fewer of their own."""
-    together = 8 // maps.element_size()
-    if not maps.is_cuda or maps.shape[1] % together:
-        return F.pad(maps, sides)
-    moved = laid_out(maps).permute(0, 2, 3, 1).view(torch.int64)  # so many channels in one move of a GPU's thread
-    if min(sides) < 0:
-        return F.pad(moved, (0, 0, *sides)).view(maps.dtype).permute(0, 3, 1, 2)
-    batch, height, width, groups = moved.shape
-    left, right, top, bottom = sides
-    padded = moved.new_empty(batch, top + height + bottom, left + width + right, groups)
-    for lines in (padded[:, :top], padded[:, top + height :], padded[:, :, :left], padded[:, :, left + width :]):
-        if lines.numel():
-            lines.zero_()
-    padded[:, top : top + height, left : left + width] = moved
-    return padded.view(maps.dtype).permute(0, 3, 1, 2)
-
-
-def laid_out(maps: Tensor) -> Tensor:
-    """Maps (B, C, H, W), or the weight of a convolution, as its device reads them fastest: on a GPU channels last."""
-    return maps.contiguous(memory_format=torch.channels_last) if maps.is_cuda and maps.dim() == 4 else maps
-
-
-def _scaled(delta: Tensor, scale: Tensor | float) -> Tensor:
-    return delta if isinstance(scale, float) and scale == 1.0 else delta * scale
+def _conv_back(
+    delta: Tensor, maps: Tensor, weight: Tensor, signal: bool, stride: int, padding: tuple[int, int]
+) -> tuple[Tensor | None, Tensor]:
+    found, gradient, _ = torch.ops.aten.convolution_backward(
+        delta, maps, weight, None, (stride, stride), padding, (1, 1), False, (0, 0), 1, (signal, True, False)
+    )
+    return found, gradient
 
 
 def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class RNN(Network):
             Linear((units, units), False, gain, parameterisation, width.share(0)),
             Linear((classes, units), True, gain, parameterisation, width.share(1)),
         ]
+        layers[RECURRENT].rounds_again = True
         if config.initial_state == "trained":
             layers.append(State(batch, units))
         super().__init__(config, layers, [(steps, units)], width)
