@@ -107,6 +107,8 @@ class DeepSpeedEngine(Engine):
         self.counts = isinstance(optim, AdamConfig)
         momentum = ["momentum_buffer"] if isinstance(optim, SGDConfig) and optim.momentum else []
         self.keys = ["exp_avg", "exp_avg_sq"] if self.counts else momentum
+        if self.stage and dtype.itemsize == 2:
+            zero.narrow(self.engine.optimizer, rule.net, dtype, self.stage)
         if self.stage == 3:
             zero.attend(rule.net, dtype)
         if optim.weight_decay and optim.decay_towards == "initial":

@@ -45,8 +45,8 @@ def initial_weight(
     In the precision of the network's weights, rounded to ``dtype`` if one is given.
     """
     layer, weight = net.layers[index], net.layers[index].held[0]
-    dtype, plain = dtype or weight.dtype, layer.initial_std == 1.0
-    made = dtype if plain else weight.dtype
+    dtype, plain = dtype or layer.precision, layer.initial_std == 1.0
+    made = dtype if plain else layer.precision
     numbers = _own(layer.share, seed, stream, index, layer.whole, draw, weight.device, made)
     return numbers if plain else numbers.mul_(layer.initial_std).to(dtype)
 
@@ -137,8 +137,8 @@ class Fixed:
             shape, readout = net.direct_shapes[site], net.layers[net.readout]
             whole, weight = (*shape, readout.shape[0]), readout.held[0]
             share = net.width.share(len(shape) - 1 if net.recurrent else 0)
-            numbers = _own(share, seed, Stream.DIRECT_FEEDBACK, site, whole, 0, weight.device, weight.dtype)
-            return numbers.div_(math.sqrt(math.prod(shape))).to(dtype or weight.dtype)
+            numbers = _own(share, seed, Stream.DIRECT_FEEDBACK, site, whole, 0, weight.device, readout.precision)
+            return numbers.div_(math.sqrt(math.prod(shape))).to(dtype or readout.precision)
 
         def magnitude(index: int, draw: int) -> Tensor:
             return initial_weight(net, seed, index, Stream.MAGNITUDE, draw).abs_()
@@ -152,7 +152,7 @@ def _partitioned(net: Network, whole: Weight, dtype: torch.dtype | None, ranks: 
 
     @functools.cache
     def part(index: int) -> Tensor:
-        flat = whole(index).to(dtype or net.layers[index].held[0].dtype).flatten()
+        flat = whole(index).to(dtype or net.layers[index].precision).flatten()
         length = -(-len(flat) // ranks.size)
         own = flat[ranks.rank * length : (ranks.rank + 1) * length]
         return torch.nn.functional.pad(own, (0, length - len(own)))

@@ -25,6 +25,7 @@ def check_memory(config: TrainConfig, train: Split, device: torch.device, engine
     stage, share = getattr(engine, "zero_stage", 0), 1 / mesh.data.size
     frozen = 0 if config.rule.name in CURRENT else {"stored": 1, "partitioned": share}.get(config.frozen.weights, 0)
     weight, gradient = share if stage == 3 else 1, share if stage >= 2 else 1
+    weight *= dtype.itemsize / master.itemsize if stage else 1  # of which the optimizer has one in full precision
     pulled = config.optim.weight_decay > 0 and config.optim.decay_towards == "initial"
     optimizer = share * (states + 1 + pulled) if stage else states + pulled
     if getattr(engine, "offload", False) and device.type == "cuda":

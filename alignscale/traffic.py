@@ -120,11 +120,11 @@ def _weights(plan: Plan, layer: int, shape: tuple[int, ...]) -> list[Exchange]:
     size = sum(plan.data * -(-part // plan.data) for part in parts) * MASTER
     if plan.stage == 0:
         return [Exchange(layer, "gradients", "all_reduce", "data", 1, size)]
+    once = size * plan.itemsize // MASTER  # as layers compute
     if plan.stage < 3:
         gradients = Exchange(layer, "gradients", "reduce_scatter", "data", 1, size)
-        return [gradients, Exchange(layer, "weights", "all_gather", "data", 1, size)]
-    once = size * plan.itemsize // MASTER  # as layers compute; the signs of sign_symmetric are of fp32 weights
-    again = {"backprop": once, "sign_symmetric": size}.get(plan.rule, 0)
+        return [gradients, Exchange(layer, "weights", "all_gather", "data", 1, once)]
+    again = {"backprop": once, "sign_symmetric": size}.get(plan.rule, 0)  # signs are of fp32 weights
     return [
         Exchange(layer, "weights", "all_gather", "data", (1 + bool(again)) * len(parts), once + again),
         Exchange(layer, "gradients", "reduce_scatter", "data", len(parts), size),

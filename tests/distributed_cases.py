@@ -203,6 +203,8 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     first = made.encoding.batch(examples(case), torch.arange(20), 0)
     cosines, psi = made.cosines(first), padded(made, ranks.size)
     now = {f"layers.{index}.weight": made.net.current(index)[0].clone() for index in range(len(made.net.layers))}
+    narrow = case.stage in (1, 2) and made.encoding.dtype.itemsize == 2  # what layers read there
+    assert all(one.dtype == (made.encoding.dtype if narrow else torch.float32) for one in now.values())
     copies = copied(made, first) if case in traffic() else 0
     if not ranks.first:
         return {}
@@ -211,8 +213,8 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     return {
         "case": str(case), "ranks": ranks.size, "psi": psi,
         **compared(expected, found, weights, scores, cosines),
-        "exact": all(torch.equal(one, weights[name]) for name, one in now.items()),
-        "rounded": all(torch.equal(one, one.bfloat16().float()) for one in now.values()),
+        "exact": all(torch.equal(one, weights[name].to(one.dtype)) for name, one in now.items()),
+        "rounded": all(torch.equal(weights[name], weights[name].bfloat16().float()) for name in now),
         "copies": copies,
         "bytes": {name: count / steps(case) for name, count in counted.items()},
     }  # fmt: skip

@@ -63,7 +63,7 @@ def test_every_rule_net_and_stage_trains_to_the_local_engines_result(ranks: int,
     assert {"mlp", "conv3", "conv7", "rnn", "none", "batch", "calibrated", *RULE_NAMES, *STAGES} <= words
     assert {"adam", "decay", "clip", "adamw", "partitioned", "regenerated", "offload", "bf16", "fp16", "few"} <= words
     check_equal(found)
-    for row in found:  # what is read of weights is fp32, however they are gathered
+    for row in found:  # a checkpoint's weights are fp32, whatever the layers read
         assert row["exact"], row
         assert not row["rounded"], row
 
@@ -97,11 +97,15 @@ def test_align_needs_the_current_weights_once_and_backprop_twice(ranks: int, row
 
 
 @pytest.mark.timeout(1200)
-def test_gradients_are_summed_in_bf16_where_deepspeed_is_told_to(rows: Callable[..., Any]) -> None:
+def test_weights_are_gathered_in_bf16_and_gradients_summed_in_it_where_deepspeed_is_told_to(
+    rows: Callable[..., Any],
+) -> None:
     found = [row for row in rows(2) if "narrow" in row["case"] and "zero3" not in row["case"]]
     assert len(found) == 3
     for row in found:  # whole gradients at each of these stages, on gloo
         assert row["bytes"]["all_reduce"] / row["psi"] == pytest.approx(0.5, rel=0.01), row
+        gathered = 0 if "zero0" in row["case"] else 0.5  # weights too, after the update
+        assert row["bytes"].get("all_gather_into_tensor", 0) / row["psi"] == pytest.approx(gathered, abs=0.01), row
 
 
 def test_our_options_become_deepspeeds() -> None:

@@ -112,7 +112,7 @@ def measured(
         "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": reduced / psi,
         "peak_bytes": peak, "plain_peak_bytes": plain_peak,
         "calculated_bytes": calculated_bytes(
-            psi, ranks.size, stage, rule, psi * batch.images.itemsize // 4 if arguments.frozen == "stored" else 0
+            psi, ranks.size, stage, rule, batch.images.itemsize, arguments.frozen == "stored"
         ),
         "seconds_median": statistics.median(seconds[rule]),
         "ratio_to_plain": statistics.median(a / b for a, b in zip(seconds[rule], seconds["plain"], strict=True)),
@@ -207,13 +207,13 @@ def padded_bytes(learner: Learner, ranks: int) -> int:
     return sum(4 * ranks * -(-size // ranks) for size in sizes)
 
 
-def calculated_bytes(psi: int, ranks: int, stage: int, rule: str, stored: int) -> int:
+def calculated_bytes(psi: int, ranks: int, stage: int, rule: str, itemsize: int, stored: bool) -> int:
     """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and initial or random weights if stored."""
-    share = psi / ranks
+    share, narrow = psi / ranks, itemsize / 4
     weights, gradient = share if stage == 3 else psi, share if stage >= 2 else psi
     copy = share if stage else 0
-    frozen = stored if rule.startswith("align") or rule == "feedback_alignment" else 0
-    return round(weights + gradient + copy + frozen)
+    frozen = psi * narrow if stored and (rule.startswith("align") or rule == "feedback_alignment") else 0
+    return round(weights * (narrow if stage else 1) + gradient + copy + frozen)
 
 
 def resident(device: torch.device, reset: bool = False) -> int:

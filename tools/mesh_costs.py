@@ -43,7 +43,7 @@ def memory(plan: Plan) -> dict[str, int]:
     traces = 2 if plan.rule == "align_ada" and plan.jacobian == "live" else 1
     activations = sum(one.inputs for one in every) + sum(one.outputs for one in every[:-1])
     return {
-        "weights": share if plan.stage == 3 else psi,
+        "weights": (share if plan.stage == 3 else psi) * (plan.itemsize if plan.stage else MASTER) // MASTER,
         "gradients": share if plan.stage >= 2 else psi,
         "fp32 copy": share if plan.stage else 0,
         "optimizer": plan.states * (share if plan.stage else psi),

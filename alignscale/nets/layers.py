@@ -31,15 +31,15 @@ class _WeightGradient(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor | None, layer: "Layer", a: Tensor, delta: Tensor, unscale: Tensor | None
     ) -> Tensor:
-        ctx.layer, ctx.dtype, ctx.unscale = layer, weight.dtype, unscale
+        ctx.layer, ctx.unscale = layer, unscale
         ctx.save_for_backward(a, delta)
-        return weight.new_zeros(())
+        return weight.new_zeros((), dtype=layer.precision)
 
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         a, delta = ctx.saved_tensors
         gradients = ctx.layer.weight_gradient(a, delta, scale[0] if ctx.unscale is None else 1.0)
-        gradients = tuple(None if one is None else one.to(ctx.dtype) for one in gradients)
+        gradients = tuple(None if one is None else one.to(ctx.layer.precision) for one in gradients)
         for one in gradients if ctx.unscale is not None else ():
             if one is not None:
                 one.mul_(scale[0] * ctx.unscale)
@@ -84,6 +84,11 @@ class Layer(nn.Module, ABC):
         self.weight = nn.Parameter(torch.zeros(self.shape))
         self.bias = nn.Parameter(torch.zeros(self.shape[0])) if bias else None
         self.held = (self.weight, self.bias)  # for who must not ask for them as attributes, which ZeRO 3 watches
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the weight that the optimizer updates, and of its gradient; the layer's own may be rounded."""
+        return self.held[0].grad_dtype or self.held[0].dtype
 
     def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
