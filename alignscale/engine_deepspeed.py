@@ -1,7 +1,7 @@
 """The DeepSpeed engine: the same rule, the same three calls, on one rank or on many, with ZeRO 0 to 3.
 
-It stands alone because it is loaded only where it runs. Weights, gradients and optimizer are fp32 here; a layer
-computes in the precision of what it reads, as in one process.
+It stands alone because it is loaded only where it runs. Gradients, and the weights that the optimizer has, are fp32;
+what layers read of these is in the precision that they compute in.
 """
 
 import logging
@@ -110,7 +110,7 @@ class DeepSpeedEngine(Engine):
         if self.stage and dtype.itemsize == 2:
             zero.narrow(self.engine.optimizer, rule.net, dtype, self.stage)
         if self.stage == 3:
-            zero.attend(rule.net, dtype)
+            zero.attend(rule.net)
         if optim.weight_decay and optim.decay_towards == "initial":
             pull_to_start(zero.inner(self.engine, self.stage), zero.partitions(self.engine, self.stage), optim)
 
@@ -171,5 +171,6 @@ class DeepSpeedEngine(Engine):
                 zero.set_state(self.engine, parameter, key, value, self.stage)
 
     def _shared(self, whole: Tensor | None, like: Tensor, name: str) -> Tensor:
-        own = like.new_empty(getattr(like, "ds_shape", like.shape))
+        shape = getattr(like, "ds_shape", like.shape)
+        own = like.new_empty(shape, dtype=like.grad_dtype)  # layers may have it rounded
         return self.mesh.part(whole, self.shares[name], own)

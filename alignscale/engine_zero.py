@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.torch_autocast import is_autocast_initialized
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError
@@ -98,7 +97,7 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, stage: int) -> None
     """Have layers read weights in half precision ``dtype``: half the memory, and half the bytes between ranks.
 
     What the optimizer updates, and the gradients, are fp32 as before; after each update DeepSpeed copies its fp32
-    weights into these, which it rounds.
+    weights into these, which rounds them. Layers round weights that ZeRO 3 keeps elsewhere (``offload_param``).
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -122,12 +121,12 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, stage: int) -> None
             parameter.data = parameter.data.to(dtype)
 
 
-def attend(net: Network, dtype: torch.dtype) -> None:
-    """What ZeRO 3 needs to do for a network whose layers compute in ``dtype``.
+def attend(net: Network) -> None:
+    """What ZeRO 3 needs to do for a network.
 
-    A parameter that it has released, and the port has lent its shape, is empty again once it has its gradient. Weights
-    are gathered for a pass in ``dtype``; what ``net.current`` and a checkpoint read of them is fp32. All ranks have to
-    ask for ``net.current`` together: a layer runs once a pass, on the whole batch, and gathers its weight each time.
+    A parameter that it has released, and the port has lent its shape, is empty again once it has its gradient. What
+    ``net.current`` gives is fp32, and all ranks have to ask for it together. A layer runs once a pass, on the whole
+    batch, and gathers its weight each time.
     """
 
     def withdraw(parameter: Any) -> None:
@@ -141,8 +140,6 @@ def attend(net: Network, dtype: torch.dtype) -> None:
     for parameter in net.parameters():
         if parameter.requires_grad:  # of another one the whole value is what is there, perhaps still from a pass
             parameter.register_post_accumulate_grad_hook(withdraw)
-            if not is_autocast_initialized():  # as by another's engine here: gradients would be summed in it too
-                parameter.comm_dtype = dtype  # type: ignore[attr-defined]
     for norm in net.norms:  # which have no parameter, and whose hooks take as long as a layer's
         norm._forward_pre_hooks.clear()
         norm._forward_hooks.clear()

@@ -118,8 +118,10 @@ def pairwise(ranks: int) -> list[Case]:
         ))
         if (number + stage) % 4 in {1: (0,), 2: (1, 3), 4: (2,)}[ranks] and (stage or options != "offload")
     ]  # fmt: skip
-    kept = [Case("conv3", "none", "align_ada", 3, options="kept+bf16")] if ranks == 2 else []  # DeepSpeed's defaults
-    return chosen + every_stage + others + kept
+    if ranks == 2:
+        others += [Case("conv3", "none", "align_ada", 3, options="kept+bf16")]  # DeepSpeed's defaults
+        others += [Case("conv3", "none", "backprop", stage, "adam", 2, "offload+bf16") for stage in (1, 2, 3)]
+    return chosen + every_stage + others
 
 
 def traffic() -> list[Case]:
@@ -193,7 +195,7 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     """The case with DeepSpeed on all ranks, beside the same in the first one's process alone."""
     zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 and "kept" not in case.options else {}
     narrow = {"communication_data_type": "bf16"} if "narrow" in case.options else {}
-    engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3 | narrow, offload=case.options == "offload")
+    engine = DeepSpeedConfig(zero_stage=case.stage, extra=zero3 | narrow, offload="offload" in case.options)
     made = learner(case, engine, ranks)
     collective_bytes.reset()
     found = train(case, made)
