@@ -107,8 +107,11 @@ class DeepSpeedEngine(Engine):
         self.counts = isinstance(optim, AdamConfig)
         momentum = ["momentum_buffer"] if isinstance(optim, SGDConfig) and optim.momentum else []
         self.keys = ["exp_avg", "exp_avg_sq"] if self.counts else momentum
-        if self.stage and dtype.itemsize == 2:
+        half = dtype.itemsize == 2 and self.stage > 0
+        if half:
             zero.narrow(self.engine.optimizer, rule.net, dtype, self.stage)
+        if half or self.stage == 3:
+            zero.read_whole(rule.net, self.stage)
         if self.stage == 3:
             zero.attend(rule.net)
         if optim.weight_decay and optim.decay_towards == "initial":

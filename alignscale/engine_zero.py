@@ -15,6 +15,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.torch_autocast import is_autocast_initialized
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError
@@ -93,25 +94,31 @@ def _itself(value: Any) -> Any:
     return value
 
 
+class Wide(dict[int, Tensor]):
+    """Sums of gradients on the host in fp32, which DeepSpeed would make in the precision of the parameter."""
+
+    def __setitem__(self, key: int, value: Tensor) -> None:
+        """Not in half precision."""
+        super().__setitem__(key, value.float().pin_memory() if value.is_pinned() else value.float())
+
+
 def narrow(optimizer: Any, net: Network, dtype: torch.dtype, stage: int) -> None:
     """Have layers read weights in half precision ``dtype``: half the memory, and half the bytes between ranks.
 
     What the optimizer updates, and the gradients, are fp32 as before; after each update DeepSpeed copies its fp32
-    weights into these, which rounds them. Layers round weights that ZeRO 3 keeps elsewhere (``offload_param``).
+    weights into these, which rounds them. A collective of all ranks.
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad_dtype = parameter.dtype
     if stage < 3:
-        for group, flat in enumerate(optimizer.bit16_groups_flat):
-            optimizer.bit16_groups_flat[group] = flat = flat.to(dtype)
-            optimizer._update_model_bit16_weights(group)
-            optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(flat, group)
-        if optimizer.cpu_offload:
-            copies = optimizer.param_buffer_of_bit16_for_cpu_offload_groups
-            copies[:] = [one.to(dtype) for one in copies]
-        optimizer._link_all_hp_params()
-    elif not optimizer.offload_param:
+        _narrow_whole(optimizer, dtype)
+    elif optimizer.offload_param:  # weights that are elsewhere stay fp32: they are rounded to be gathered
+        for layer in net.layers:
+            layer.rounds_again = True
+        for parameter in trained if not is_autocast_initialized() else ():  # gradients would be summed in it too
+            parameter.comm_dtype = dtype  # type: ignore[attr-defined]
+    else:
         optimizer.lp_param_buffer = optimizer.lp_param_buffer.to(dtype)
         optimizer.fp16_partitioned_groups_flat.clear()
         optimizer._set_fp16_partitioned_groups_flat()
@@ -121,21 +128,45 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, stage: int) -> None
             parameter.data = parameter.data.to(dtype)
 
 
+def _narrow_whole(optimizer: Any, dtype: torch.dtype) -> None:
+    """``narrow`` where each rank has whole weights, which are let go of before there are others."""
+    for group, parameters in enumerate(optimizer.bit16_groups):
+        for parameter in parameters:
+            parameter.data, parameter._hp_mapping = parameter.data.new_empty(0), None
+        optimizer.parallel_partitioned_bit16_groups[group] = []
+        size, device = optimizer.bit16_groups_flat[group].numel(), optimizer.bit16_groups_flat[group].device
+        optimizer.bit16_groups_flat[group] = None
+        optimizer.bit16_groups_flat[group] = flat = torch.zeros(size, dtype=dtype, device=device)
+        optimizer._update_model_bit16_weights(group)
+        optimizer.parallel_partitioned_bit16_groups[group] = optimizer.get_data_parallel_partitions(flat, group)
+    if optimizer.cpu_offload:
+        optimizer.accumulated_grads_in_cpu = Wide()
+        copies = optimizer.param_buffer_of_bit16_for_cpu_offload_groups
+        copies[:] = [one.to(dtype).pin_memory() if one.is_pinned() else one.to(dtype) for one in copies]
+    optimizer.update_lp_params()
+    optimizer._link_all_hp_params()
+
+
+def read_whole(net: Network, stage: int) -> None:
+    """Have ``net.current`` give fp32 weights, for which all ranks have to ask together."""
+
+    def current(index: int) -> tuple[Tensor, Tensor | None]:
+        weight, bias = net.layers[index].held
+        return whole_weight(weight, stage), None if bias is None else whole_weight(bias, stage)
+
+    net.current = current
+
+
 def attend(net: Network) -> None:
     """What ZeRO 3 needs to do for a network.
 
-    A parameter that it has released, and the port has lent its shape, is empty again once it has its gradient. What
-    ``net.current`` gives is fp32, and all ranks have to ask for it together. A layer runs once a pass, on the whole
-    batch, and gathers its weight each time.
+    A parameter that it has released, and the port has lent its shape, is empty again once it has its gradient. A layer
+    runs once a pass, on the whole batch, and gathers its weight each time.
     """
 
     def withdraw(parameter: Any) -> None:
         if parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel():
             parameter.data = parameter.data.new_empty(0)
-
-    def current(index: int) -> tuple[Tensor, Tensor | None]:
-        weight, bias = net.layers[index].held
-        return whole_weight(weight, 3), None if bias is None else whole_weight(bias, 3)
 
     for parameter in net.parameters():
         if parameter.requires_grad:  # of another one the whole value is what is there, perhaps still from a pass
@@ -143,7 +174,7 @@ def attend(net: Network) -> None:
     for norm in net.norms:  # which have no parameter, and whose hooks take as long as a layer's
         norm._forward_pre_hooks.clear()
         norm._forward_hooks.clear()
-    net.current, net.width = current, replace(net.width, overlap=False)
+    net.width = replace(net.width, overlap=False)
 
 
 def partitions(engine: Any, stage: int) -> list[Tensor]:

@@ -27,7 +27,7 @@ class _Narrow(torch.autograd.Function):
     def backward(ctx: Any, *delta: Tensor) -> tuple[Tensor | None, ...]:
         a, weight = ctx.saved_tensors
         signal, gradient = ctx.back(*delta, a, weight.to(a.dtype), ctx.needs_input_grad[0])
-        return signal, gradient.to(weight.dtype), None, None
+        return signal, gradient, None, None
 
 
 def rounded_again(a: Tensor, weight: Tensor, there: Callable[[Tensor, Tensor], Tensor], back: Back) -> Tensor:

@@ -88,7 +88,7 @@ class Layer(nn.Module, ABC):
     @property
     def precision(self) -> torch.dtype:
         """Of the weight that the optimizer updates, and of its gradient; the layer's own may be rounded."""
-        return self.held[0].grad_dtype or self.held[0].dtype
+        return self.held[0].grad_dtype or torch.float32
 
     def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
@@ -107,7 +107,7 @@ class Layer(nn.Module, ABC):
         """scale * sum over examples of delta a^T, and the bias's sum of delta, both times ``factor``."""
 
     def _mapped(self, a: Tensor, weight: Tensor, there: Callable[[Tensor, Tensor], Tensor], back: Back) -> Tensor:
-        if a.dtype == weight.dtype or not (self.rounds_again and torch.is_grad_enabled()):
+        if a.dtype == self.precision or not (self.rounds_again and torch.is_grad_enabled()):
             return there(a, weight.to(a.dtype))
         return rounded_again(a, weight, there, back)
 
