@@ -93,6 +93,10 @@ class Engine(ABC):
         """Forget the gradient without an update."""
         self.optimizer.zero_grad()
 
+    def weight(self, index: int) -> Tensor:
+        """The weight of a layer, as the optimizer has it; called by all."""
+        return self.rule.net.current(index)[0].detach()
+
     @abstractmethod
     def state(self) -> Makers:
         """Weights, norms and the optimizer's state, to be made one after the other; called by all."""

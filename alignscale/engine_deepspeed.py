@@ -107,11 +107,8 @@ class DeepSpeedEngine(Engine):
         self.counts = isinstance(optim, AdamConfig)
         momentum = ["momentum_buffer"] if isinstance(optim, SGDConfig) and optim.momentum else []
         self.keys = ["exp_avg", "exp_avg_sq"] if self.counts else momentum
-        half = dtype.itemsize == 2 and self.stage > 0
-        if half:
+        if self.stage and dtype.itemsize == 2:
             zero.narrow(self.engine.optimizer, rule.net, dtype, self.stage)
-        if half or self.stage == 3:
-            zero.read_whole(rule.net, self.stage)
         if self.stage == 3:
             zero.attend(rule.net)
         if optim.weight_decay and optim.decay_towards == "initial":
@@ -130,6 +127,12 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         if zero.left_out(self.engine):
             raise FloatingPointError("the gradient is not finite")
+
+    def weight(self, index: int) -> Tensor:
+        """In fp32, also where layers have it rounded."""
+        layer = self.rule.net.layers[index]
+        rounded = layer.held[0].dtype != layer.precision
+        return zero.whole_weight(layer.held[0], self.stage) if rounded else super().weight(index)
 
     def state(self) -> Makers:
         """Whole on the first rank, gathered when it is asked for; each is a collective of all ranks."""

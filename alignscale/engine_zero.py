@@ -111,12 +111,14 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, stage: int) -> None
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad_dtype = parameter.dtype
+        if is_autocast_initialized():  # by another's engine here: gradients would be summed as weights are
+            parameter.comm_dtype = parameter.dtype  # type: ignore[attr-defined]
     if stage < 3:
         _narrow_whole(optimizer, dtype)
     elif optimizer.offload_param:  # weights that are elsewhere stay fp32: they are rounded to be gathered
         for layer in net.layers:
             layer.rounds_again = True
-        for parameter in trained if not is_autocast_initialized() else ():  # gradients would be summed in it too
+        for parameter in trained if not is_autocast_initialized() else ():
             parameter.comm_dtype = dtype  # type: ignore[attr-defined]
     else:
         optimizer.lp_param_buffer = optimizer.lp_param_buffer.to(dtype)
@@ -147,26 +149,21 @@ def _narrow_whole(optimizer: Any, dtype: torch.dtype) -> None:
     optimizer._link_all_hp_params()
 
 
-def read_whole(net: Network, stage: int) -> None:
-    """Have ``net.current`` give fp32 weights, for which all ranks have to ask together."""
-
-    def current(index: int) -> tuple[Tensor, Tensor | None]:
-        weight, bias = net.layers[index].held
-        return whole_weight(weight, stage), None if bias is None else whole_weight(bias, stage)
-
-    net.current = current
-
-
 def attend(net: Network) -> None:
     """What ZeRO 3 needs to do for a network.
 
-    A parameter that it has released, and the port has lent its shape, is empty again once it has its gradient. A layer
-    runs once a pass, on the whole batch, and gathers its weight each time.
+    A parameter that it has released, and the port has lent its shape, is empty again once it has its gradient. What
+    ``net.current`` gives is whole and fp32, and all ranks have to ask for it together. A layer runs once a pass, on the
+    whole batch, and gathers its weight each time.
     """
 
     def withdraw(parameter: Any) -> None:
         if parameter.ds_status.name == "NOT_AVAILABLE" and parameter.numel():
             parameter.data = parameter.data.new_empty(0)
+
+    def current(index: int) -> tuple[Tensor, Tensor | None]:
+        weight, bias = net.layers[index].held
+        return whole_weight(weight, 3), None if bias is None else whole_weight(bias, 3)
 
     for parameter in net.parameters():
         if parameter.requires_grad:  # of another one the whole value is what is there, perhaps still from a pass
@@ -174,7 +171,7 @@ def attend(net: Network) -> None:
     for norm in net.norms:  # which have no parameter, and whose hooks take as long as a layer's
         norm._forward_pre_hooks.clear()
         norm._forward_hooks.clear()
-    net.width = replace(net.width, overlap=False)
+    net.current, net.width = current, replace(net.width, overlap=False)
 
 
 def partitions(engine: Any, stage: int) -> list[Tensor]:

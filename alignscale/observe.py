@@ -31,7 +31,7 @@ def changes(learner: Learner) -> Changes:
     """Per layer, W_t - W_0; None for a trained initial state."""
     layers, start = learner.net.layers, learner.start
     return [
-        None if isinstance(layer, State) else learner.net.current(index)[0].detach() - start(index)
+        None if isinstance(layer, State) else learner.engine.weight(index) - start(index)
         for index, layer in enumerate(layers)
     ]
 

@@ -122,13 +122,8 @@ def _weights(plan: Plan, layer: int, shape: tuple[int, ...]) -> list[Exchange]:
         return [Exchange(layer, "gradients", "all_reduce", "data", 1, size)]
     once = size * plan.itemsize // MASTER  # as layers compute
     if plan.stage < 3:
-        found = [
-            Exchange(layer, "gradients", "reduce_scatter", "data", 1, size),
-            Exchange(layer, "weights", "all_gather", "data", 1, once),
-        ]
-        if plan.rule == "sign_symmetric" and once < size and layer:  # signs of fp32 weights, in the pullback
-            found.append(Exchange(layer, "signs", "all_reduce", "data", len(parts), size))
-        return found
+        gradients = Exchange(layer, "gradients", "reduce_scatter", "data", 1, size)
+        return [gradients, Exchange(layer, "weights", "all_gather", "data", 1, once)]
     again = {"backprop": once, "sign_symmetric": size}.get(plan.rule, 0)  # signs of fp32 weights
     return [
         Exchange(layer, "weights", "all_gather", "data", (1 + bool(again)) * len(parts), once + again),

@@ -206,7 +206,7 @@ def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     scores = made.evaluate(examples(case).images, examples(case).labels, 20)
     first = made.encoding.batch(examples(case), torch.arange(20), 0)
     cosines, psi = made.cosines(first), padded(made, ranks.size)
-    now = {f"layers.{index}.weight": made.net.current(index)[0].clone() for index in range(len(made.net.layers))}
+    now = {f"layers.{index}.weight": made.engine.weight(index).clone() for index in range(len(made.net.layers))}
     copies = copied(made, first) if case in traffic() else 0
     if case.stage and made.encoding.dtype.itemsize == 2:
         check_bits(case, engine, ranks, found, weights)

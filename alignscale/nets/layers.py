@@ -88,7 +88,7 @@ class Layer(nn.Module, ABC):
     @property
     def precision(self) -> torch.dtype:
         """Of the weight that the optimizer updates, and of its gradient; the layer's own may be rounded."""
-        return self.held[0].grad_dtype or torch.float32
+        return self.held[0].grad_dtype or self.held[0].dtype
 
     def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
