@@ -94,7 +94,7 @@ class Engine(ABC):
         self.optimizer.zero_grad()
 
     def weight(self, index: int) -> Tensor:
-        """The weight of a layer, as the optimizer has it; called by all."""
+        """The weight (out, ...) of a layer in the precision in which it is updated; called by all ranks."""
         return self.rule.net.current(index)[0].detach()
 
     @abstractmethod

@@ -319,30 +319,10 @@ def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None
 
 
 def test_bench_step_measures_half_precision_and_refuses_what_has_no_effect(tmp_path: Path) -> None:
-    options = [
-        "--distributed",
-        "--device",
-        "cpu",
-        "--net",
-        "mlp",
-        "--width",
-        "64",
-        "--depth",
-        "2",
-        "--precision",
-        "bf16",
-    ]
-    measured = [
-        *options,
-        "--rules",
-        "align_ada",
-        "--repeats",
-        "2",
-        "--stages",
-        "3",
-        "--json",
-        str(tmp_path / "rows.json"),
-    ]
+    options = ["--distributed", "--device", "cpu", "--net", "mlp", "--width", "64", "--depth", "2"]
+    options += ["--precision", "bf16"]
+    measured = [*options, "--rules", "align_ada", "--repeats", "2", "--stages", "3"]
+    measured += ["--json", str(tmp_path / "rows.json")]
     done = finished(torchrun(2, "tools/bench_step.py", *measured))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "rows.json").read_text())

@@ -111,7 +111,7 @@ def test_a_strided_convolution_to_one_column_has_numbers_of_its_own(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("net", ["mlp", "conv3", "conv_stride4", "rnn"])
 def test_backprop_that_rounds_weights_again_keeps_no_copy_and_has_the_same_gradient(net: str, precision: str) -> None:
-    """As under ZeRO 3; and in one process no copy of a recurrent weight for each step."""
+    """As where ZeRO 3 keeps weights elsewhere; and by itself no copy of a recurrent weight for each step."""
     dice = torch.Generator().manual_seed(0)
     images = torch.randn(7, *NETS[net][1], generator=dice)
     labels = torch.randint(3, (7,), generator=dice)
@@ -131,7 +131,6 @@ def test_backprop_that_rounds_weights_again_keeps_no_copy_and_has_the_same_gradi
         shapes = [sorted(layer.shape) for layer in made.net.layers]
         copies.append(sum(not (one.is_leaf and one.requires_grad) and sorted(one.shape) in shapes for one in saved))
     kept = len(shapes) - (net == "mlp")  # whose first layer has an input without gradient
-
     assert copies == ([1, 0, 4] if net == "rnn" else [kept, 0, kept])  # 4 steps
     for one in zip(*found, strict=True):
         for other in one[1:]:
