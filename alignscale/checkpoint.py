@@ -5,31 +5,33 @@ initial network is not in it: it comes from the seed, before a restore, and the 
 Beside the checkpoints the file ``latest`` names the one written last, for scripts; ``find`` looks at the folders.
 """
 
-import collections
-import errno
 import hashlib
-import inspect
 import json
-import os
 import re
+import secrets
 import shutil
-import struct
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as serialized
 from torch import Tensor
 
 from alignscale.analysis.finite import all_finite
 from alignscale.config import refuse_difference
 from alignscale.distributed import ALONE, Ranks
 from alignscale.files import sync, write_atomic
+from alignscale.tensor_file import TensorFile, checksum
 
-FORMAT = 3
+FORMAT = 4
+READ = (3, FORMAT)
+"""3 has all of a part in one file."""
 MANIFEST = "manifest.json"
+LEAST = 2**22
+"""Bytes for which it is worth it that one more rank writes."""
 
 
 class CheckpointError(RuntimeError):
@@ -38,9 +40,27 @@ class CheckpointError(RuntimeError):
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """What a checkpoint holds: ``model``, whose names are the network's, and ``optimizer``, ``<weight>.<state>``."""
-Makers = Mapping[str, Mapping[str, Callable[[], Tensor]]]
-"""The same before it is in memory. All ranks call, in order: each call makes a tensor as it is now, on the first rank
-whole; it may be the live one."""
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A tensor before it is in memory.
+
+    size: its bytes, the same on all ranks. make: gives it as it is now, whole on the rank that it is called with; all
+    ranks call it, in order. It may be the live one.
+    """
+
+    size: int
+    make: Callable[[int], Tensor]
+
+    @classmethod
+    def at_hand(cls, tensor: Tensor) -> "Coming":
+        """One that each rank has whole."""
+        return cls(tensor.nbytes, lambda _: tensor.detach())
+
+
+Makers = Mapping[str, Mapping[str, Coming]]
+"""``Tensors`` before they are in memory."""
 
 
 def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: int, ranks: Ranks = ALONE) -> None:
@@ -50,14 +70,23 @@ def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: 
     splits), ``made_with`` and ``progress``, whose ``best`` is the step of the best checkpoint.
     Raises OSError (a full disk, say) or FloatingPointError on all ranks, with the checkpoints before it untouched.
     """
-    final, problem = folder / _name(step), None
-    partial = final.with_name(f".{final.name}.partial")
-    coming = _made(tensors, ranks)
+    final = folder / _name(step)
+    partial = final.with_name(ranks.of_first(lambda: _begun(final)))
     try:
-        if ranks.first:
-            problem = _write(partial, tensors, coming)
-        collections.deque(coming, maxlen=0)  # the other ranks are under way to the last one
-        ranks.of_first(lambda: _complete(partial, final, {"format": FORMAT, "step": step, **about}, keep, problem))
+        writers = _writers(partial, tensors, ranks)
+        suffix = "" if ranks.first else f"-{ranks.rank}"
+        own = {part: TensorFile(partial / f"{part}{suffix}.safetensors", tensors[part]) for part in tensors}
+        with ThreadPoolExecutor(1) as thread:
+            writing: Future[None] | None = None  # a tensor is written while the next one is made
+            for to, part, name, coming in _shared_out(tensors, writers):
+                ranks.still()
+                made = coming.make(to)
+                if ranks.rank == to and (writing is None or writing.exception() is None):
+                    writing = thread.submit(_write, own[part], name, made.cpu())
+                del made  # before the next one comes
+            files = ranks.objects(ranks.together(lambda: _finished(writing, own.values(), ranks.first)))
+        about = {"format": FORMAT, "step": step, **about, "files": dict(sorted(ChainMap(*files).items()))}
+        ranks.of_first(lambda: _complete(partial, final, about, keep))
     except BaseException as error:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -66,69 +95,51 @@ def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: 
         raise
 
 
-def _made(tensors: Makers, ranks: Ranks) -> Generator[Tensor, None, None]:
-    for makers in tensors.values():
-        for make in makers.values():
-            ranks.still()
-            yield make()
+def _begun(final: Path) -> str:
+    """The name of the folder, made now, in which a checkpoint is written: no other disk has one of that name."""
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
+    return partial.name
 
 
-def _write(
-    partial: Path, parts: Mapping[str, Collection[str]], coming: Generator[Tensor, None, None]
-) -> Exception | None:
-    """What went wrong in writing the tensors that come. Raises what went wrong in making them."""
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for part, names in parts.items():
-            _write_tensors(partial / f"{part}.safetensors", names, coming)
-    except Exception as error:
-        if inspect.getgeneratorstate(coming) == inspect.GEN_CLOSED:  # which other ranks do not wait for
-            raise
-        return error.with_traceback(None)  # whose frames hold a tensor
-    return None
+def _writers(partial: Path, tensors: Makers, ranks: Ranks) -> list[int]:
+    """The ranks that write a checkpoint together: the first, and others that see its folder.
 
-
-def _write_tensors(path: Path, names: Collection[str], coming: Iterator[Tensor]) -> None:
-    """A safetensors file of the next tensors that come, of which one at a time is in memory.
-
-    How large they are shows when they come, so the header goes into a room that is kept for it. A reader maps the
-    file, so no type may come after one of fewer bytes. Raises OSError where the disk gives back other bytes.
+    Not more than have ``LEAST`` bytes each, and from as many machines as there are.
     """
-    room = 8 * (1 + sum(len(json.dumps(name)) // 8 + 25 for name in names))
-    about, end, written = {}, 0, hashlib.sha256()
-    with path.open("wb") as file:
-        file.seek(8 + room)
-        for name in names:
-            own = next(coming).detach().cpu().contiguous()
-            begin, end = end, end + own.nbytes
-            if path.stem == "model" and not all_finite([own]):
-                raise FloatingPointError(f"{path}: expected finite numbers, found others in {name}")
-            kind = json.loads(serialized({name: own.flatten()[:0]})[8:])[name]["dtype"]
-            about[name] = {"dtype": kind, "shape": [*own.shape], "data_offsets": [begin, end]}
-            content = own.flatten().view(torch.uint8).numpy().data
-            file.write(content)
-            written.update(content)
-            del own, content  # before the next one comes
-        file.seek(0)
-        file.write(struct.pack("<Q", room) + json.dumps(about).encode().ljust(room))
-    sync(path)
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read comes from the disk
-        file.seek(8 + room)
-        if hashlib.file_digest(file, "sha256").digest() != written.digest():
-            raise OSError(errno.EIO, "expected to read back the bytes that were written, found others", str(path))
+    seen = [rank for rank, sees in enumerate(ranks.objects(partial.is_dir())) if sees]
+    size = sum(coming.size for named in tensors.values() for coming in named.values())
+    return seen[:: -(-len(seen) // max(1, size // LEAST))]
 
 
-def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int, problem: Exception | None) -> None:
-    """Make what was written a checkpoint, and take old ones away; or raise the problem that there was."""
-    if problem is not None:
-        raise problem
-    paths = sorted(partial.iterdir())
-    for path in paths:
-        load_file(path)  # maps it, if it is as it should be
-    manifest = sealed({**about, "files": {path.name: _checksum(path) for path in paths}})
-    write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+def _shared_out(tensors: Makers, writers: Sequence[int]) -> Iterator[tuple[int, str, str, Coming]]:
+    """Each tensor, in order, with the rank that writes it: the one that has the fewest bytes so far."""
+    given = dict.fromkeys(writers, 0)
+    for part, named in tensors.items():
+        for name, coming in named.items():
+            to = min(given, key=given.__getitem__)
+            given[to] += coming.size
+            yield to, part, name, coming
+
+
+def _write(file: TensorFile, name: str, tensor: Tensor) -> None:
+    if file.path.name.startswith("model") and not all_finite([tensor]):
+        raise FloatingPointError(f"{file.path}: expected finite numbers, found others in {name}")
+    file.add(name, tensor)
+
+
+def _finished(writing: "Future[None] | None", own: Iterable[TensorFile], first: bool) -> dict[str, str]:
+    """A rank's files, with their checksums; the first has one of each part. Raises what went wrong in writing."""
+    if writing is not None and (problem := writing.exception()):
+        raise problem.with_traceback(None)  # whose frames hold a tensor
+    return {file.path.name: file.finish() for file in own if file.about or first}
+
+
+def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int) -> None:
+    """Make what was written a checkpoint, and take old ones away."""
+    for name in about["files"]:
+        load_file(partial / name)  # maps it, if it is as it should be
+    write_atomic(partial / MANIFEST, json.dumps(sealed(about), indent=1).encode())
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -205,17 +216,27 @@ def verified(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def parts(manifest: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint holds: model, optimizer, and more."""
+    return sorted({_part(name) for name in manifest["files"]})
+
+
+def _part(name: str) -> str:
+    return re.split(r"[-.]", name)[0]
+
+
 def read(path: Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's ``part``: model or optimizer. Raises CheckpointError for a damaged file."""
-    name = f"{part}.safetensors"
-    expected = manifest["files"][name]
-    found = _checksum(path / name) if (path / name).is_file() else "no file"
-    if found != expected:
-        raise CheckpointError(
-            f"{path / name}: expected SHA-256 {expected[:12]}, found {found[:12]}: the file is damaged; "
-            f"delete {path} to go on from the checkpoint before it, or use resume=never"
-        )
-    return load_file(path / name)
+    """The tensors of a checkpoint's ``part``, of all ranks that wrote it. Raises CheckpointError for a damaged file."""
+    expected = {path / name: digest for name, digest in manifest["files"].items() if _part(name) == part}
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(lambda file: checksum(file) if file.is_file() else "no file", expected)
+    for file, digest in zip(expected, found, strict=True):
+        if digest != expected[file]:
+            raise CheckpointError(
+                f"{file}: expected SHA-256 {expected[file][:12]}, found {digest[:12]}: the file is damaged; "
+                f"delete {path} to go on from the checkpoint before it, or use resume=never"
+            )
+    return dict(ChainMap(*map(load_file, expected)))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -227,7 +248,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST}: expected a checkpoint's manifest: {problem}; delete {path}"
         ) from problem
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-    if found != FORMAT:
+    if found not in READ:
         remedy = f"use the version of alignscale that wrote it, or delete {path}"
         raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; {remedy}")
     if sealed(manifest) != manifest or _name(manifest["step"]) != path.name:
@@ -242,8 +263,3 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with the checksum of all else in it."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

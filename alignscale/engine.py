@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignscale.checkpoint import Makers, Tensors
+from alignscale.checkpoint import Coming, Makers, Tensors
 from alignscale.choices import AdamConfig, ConfigError, OptimConfig, SGDConfig
 from alignscale.engine_graph import StepGraph
 from alignscale.environment import gpu_kernels
@@ -171,7 +171,7 @@ class LocalEngine(Engine):
         states = [(self.names[parameter], own) for parameter, own in self.optimizer.state.items()]
         pairs = [(f"{name}.{key}", value) for name, own in states for key, value in own.items() if value is not None]
         found = {"model": self.rule.saved().items(), "optimizer": sorted(pairs, key=lambda pair: -pair[1].itemsize)}
-        return {part: {name: value.detach for name, value in own} for part, own in found.items()}
+        return {part: {name: Coming.at_hand(value) for name, value in own} for part, own in found.items()}
 
     def load(self, tensors: Tensors) -> None:
         """Set weights, norms and the optimizer's state."""

@@ -5,7 +5,8 @@ what layers read of these is in the precision that they compute in.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignscale import engine_zero as zero
-from alignscale.checkpoint import Makers, Tensors
+from alignscale.checkpoint import Coming, Makers, Tensors
 from alignscale.choices import AdamConfig, ConfigError, DeepSpeedConfig, OptimConfig, SGDConfig
 from alignscale.engine import Engine, make_optimizer, pull_to_start
 from alignscale.environment import out_of_memory
@@ -135,30 +136,30 @@ class DeepSpeedEngine(Engine):
         return zero.whole_weight(layer.held[0], self.stage) if rounded else super().weight(index)
 
     def state(self) -> Makers:
-        """Whole on the first rank, gathered when it is asked for; each is a collective of all ranks."""
+        """Whole on the rank that asks for it, gathered then; each is a collective of all ranks."""
+        net = self.rule.net
         model = {
-            name: partial(self._whole, name, zero.whole_weight, parameter, self.stage)
-            for name, parameter in self.rule.net.named_parameters()
+            name: self._coming(name, own, partial(zero.whole_weight, own, self.stage))
+            for name, own in net.named_parameters()
         }
-        model |= {name: partial(self._whole, name, Tensor.detach, own) for name, own in self.rule.net.named_buffers()}
-        optimizer: dict[str, Callable[[], Tensor]] = {
-            f"{name}.{key}": partial(self._whole, name, zero.whole_state, self.engine, parameter, key, self.stage)
-            for parameter, name in self._trained()
+        model |= {name: self._coming(name, own, own.detach) for name, own in net.named_buffers()}
+        optimizer = {
+            f"{name}.{key}": self._coming(name, own, partial(zero.whole_state, self.engine, own, key, self.stage))
+            for own, name in self._trained()
             for key in self.keys
         }
         if self.counts:
-            optimizer |= {f"{name}.step": self._steps for _, name in self._trained()}
+            steps = next(iter(zero.inner(self.engine, self.stage).state.values()), {"step": torch.zeros(())})["step"]
+            optimizer |= {f"{name}.step": Coming.at_hand(steps) for _, name in self._trained()}
         return {"model": model, "optimizer": optimizer}
 
     def _trained(self) -> Iterator[tuple[nn.Parameter, str]]:
         return ((parameter, self.names[parameter]) for parameter in self.rule.trained())
 
-    def _steps(self) -> Tensor:
-        steps: Tensor = next(iter(zero.inner(self.engine, self.stage).state.values()))["step"]
-        return steps
-
-    def _whole(self, name: str, own: Callable[..., Tensor], *given: Any) -> Tensor:
-        return self.mesh.whole(own(*given).detach(), self.shares[name])
+    def _coming(self, name: str, like: Tensor, own: Callable[[], Tensor]) -> Coming:
+        share, shape = self.shares[name], _shape(like)
+        size = 4 * math.prod(share.whole(shape) if share else shape)
+        return Coming(size, lambda to: self.mesh.whole(own().detach(), share, to))
 
     def load(self, tensors: Tensors) -> None:
         """Set everything from the first rank's tensors; a collective of all."""
@@ -177,6 +178,11 @@ class DeepSpeedEngine(Engine):
                 zero.set_state(self.engine, parameter, key, value, self.stage)
 
     def _shared(self, whole: Tensor | None, like: Tensor, name: str) -> Tensor:
-        shape = getattr(like, "ds_shape", like.shape)
-        own = like.new_empty(shape, dtype=like.grad_dtype)  # layers may have it rounded
+        own = like.new_empty(_shape(like), dtype=like.grad_dtype)  # layers may have it rounded
         return self.mesh.part(whole, self.shares[name], own)
+
+
+def _shape(own: Tensor) -> Sequence[int]:
+    """Of a parameter that may be released, or of a buffer."""
+    shape: Sequence[int] = getattr(own, "ds_shape", own.shape)
+    return shape

@@ -208,17 +208,18 @@ class Mesh:
             ranks, data, Width(replace(ranks, rank=ranks.rank % width, size=width, group=beside), units, overlap)
         )
 
-    def whole(self, own: Tensor, share: Share | None) -> Tensor:
-        """A tensor of this network on the first rank, from the ranks that have parts of it; elsewhere the part.
+    def whole(self, own: Tensor, share: Share | None, to: int = 0) -> Tensor:
+        """A tensor of this network on rank ``to``, from the ranks that have parts of it; elsewhere the part.
 
         A collective of all ranks.
         """
-        if share is None or self.data.rank > 0:
+        network, place = divmod(to, self.width.ranks.size)
+        if share is None or self.data.rank != network:
             return own
         sizes, axis = self.width.sizes, share.axis
         padded = _padded(own, max(sizes), axis).contiguous()
-        parts = [torch.empty_like(padded) for _ in sizes] if self.everyone.first else None
-        dist.gather(padded, parts, group=self.width.ranks.group, group_dst=0)
+        parts = [torch.empty_like(padded) for _ in sizes] if self.width.ranks.rank == place else None
+        dist.gather(padded, parts, group=self.width.ranks.group, group_dst=place)
         if parts is None:
             return own
         return torch.cat([part.narrow(axis, 0, size) for part, size in zip(parts, sizes, strict=True)], axis)

@@ -234,7 +234,7 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
         if found:
             manifest = checkpoint.verified(found[-1], run.about)
             checkpoint.note_latest(found[-1])
-            if errors is not None and "errors.safetensors" not in manifest["files"]:
+            if errors is not None and "errors" not in checkpoint.parts(manifest):
                 raise ConfigError(
                     f"analysis.track_errors=true: expected the errors from the start on, and {found[-1]} has none; use "
                     "resume=never, or analysis.track_errors=false log.alignment_every=0"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alignscale import checkpoint
 from alignscale.analysis.finite import IMAGES, LOSS_ALONE, first_not_finite
+from alignscale.checkpoint import Coming
 from alignscale.config import TrainConfig, as_dict
 from alignscale.data import Split
 from alignscale.data.plan import Plan
@@ -90,7 +91,8 @@ class Run:
         self.ranks.beat(step, "save")
         tensors = self.learner.engine.state()
         if self.learner.errors is not None:
-            tensors = {**tensors, "errors": {"sums": self.errors}}
+            sums = self.learner.errors.sums
+            tensors = {**tensors, "errors": {"sums": Coming(sums.nbytes, lambda _: self.errors())}}
         about, folder = {**self.about, "progress": self._progress()}, self.folder / "checkpoints"
         try:
             checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep, self.ranks)
@@ -123,7 +125,8 @@ class Run:
         """
         learner = self.learner
         forward = seen if callable(seen) else partial(self._again, seen, step)
-        found = self.ranks.objects(first_not_finite(learner.net, learner.engine.state()["model"], forward))
+        weights = {name: partial(coming.make, 0) for name, coming in learner.engine.state()["model"].items()}
+        found = self.ranks.objects(first_not_finite(learner.net, weights, forward))
         where = next((one for one in found if one != LOSS_ALONE), LOSS_ALONE)
         remedy = f"lower optim.lr (now {self.config.optim.lr:g}) or clip (optim.clip_norm)"
         message = (

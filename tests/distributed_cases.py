@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pytest
 import torch
 from cases import NETS, RULE_NAMES
 
+from alignscale import checkpoint
 from alignscale.choices import (
     AdamConfig,
     ConvConfig,
@@ -250,8 +252,22 @@ def copied(made: Learner, batch: Batch) -> int:
 
 
 def model_of(made: Learner) -> dict[str, torch.Tensor]:
-    """Whole weights and norms on the first rank; a collective of all."""
-    return {name: make().clone() for name, make in made.engine.state()["model"].items()}
+    """Whole weights and norms on the first rank, as a checkpoint has them that all ranks wrote; a collective of all."""
+    ranks, state = made.mesh.everyone, made.engine.state()
+    whole = {part: {name: one.make(0).clone() for name, one in named.items()} for part, named in state.items()}
+    if ranks.size > 1:
+        folder = Path(sys.argv[1]).parent / "written"
+        checkpoint.save(folder, 1, state, {"progress": {"best": None}}, 1, ranks)
+        if ranks.first:
+            path = checkpoint.find(folder, "last")
+            manifest = checkpoint.read_manifest(path)
+            assert len(manifest["files"]) > len(state)
+            for part, named in whole.items():
+                found = checkpoint.read(path, manifest, part)
+                assert found.keys() == named.keys()
+                same = torch.equal if made.mesh.width.ranks.size == 1 else partial(torch.allclose, rtol=1e-6, atol=0.0)
+                assert all(same(found[name], one) for name, one in named.items())  # each rank has a readout's bias
+    return whole["model"]
 
 
 def alone(case: Case) -> dict[str, Any]:
@@ -304,6 +320,7 @@ def padded(made: Learner, ranks: int) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    checkpoint.LEAST = 1
     rows = []
     with joined(torch.device("cpu"), 1800.0) as ranks:
         counted = traffic() if ranks.size > 1 else []  # one rank moves nothing

@@ -38,7 +38,8 @@ def silent(line: str) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(complete(folder / "checkpoints")[-1] / "model.safetensors")
+    path = complete(folder / "checkpoints")[-1]
+    return {name: one for file in path.glob("model*.safetensors") for name, one in load_file(file).items()}
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -156,7 +156,7 @@ def spoil(folder: Path, change: str) -> None:
     elif change == "seed":
         manifest["fingerprint"] = "0123456789abcdef"
     save_file(tensors, file)
-    manifest["files"][file.name] = checkpoint._checksum(file)
+    manifest["files"][file.name] = checkpoint.checksum(file)
     if change == "missing":
         file.unlink()
     (path / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.sealed(manifest)))

@@ -120,10 +120,10 @@ def test_a_state_that_is_read_lies_as_its_weight_does(name: str) -> None:
     engine = LocalEngine(built.rule("align_ada"), make_optimizer(TORCH[name][0], built.net.parameters()))
     engine.backward(engine(built.batch).surrogate)
     engine.step()
-    made = {part: {name: make().clone() for name, make in own.items()} for part, own in engine.state().items()}
+    made = {part: {name: one.make(0).clone() for name, one in own.items()} for part, own in engine.state().items()}
     plain = {part: {name: one.contiguous() for name, one in own.items()} for part, own in made.items()}
     engine.load(plain)
-    read = {name: make() for name, make in engine.state()["optimizer"].items()}
+    read = {name: one.make(0) for name, one in engine.state()["optimizer"].items()}
     assert all(torch.equal(read[name], one) for name, one in made["optimizer"].items())
     for weight, own in engine.optimizer.state.items():
         states = [one for one in own.values() if one.shape == weight.shape]

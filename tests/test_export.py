@@ -23,8 +23,14 @@ pytestmark = pytest.mark.distributed
 def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(3, f"run.dir={tmp_path / 'run'}", "epochs=1", "engine=deepspeed", "engine.zero_stage=3")
+    options = ["net.width=1024", "net.depth=4", "engine=deepspeed", "engine.zero_stage=3"]
+    done = run(3, f"run.dir={tmp_path / 'run'}", "epochs=1", *options)
     assert done.returncode == 0, done.stderr
+    path = complete(tmp_path / "run/checkpoints")[-1] / "optimizer.safetensors"
+    files = [one.name for one in path.parent.glob("*.safetensors")]
+    assert all(
+        any(name.endswith(f"{rank}.safetensors") for name in files) for rank in ("model", "optimizer", "-1", "-2")
+    ), files
     exported = tmp_path / "weights.safetensors"
     assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(exported)]) == 0
     shown = capsys.readouterr().out
@@ -32,7 +38,6 @@ def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
     assert "zero_stage 3" in shown
     assert "layers.0.weight.momentum_buffer" in shown
     assert same(load_file(exported), weights(tmp_path / "run"))
-    path = complete(tmp_path / "run/checkpoints")[-1] / "optimizer.safetensors"
     before = path.read_bytes()
     assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(path)]) == 2
     assert "expected a place outside of the checkpoint" in capsys.readouterr().err
@@ -44,9 +49,14 @@ def test_show_checkpoint_reads_what_three_ranks_wrote_and_exports_it(
     assert pipe.is_fifo()
     assert show_checkpoint.main([str(tmp_path / "run"), "--export", str(tmp_path / "weights.pt")]) == 2
     assert "weights.pt: expected a name that ends in .safetensors" in capsys.readouterr().err
-    path.write_bytes(path.read_bytes()[:-1])
+    of_another = next(path.parent.glob("*-2.safetensors"))
+    for wrong in (path, of_another):
+        wrong.write_bytes(wrong.read_bytes()[:-1])
+        assert show_checkpoint.main([str(path.parent)]) == 2
+        assert f"{wrong}: expected SHA-256" in capsys.readouterr().err
+    of_another.unlink()
     assert show_checkpoint.main([str(path.parent)]) == 2
-    assert "the file is damaged" in capsys.readouterr().err
+    assert re.search(r"-2\.safetensors: expected SHA-256 \w+, found no file", capsys.readouterr().err)
 
 
 PLAIN = """

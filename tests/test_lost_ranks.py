@@ -155,7 +155,9 @@ import os, pathlib, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from alignscale.distributed import Ranks
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from alignscale import checkpoint
 from alignscale.engine_deepspeed import DeepSpeedEngine
+checkpoint.LEAST = 1  # so that each rank writes
 beat, still, mark = Ranks.beat, Ranks.still, pathlib.Path({str(tmp_path / "given")!r})
 def told(self):
     key = f"beat/{{self.rank}}"

@@ -37,7 +37,7 @@ LAYERS = [
     },
     {"frozen", "jacobian", "traffic"},
     {"rules"},
-    {"checkpoint", "engine", "engine_deepspeed", "engine_graph", "engine_zero", "evaluate"},
+    {"checkpoint", "tensor_file", "engine", "engine_deepspeed", "engine_graph", "engine_zero", "evaluate"},
     {"folder", "learner"},
     {"memory", "moments", "observe"},
     {"run"},
@@ -170,7 +170,7 @@ def code_lines(path: Path) -> int:
 def test_files_are_short_and_the_package_is_small() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
     assert {str(path): length for path, length in lengths.items() if length > 300} == {}
-    assert sum(map(code_lines, PACKAGE)) < 7915
+    assert sum(map(code_lines, PACKAGE)) < 7965
 
 
 def test_no_path_of_one_machine_is_left() -> None:

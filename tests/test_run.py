@@ -69,6 +69,19 @@ def test_checkpoint_of_another_initial_network_is_refused(tmp_path: Path) -> Non
         train(config(tmp_path / "run", epochs=1), silent)
 
 
+def test_checkpoints_of_the_format_before_are_read_and_later_ones_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", epochs=1), silent)
+    path = complete(tmp_path / "run/checkpoints")[-1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(sealed({**manifest, "format": 3})))
+    said: list[str] = []
+    train(config(tmp_path / "run", epochs=1), said.append)
+    assert "finished before" in "".join(said)
+    path.write_text(json.dumps(sealed({**manifest, "format": 5})))
+    with pytest.raises(CheckpointError, match="expected checkpoint format 4, found 5; use the version"):
+        train(config(tmp_path / "run", epochs=1), silent)
+
+
 def test_moments_of_another_configuration_are_refused(tmp_path: Path) -> None:
     options = config(tmp_path / "run", net=MLPConfig(width=16, depth=2, norm="calibrated"), epochs=1)
     options.calibration.examples = 50

@@ -34,6 +34,7 @@ from distributed_cases import (
     train,
 )  # fmt: skip
 
+from alignscale import checkpoint
 from alignscale.choices import ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, RNNConfig
 from alignscale.distributed import Ranks, joined
 from alignscale.jacobian.explicit import jacobians
@@ -172,6 +173,7 @@ def own_rows(made: Learner, whole: Learner) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)
+    checkpoint.LEAST = 1
     rows = []
     with joined(torch.device("cpu"), 1800.0) as ranks:
         for width in map(int, sys.argv[2].split(",")):

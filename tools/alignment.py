@@ -50,7 +50,7 @@ def summed_errors(run: Path, found: Restored) -> Tensor | None:
     """The errors that a checkpoint holds, (examples, classes); None if it has none."""
     path = checkpoint.find(run / "checkpoints", str(found.step))
     manifest = checkpoint.read_manifest(path)
-    if "errors.safetensors" not in manifest["files"]:
+    if "errors" not in checkpoint.parts(manifest):
         return None
     sums = checkpoint.read(path, manifest, "errors")["sums"]
     examples = len(found.splits["train"])

@@ -2,9 +2,9 @@
 
 For ``bench_step.py --distributed``. Beside each rule runs a minimal hand-written DeepSpeed loop of the same network,
 one step each in turn; traffic is counted around torch's collectives, and memory is what making a rule, or the loop, and
-its first steps add at most, to the process's or a GPU's. In half precision ours computes from fp32 weights as in
-training, and the loop is DeepSpeed's own bf16 or fp16, whose weights are narrow. The projection adds, to the time of a
-rank's share in one process, what its bytes take at a bandwidth.
+its first steps add at most, to the process's or a GPU's. In half precision the loop is DeepSpeed's own bf16 or fp16,
+told to sum gradients over ranks in fp32, as ours are. The projection adds, to the time of a rank's share in one
+process, what its bytes take at a bandwidth.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def measured(
     peak = peak_of(lambda: learner.update([batch], 1e-3), before, device, ranks)
     before = resident(device, reset=True)
     if batch.images.dtype != torch.float32:
-        settings = {**settings, arguments.precision: {"enabled": True}}
+        settings = {**settings, arguments.precision: {"enabled": True}, "communication_data_type": "fp32"}
     plain = plain_loop(config, batch, classes, stage, settings, ranks)
     plain_peak = peak_of(plain, before, device, ranks)
     collective_bytes.reset()

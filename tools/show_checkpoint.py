@@ -114,10 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{options.export}: expected a name that ends in .safetensors, the format of the export"
             )
         manifest = checkpoint.read_manifest(path)
-        tensors = {
-            part: checkpoint.read(path, manifest, part)
-            for part in sorted(Path(name).stem for name in manifest["files"])
-        }
+        tensors = {part: checkpoint.read(path, manifest, part) for part in checkpoint.parts(manifest)}
         found = rows(manifest, tensors)
         print(f"{path}: after step {manifest['step']}, initial network {manifest['fingerprint']}")
         print(f"made with: {', '.join(f'{key} {value}' for key, value in manifest['made_with'].items())}")

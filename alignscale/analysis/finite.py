@@ -36,4 +36,5 @@ def first_not_finite(net: Network, weights: Mapping[str, Callable[[], Tensor]], 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number in the tensors is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    ends = (end for tensor in tensors if tensor.numel() for end in tensor.aminmax())  # which are NaN if one number is
+    return all(bool(torch.isfinite(end)) for end in ends)
