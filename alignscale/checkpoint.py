@@ -7,12 +7,13 @@ Beside the checkpoints the file ``latest`` names the one written last, for scrip
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 class Coming:
     """A tensor before it is in memory.
 
-    size: its bytes, the same on all ranks. make: gives it as it is now, whole on the rank that it is called with; all
-    ranks call it, in order. It may be the live one.
+    size: about its bytes, the same on all ranks. make: gives it as it is now, whole on the rank that it is called with;
+    all ranks call it, in order. It may be the live one.
     """
 
     size: int
@@ -75,18 +76,20 @@ def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: 
     try:
         writers = _writers(partial, tensors, ranks)
         suffix = "" if ranks.first else f"-{ranks.rank}"
-        own = {part: TensorFile(partial / f"{part}{suffix}.safetensors", tensors[part]) for part in tensors}
-        with ThreadPoolExecutor(1) as thread:
-            writing: Future[None] | None = None  # a tensor is written while the next one is made
+        with ExitStack() as files, ThreadPoolExecutor(1) as thread:
+            paths = {part: partial / f"{part}{suffix}.safetensors" for part in tensors}
+            own = {part: files.enter_context(TensorFile(path, tensors[part])) for part, path in paths.items()}
+            problem: Future[Exception | None] = thread.submit(lambda: None)
             for to, part, name, coming in _shared_out(tensors, writers):
                 ranks.still()
                 made = coming.make(to)
-                if ranks.rank == to and (writing is None or writing.exception() is None):
-                    writing = thread.submit(_write, own[part], name, made.cpu())
+                if ranks.rank == to and problem.result() is None:
+                    problem = thread.submit(_write, own[part], name, made.cpu())  # while the next one is made
                 del made  # before the next one comes
-            files = ranks.objects(ranks.together(lambda: _finished(writing, own.values(), ranks.first)))
-        about = {"format": FORMAT, "step": step, **about, "files": dict(sorted(ChainMap(*files).items()))}
-        ranks.of_first(lambda: _complete(partial, final, about, keep))
+            found = ranks.objects(ranks.together(lambda: _finished(problem.result(), own.values(), ranks.first)))
+        checksums = {name: digest for one in found for name, digest in one.items()}
+        manifest = sealed({"format": FORMAT, "step": step, **about, "files": checksums})
+        ranks.of_first(lambda: _complete(partial, final, manifest, tensors, keep))
     except BaseException as error:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -97,17 +100,20 @@ def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: 
 
 def _begun(final: Path) -> str:
     """The name of the folder, made now, in which a checkpoint is written: no other disk has one of that name."""
+    for broken_off in final.parent.glob(f".{final.name}.*.partial"):
+        shutil.rmtree(broken_off, ignore_errors=True)
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     return partial.name
 
 
 def _writers(partial: Path, tensors: Makers, ranks: Ranks) -> list[int]:
-    """The ranks that write a checkpoint together: the first, and others that see its folder.
+    """The ranks that write a checkpoint together: the first, and others that can write in its folder.
 
-    Not more than have ``LEAST`` bytes each, and from as many machines as there are.
+    Not more than one for each ``LEAST`` bytes, and from as many machines as there are.
     """
-    seen = [rank for rank, sees in enumerate(ranks.objects(partial.is_dir())) if sees]
+    can = ranks.objects(ranks.first or os.access(partial, os.R_OK | os.W_OK | os.X_OK))
+    seen = [rank for rank, sees in enumerate(can) if sees]
     size = sum(coming.size for named in tensors.values() for coming in named.values())
     return seen[:: -(-len(seen) // max(1, size // LEAST))]
 
@@ -122,31 +128,38 @@ def _shared_out(tensors: Makers, writers: Sequence[int]) -> Iterator[tuple[int, 
             yield to, part, name, coming
 
 
-def _write(file: TensorFile, name: str, tensor: Tensor) -> None:
-    if file.path.name.startswith("model") and not all_finite([tensor]):
-        raise FloatingPointError(f"{file.path}: expected finite numbers, found others in {name}")
-    file.add(name, tensor)
+def _write(file: TensorFile, name: str, tensor: Tensor) -> Exception | None:
+    """What went wrong in it."""
+    try:
+        if file.path.name.startswith("model") and not all_finite([tensor]):
+            raise FloatingPointError(f"{file.path}: expected finite numbers, found others in {name}")
+        file.add(name, tensor)
+    except Exception as error:
+        return error.with_traceback(None)  # whose frames hold the tensor
+    return None
 
 
-def _finished(writing: "Future[None] | None", own: Iterable[TensorFile], first: bool) -> dict[str, str]:
-    """A rank's files, with their checksums; the first has one of each part. Raises what went wrong in writing."""
-    if writing is not None and (problem := writing.exception()):
-        raise problem.with_traceback(None)  # whose frames hold a tensor
+def _finished(problem: Exception | None, own: Iterable[TensorFile], first: bool) -> dict[str, str]:
+    """A rank's files, with their checksums; the first has one of each part. Raises the problem that there was."""
+    if problem is not None:
+        raise problem
     return {file.path.name: file.finish() for file in own if file.about or first}
 
 
-def _complete(partial: Path, final: Path, about: dict[str, Any], keep: int) -> None:
-    """Make what was written a checkpoint, and take old ones away."""
-    for name in about["files"]:
-        load_file(partial / name)  # maps it, if it is as it should be
-    write_atomic(partial / MANIFEST, json.dumps(sealed(about), indent=1).encode())
+def _complete(partial: Path, final: Path, manifest: dict[str, Any], tensors: Makers, keep: int) -> None:
+    """Make what was written a checkpoint, and take old ones away. Raises CheckpointError where it is not all there."""
+    for part, named in tensors.items():
+        found = sorted(name for file in _files(manifest, part) for name in load_file(partial / file))  # maps it
+        if found != sorted(named):
+            raise CheckpointError(f"{final}: expected {len(named)} tensors of {part}, found {len(found)} written")
+    write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     sync(final.parent)
     note_latest(final)
     for old in complete(final.parent)[:-keep]:
-        if old.name != _name(about["progress"]["best"]):
+        if old.name != _name(manifest["progress"]["best"]):
             _remove(old)
 
 
@@ -218,16 +231,19 @@ def verified(path: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 def parts(manifest: Mapping[str, Any]) -> list[str]:
     """What a checkpoint holds: model, optimizer, and more."""
-    return sorted({_part(name) for name in manifest["files"]})
+    return sorted(name.removesuffix(".safetensors") for name in manifest["files"] if "-" not in name)
 
 
-def _part(name: str) -> str:
-    return re.split(r"[-.]", name)[0]
+def _files(manifest: Mapping[str, Any], part: str) -> list[str]:
+    """Those of all ranks that have written something of ``part``."""
+    return [name for name in manifest["files"] if re.fullmatch(rf"{part}(-\d+)?\.safetensors", name)]
 
 
 def read(path: Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint's ``part``, of all ranks that wrote it. Raises CheckpointError for a damaged file."""
-    expected = {path / name: digest for name, digest in manifest["files"].items() if _part(name) == part}
+    expected = {path / name: manifest["files"][name] for name in _files(manifest, part)}
+    if not expected:
+        raise CheckpointError(f"{path}: expected {part}, found {', '.join(parts(manifest))}; delete {path}")
     with ThreadPoolExecutor() as threads:
         found = threads.map(lambda file: checksum(file) if file.is_file() else "no file", expected)
     for file, digest in zip(expected, found, strict=True):
@@ -236,7 +252,7 @@ def read(path: Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
                 f"{file}: expected SHA-256 {expected[file][:12]}, found {digest[:12]}: the file is damaged; "
                 f"delete {path} to go on from the checkpoint before it, or use resume=never"
             )
-    return dict(ChainMap(*map(load_file, expected)))
+    return {name: tensor for file in expected for name, tensor in load_file(file).items()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -250,7 +266,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if found not in READ:
         remedy = f"use the version of alignscale that wrote it, or delete {path}"
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {found}; {remedy}")
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT} or 3, found {found}; {remedy}")
     if sealed(manifest) != manifest or _name(manifest["step"]) != path.name:
         raise CheckpointError(
             f"{path / MANIFEST}: expected the manifest as it was written for {path.name}, found another, changed "

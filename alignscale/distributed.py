@@ -37,7 +37,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes files and speaks to the user."""
+        """Whether this is the rank that speaks to the user, and writes all files but its share of a checkpoint."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:

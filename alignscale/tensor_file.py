@@ -1,4 +1,4 @@
-"""A safetensors file of tensors that come one after the other, of which one at a time is in memory.
+"""A safetensors file of tensors that come one after the other, so that not all have to be in memory.
 
 It stands alone beside safetensors' own writer, which wants all of them at once.
 """
@@ -9,6 +9,8 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from io import BufferedWriter
 from pathlib import Path
 
 import torch
@@ -18,8 +20,8 @@ from torch import Tensor
 from alignscale.files import sync
 
 
-class TensorFile:
-    """The file at ``path``, which is none before ``finish``.
+class TensorFile(AbstractContextManager["TensorFile"]):
+    """The file at ``path``, which can be read after ``finish`` alone.
 
     How large tensors are shows when they come, so the header goes into a room that is kept for it. A reader maps the
     file, so no type may come after one of fewer bytes.
@@ -31,6 +33,11 @@ class TensorFile:
         self.room = 8 * (1 + sum(len(json.dumps(name)) // 8 + 25 for name in names))
         self.about: dict[str, dict[str, object]] = {}
         self.end, self.written = 0, hashlib.sha256()
+        self.file: BufferedWriter | None = None
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next one. Raises OSError."""
@@ -39,14 +46,14 @@ class TensorFile:
         kind = json.loads(save({name: own.flatten()[:0]})[8:])[name]["dtype"]
         self.about[name] = {"dtype": kind, "shape": [*own.shape], "data_offsets": [begin, self.end]}
         content = own.flatten().view(torch.uint8).numpy().data
-        self._append(content)
+        self._put(content)
         self.written.update(content)
 
     def finish(self) -> str:
         """Write the header; the SHA-256 of the file. Raises OSError where the disk gives back other bytes."""
-        self._append(b"")
-        with self.path.open("r+b") as file:
-            file.write(struct.pack("<Q", self.room) + json.dumps(self.about).encode().ljust(self.room))
+        header = struct.pack("<Q", self.room) + json.dumps(self.about).encode().ljust(self.room)
+        self._put(b"").seek(0)
+        self._put(header).close()
         sync(self.path)
         with self.path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read comes from the disk
@@ -56,11 +63,13 @@ class TensorFile:
                 raise OSError(errno.EIO, wrong, str(self.path))
         return checksum(self.path)
 
-    def _append(self, content: bytes | memoryview) -> None:
-        with self.path.open("ab") as file:
-            if file.tell() == 0:
-                file.write(bytes(8 + self.room))
-            file.write(content)
+    def _put(self, content: bytes | memoryview) -> BufferedWriter:
+        if self.file is None:
+            self.file = self.path.open("wb")
+            self.file.seek(8 + self.room)
+        self.file.write(content)
+        self.file.flush()  # so that nothing is left that could fail when it is closed
+        return self.file
 
 
 def checksum(path: Path) -> str:

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignscale.checkpoint import MANIFEST, Coming, complete, read, read_manifest, save
+from alignscale.analysis.finite import all_finite
+from alignscale.checkpoint import MANIFEST, CheckpointError, Coming, complete, read, read_manifest, save
+from alignscale.tensor_file import TensorFile
 
 ABOUT: dict[str, Any] = {"progress": {"best": None}}
 
@@ -158,3 +160,29 @@ def test_a_model_that_is_not_finite_is_not_written(tmp_path: Path, value: float)
     state = {"0.state": Coming.at_hand(torch.tensor(value))}
     save(tmp_path, 4, {"model": {"a": coming(ones(2))}, "optimizer": state}, ABOUT, 2)
     assert len(complete(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    whole = torch.linspace(-3, 3, 70_001, dtype=dtype)
+    assert all_finite([whole, whole[:0], whole.view(-1, 1)[::2].T, torch.arange(3), torch.ones(2, dtype=torch.uint8)])
+    for place in (0, 7, 31_337, 70_000):
+        for wrong in (float("nan"), float("inf"), -float("inf")):
+            other = whole.clone()
+            other[place] = wrong
+            assert not all_finite([whole, other])
+
+
+def test_a_part_that_is_not_there_is_said(tmp_path: Path) -> None:
+    save(tmp_path, 4, {"model": {"a": coming(ones(2))}}, ABOUT, 2)
+    (path,) = complete(tmp_path)
+    with pytest.raises(CheckpointError, match="expected optimizer, found model; delete"):
+        read(path, read_manifest(path), "optimizer")
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3, {"model": {"a": coming(ones(2))}}, ABOUT, 1)
+    monkeypatch.setattr(TensorFile, "add", lambda *_: None)  # as where ranks differ in who writes what
+    with pytest.raises(CheckpointError, match="expected 1 tensors of model, found 0 written"):
+        save(tmp_path, 4, {"model": {"a": coming(ones(2))}}, ABOUT, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000003"]

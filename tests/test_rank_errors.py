@@ -92,7 +92,7 @@ with joined(torch.device("cpu"), 60.0) as ranks:
         tensors = {{"model": dict(model), "optimizer": dict(maker(name) for name in "xyz")}}
         checkpoint.save(folder, step, tensors, {{"progress": {{"best": None}}}}, 2, ranks)
     save(1, *map(maker, "abc"))
-    assert most <= 1, most
+    assert most <= (ranks.first or {least} == 1), most
     def full():
         if ranks.first:
             (*folder.glob(".step-000000002.*.partial"),)[0].joinpath("{file}.safetensors").symlink_to("/dev/full")
@@ -127,7 +127,7 @@ with joined(torch.device("cpu"), 60.0) as ranks:
 
 
 def test_a_rank_on_another_disk_writes_nothing_of_a_checkpoint(tmp_path: Path) -> None:
-    """Of four ranks the second and the fourth do not see the first one's folder, the fourth has a folder like it."""
+    """Of four ranks the second has no such folder, and the fourth has one of its own."""
     (tmp_path / "save.py").write_text(f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})

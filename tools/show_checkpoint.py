@@ -40,8 +40,13 @@ def rows(manifest: dict[str, Any], tensors: dict[str, dict[str, Any]]) -> list[d
             "norm": tensor.double().norm().item(), "finite": bool(tensor.isfinite().all()),
         }
         for part, named in tensors.items()
-        for name, tensor in named.items()
+        for name, tensor in sorted(named.items(), key=lambda pair: _place(pair[0]))
     ]  # fmt: skip
+
+
+def _place(name: str) -> list[str]:
+    """By which names are in the order of layers, whichever ranks wrote them."""
+    return [word.zfill(9) if word.isdecimal() else word for word in name.split(".")]
 
 
 def universal(folder: Path, tag: str, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
