@@ -318,6 +318,16 @@ def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None
     assert done.stdout.count("Psi, the padded bytes") == 1
 
 
+def test_bench_save_times_the_first_rank_alone_and_all(tmp_path: Path) -> None:
+    options = ["--width", "1024", "--depth", "2", "--repeats", "1", "--folder"]
+    done = finished(torchrun(2, "tools/bench_save.py", *options, str(tmp_path)))
+    assert re.search(r"^22 MB, 2 ranks, ZeRO 3: the first alone [\d.]+ s, all [\d.]+ s", done.stdout, re.M), done
+    assert not list(tmp_path.iterdir())
+    refused = finished([PYTHON, "tools/bench_save.py", *options, str(tmp_path / "none")])
+    assert refused.returncode == 2
+    assert "error: [Errno 2] No such file or directory" in refused.stderr
+
+
 def test_bench_step_measures_half_precision_and_refuses_what_has_no_effect(tmp_path: Path) -> None:
     options = ["--distributed", "--device", "cpu", "--net", "mlp", "--width", "64", "--depth", "2"]
     options += ["--precision", "bf16"]
