@@ -84,7 +84,7 @@ def save(folder: Path, step: int, tensors: Makers, about: dict[str, Any], keep: 
                 ranks.still()
                 made = coming.make(to)
                 if ranks.rank == to and problem.result() is None:
-                    problem = thread.submit(_write, own[part], name, made.cpu())  # while the next one is made
+                    problem = thread.submit(_write, own[part], name, [made])  # while the next one is made
                 del made  # before the next one comes
             found = ranks.objects(ranks.together(lambda: _finished(problem.result(), own.values(), ranks.first)))
         checksums = {name: digest for one in found for name, digest in one.items()}
@@ -128,9 +128,10 @@ def _shared_out(tensors: Makers, writers: Sequence[int]) -> Iterator[tuple[int, 
             yield to, part, name, coming
 
 
-def _write(file: TensorFile, name: str, tensor: Tensor) -> Exception | None:
-    """What went wrong in it."""
+def _write(file: TensorFile, name: str, made: list[Tensor]) -> Exception | None:
+    """What went wrong in writing the tensor in ``made``, which nothing holds afterwards."""
     try:
+        tensor = made.pop().cpu()
         if file.path.name.startswith("model") and not all_finite([tensor]):
             raise FloatingPointError(f"{file.path}: expected finite numbers, found others in {name}")
         file.add(name, tensor)
@@ -147,11 +148,11 @@ def _finished(problem: Exception | None, own: Iterable[TensorFile], first: bool)
 
 
 def _complete(partial: Path, final: Path, manifest: dict[str, Any], tensors: Makers, keep: int) -> None:
-    """Make what was written a checkpoint, and take old ones away. Raises CheckpointError where it is not all there."""
+    """Make what was written a checkpoint, and take old ones away. Raises RuntimeError where it is not all there."""
     for part, named in tensors.items():
         found = sorted(name for file in _files(manifest, part) for name in load_file(partial / file))  # maps it
         if found != sorted(named):
-            raise CheckpointError(f"{final}: expected {len(named)} tensors of {part}, found {len(found)} written")
+            raise RuntimeError(f"{final}: expected each tensor of {part} once, found {found} of {sorted(named)}")
     write_atomic(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
     if final.exists():
         shutil.rmtree(final)

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from io import BufferedWriter
 from pathlib import Path
 
@@ -36,8 +36,9 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         self.file: BufferedWriter | None = None
 
     def __exit__(self, *error: object) -> None:
-        if self.file is not None:
-            self.file.close()
+        with suppress(OSError):  # of what could not be written before, which was said then
+            if self.file is not None:
+                self.file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next one. Raises OSError."""
@@ -68,7 +69,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
             self.file = self.path.open("wb")
             self.file.seek(8 + self.room)
         self.file.write(content)
-        self.file.flush()  # so that nothing is left that could fail when it is closed
+        self.file.flush()
         return self.file
 
 

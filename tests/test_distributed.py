@@ -321,7 +321,7 @@ def test_bench_step_writes_a_row_for_each_stage_and_rule(tmp_path: Path) -> None
 def test_bench_save_times_the_first_rank_alone_and_all(tmp_path: Path) -> None:
     options = ["--width", "1024", "--depth", "2", "--repeats", "1", "--folder"]
     done = finished(torchrun(2, "tools/bench_save.py", *options, str(tmp_path)))
-    assert re.search(r"^22 MB, 2 ranks, ZeRO 3: the first alone [\d.]+ s, all [\d.]+ s", done.stdout, re.M), done
+    assert re.search(r"^22 MB, 2 of 2 ranks, ZeRO 3: the first alone [\d.]+ s, all [\d.]+ s", done.stdout, re.M), done
     assert not list(tmp_path.iterdir())
     refused = finished([PYTHON, "tools/bench_save.py", *options, str(tmp_path / "none")])
     assert refused.returncode == 2

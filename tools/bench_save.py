@@ -6,6 +6,7 @@ The network is an mlp after one step of Adam; the folder is the disk that is mea
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
@@ -49,23 +50,27 @@ def main() -> int:
             )  # fmt: skip
             images, targets = torch.rand(1, 1, 28, 28, device=device), torch.rand(1, 10, device=device)
             learner.update([Batch(images, targets, [], ranks.size)], 1e-3)
-            made = tempfile.TemporaryDirectory(dir=options.folder) if ranks.first else None
-            folder = Path(ranks.of_first(lambda: made.name if made else ""))
-            seconds: dict[int, list[float]] = {ALONE: [], checkpoint.LEAST: []}
+            folder = Path(ranks.of_first(lambda: tempfile.mkdtemp(dir=options.folder.resolve())))
+            usual = checkpoint.LEAST
+            seconds: dict[int, list[float]] = {ALONE: [], usual: []}
             for turn in range(1 + options.repeats):
-                for least in seconds:
+                for least in list(seconds)[:: 1 if turn % 2 else -1]:
                     checkpoint.LEAST, begin = least, time.perf_counter()
                     checkpoint.save(folder, turn, learner.engine.state(), {"progress": {"best": None}}, 1, ranks)
                     if turn:  # the first ones warm up
                         seconds[least].append(time.perf_counter() - begin)
-            if made is not None:
-                size = sum(path.stat().st_size for path in checkpoint.find(folder, "last").iterdir()) / 1e6
+            checkpoint.LEAST = usual
+            checkpoint.save(folder, turn + 1, learner.engine.state(), {"progress": {"best": None}}, 1, ranks)
+            if ranks.first:
+                files = {path.stem: path.stat().st_size for path in checkpoint.find(folder, "last").glob("*.safet*")}
+                wrote = len({name.partition("-")[2] for name in files})
+                size = sum(files.values()) / 1e6
                 alone, together = map(statistics.median, seconds.values())
                 print(
-                    f"{size:.0f} MB, {ranks.size} ranks, ZeRO {options.zero_stage}: the first alone {alone:.2f} s, "
-                    f"all {together:.2f} s, {together / alone:.2f} of it"
+                    f"{size:.0f} MB, {wrote} of {ranks.size} ranks, ZeRO {options.zero_stage}: the first "
+                    f"alone {alone:.2f} s, all {together:.2f} s, {together / alone:.2f} of it"
                 )
-                made.cleanup()
+                shutil.rmtree(folder)
     except (ConfigError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
