@@ -19,6 +19,9 @@ class Machine(ExitStack):
         """folder: for its /etc/hosts. number: of its address in 10.94.0.0/24."""
         super().__init__()
         self.address = f"10.94.0.{number}"
+        if first is not None:  # the kernel takes its own time to unplug what has ended
+            switch = ["nsenter", f"--target={first.pid}", "--net", "ip", "link"]
+            self.callback(subprocess.run, [*switch, "delete", f"port{number}"], capture_output=True, check=False)
         kinds = ["--net", "--uts", "--mount", "--pid"]
         begin = ["unshare", *kinds, "--fork", "--kill-child", "--mount-proc", "sh", "-c", "echo; exec sleep infinity"]
         holder = subprocess.Popen(begin, stdout=subprocess.PIPE, text=True)
@@ -33,7 +36,6 @@ class Machine(ExitStack):
         if first is None:
             self.run("ip link add eth0 type bridge")
         else:
-            switch = ["nsenter", f"--target={first.pid}", "--net", "ip", "link"]
             wire = f"add port{number} type veth peer name eth0 netns {self.pid}"
             subprocess.run([*switch, *wire.split()], check=True)
             subprocess.run([*switch, "set", f"port{number}", "master", "eth0", "up"], check=True)
