@@ -330,7 +330,7 @@ def test_bench_save_times_the_first_rank_alone_and_all(tmp_path: Path) -> None:
 
 def test_bench_step_measures_half_precision_and_refuses_what_has_no_effect(tmp_path: Path) -> None:
     options = ["--distributed", "--device", "cpu", "--net", "mlp", "--width", "64", "--depth", "2"]
-    options += ["--precision", "bf16"]
+    options += ["--precision", "bf16", "--equal-sums"]
     measured = [*options, "--rules", "align_ada", "--repeats", "2", "--stages", "3"]
     measured += ["--json", str(tmp_path / "rows.json")]
     done = finished(torchrun(2, "tools/bench_step.py", *measured))

@@ -48,7 +48,7 @@ TIERS = ("device", "host", "disk")
 BUILDS = 5
 """Rounds in which the making of a cache is timed."""
 UNUSED = {"norm": "none", "jacobian": ["live"], "dtype": "fp32", "tier": ["host"], "unfused": False, "no_graph": False}
-UNUSED_BY_WIDTH = {"frozen": "stored", "precision": "fp32", "device": "cpu"}
+UNUSED_BY_WIDTH = {"frozen": "stored", "precision": "fp32", "device": "cpu", "equal_sums": False}
 """Options without effect with --distributed, and with --parallel-width too: what they may be."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
@@ -246,9 +246,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rules", type=names(tuple(sorted(RULES))), default=["align_ada", "align_zero", "readout_only"]
     )
-    parser.add_argument(
-        "--jacobian", type=names(tuple(JACOBIANS)), default=["live"], help="live, or from a temporary cache"
-    )
+    parser.add_argument("--jacobian", type=names(tuple(JACOBIANS)), default=["live"], help="live, or from a cache")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of an explicit Jacobian")
     parser.add_argument("--tier", type=names(TIERS), default=["host"], help="where a cache is kept")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -265,6 +263,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--distributed", action="store_true", help="under torchrun: DeepSpeed on all ranks, norm none")
     parser.add_argument("--stages", type=numbers(range(4)), default=[0, 1, 2, 3], help="of ZeRO, with --distributed")
+    parser.add_argument("--equal-sums", action="store_true", help="the plain loop in half precision sums in fp32 too")
     parser.add_argument("--bandwidth", type=speeds, default=[1.0, 10.0, 100.0], help="GB/s a rank, to project to")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows to this file")
     return parser.parse_args(command)

@@ -3,8 +3,8 @@
 For ``bench_step.py --distributed``. Beside each rule runs a minimal hand-written DeepSpeed loop of the same network,
 one step each in turn; traffic is counted around torch's collectives, and memory is what making a rule, or the loop, and
 its first steps add at most, to the process's or a GPU's. In half precision the loop is DeepSpeed's own bf16 or fp16,
-told to sum gradients over ranks in fp32, as ours are. The projection adds, to the time of a rank's share in one
-process, what its bytes take at a bandwidth.
+which sums gradients in it; with ``--equal-sums`` in fp32, as ours are. The projection adds, to the time of a rank's
+share in one process, what its bytes take at a bandwidth.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def measured(
     peak = peak_of(lambda: learner.update([batch], 1e-3), before, device, ranks)
     before = resident(device, reset=True)
     if batch.images.dtype != torch.float32:
-        settings = {**settings, arguments.precision: {"enabled": True}, "communication_data_type": "fp32"}
+        sums = {"communication_data_type": "fp32"} if arguments.equal_sums else {}
+        settings = {**settings, arguments.precision: {"enabled": True}, **sums}
     plain = plain_loop(config, batch, classes, stage, settings, ranks)
     plain_peak = peak_of(plain, before, device, ranks)
     collective_bytes.reset()
@@ -107,7 +108,7 @@ def measured(
     wire = (gathered + scattered + 2 * reduced) * (ranks.size - 1) / ranks.size
     return {
         "net": arguments.net, "width": arguments.width, "batch": arguments.batch, "ranks": ranks.size,
-        "device": hardware(device)["device"], "precision": arguments.precision,
+        "device": hardware(device)["device"], "precision": arguments.precision, "equal_sums": arguments.equal_sums,
         "zero_stage": stage, "rule": rule, "psi_bytes": psi,
         "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": reduced / psi,
         "peak_bytes": peak, "plain_peak_bytes": plain_peak,
