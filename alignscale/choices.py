@@ -185,15 +185,21 @@ class DeepSpeedConfig(EngineConfig):
     """DeepSpeed on any number of ranks.
 
     ``zero_stage``: what is partitioned over them: nothing (0), the optimizer (1), gradients too (2), weights too (3).
-    ``offload``: keep the optimizer's state in host memory. ``extra``: DeepSpeed's own settings, which go before ours.
-    ``timeout``: seconds after which a rank that waits for another one gives up.
+    ``offload``: keep the optimizer's state in host memory. ``reduce_dtype``: in what gradients are summed over ranks:
+    fp32, bf16, or auto, which is bf16 where layers compute in it. ``extra``: DeepSpeed's own settings, which go before
+    ours. ``timeout``: seconds after which a rank that waits for another one gives up.
     """
 
     name: str = "deepspeed"
     zero_stage: int = 1
     offload: bool = False
+    reduce_dtype: str = "auto"
     timeout: float = 1800.0
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def reduces_in_bf16(self, computes: bool) -> bool:
+        """Whether gradients are summed in bf16; ``computes``: whether layers compute in it."""
+        return self.reduce_dtype == "bf16" or (self.reduce_dtype == "auto" and computes)
 
 
 ENGINES: dict[str, EngineConfig] = {

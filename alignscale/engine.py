@@ -58,6 +58,8 @@ class Engine(ABC):
     """Runs a rule, and turns its surrogates into updates."""
 
     graph: StepGraph | None = None
+    bf16_sums = False
+    """Whether ranks sum their gradients in bf16."""
 
     def __init__(self, rule: Rule, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Module: runs the rule. The optimizer holds the rule's parameters, or what stands for them."""
@@ -71,8 +73,7 @@ class Engine(ABC):
 
     def __call__(self, batch: Batch) -> StepOutput:
         """Run the rule on a batch, or on this rank's part of it."""
-        found: StepOutput = self.module(batch)
-        return found
+        return self.module(batch)
 
     @abstractmethod
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
@@ -107,11 +108,8 @@ class Engine(ABC):
 
     def evaluate(self, batch: Batch) -> StepOutput:
         """The forward pass alone."""
-        self.rule.eval()
-        try:
+        with self.rule.evaluating():
             return self(batch)
-        finally:
-            self.rule.train()
 
 
 class LocalEngine(Engine):

@@ -6,7 +6,7 @@ what layers read of these is in the precision that they compute in.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from alignscale.rules import Rule
 OURS = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size", "optimizer": "optim",
     "gradient_accumulation_steps": "accumulation", "gradient_clipping": "optim.clip_norm", "scheduler": "schedule",
-    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.stage": "engine.zero_stage", "communication_data_type": "engine.reduce_dtype",
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"), "precision"),
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
@@ -37,8 +37,10 @@ OTHERS = {
 """Its settings under which a step would be another one: other gradients, other batches, another network."""
 
 
-def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any]:
+def deepspeed_config(config: DeepSpeedConfig, clip_norm: float, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """DeepSpeed's configuration. Raises ConfigError where ``engine.extra`` sets what another option decides.
+
+    dtype: what layers compute in; to DeepSpeed, which is not to scale an error or to round weights, all is fp32.
 
     Micro-batch and accumulation are 1: parts of a batch differ in size, so the engine is told which one is the last.
     """
@@ -46,11 +48,6 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
     if not isinstance(inside, Mapping):
         raise ConfigError(f"engine.extra: zero_optimization: expected settings by name, found {inside!r:.40}")
     for name in (*config.extra, *(f"zero_optimization.{name}" for name in inside)):
-        if name == "communication_data_type" and (found := config.extra[name]) not in ("bf16", "fp32"):
-            # fp16 has no range for gradients of a wide network
-            raise ConfigError(
-                f"engine.extra: {name}: expected bf16 or fp32, in which gradients are summed, found {found}"
-            )
         if name in OURS:
             raise ConfigError(f"engine.extra: {name}: expected {OURS[name]}, the option that decides it")
         if name in OTHERS:
@@ -61,10 +58,12 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float) -> dict[str, Any
     optimization: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload:
         optimization["offload_optimizer"] = {"device": "cpu"}
-    ours = {
+    ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": optimization,
     }  # fmt: skip
+    if config.reduces_in_bf16(dtype == torch.bfloat16):
+        ours["communication_data_type"] = "bf16"
     return _merged(ours, config.extra)
 
 
@@ -87,9 +86,10 @@ class DeepSpeedEngine(Engine):
         zero.make_ready(next(rule.net.parameters()).device.type)
         zero.deepspeed.utils.logger.setLevel(logging.ERROR)
         self.mesh, self.stage = mesh, config.zero_stage
-        self.shares = rule.net.shares()
+        self.bf16_sums = config.reduces_in_bf16(dtype == torch.bfloat16)
+        self.shares, self.first = rule.net.shares(), True
         optimizer = make_optimizer(optim, rule.trained())
-        settings = zero.Asked(deepspeed_config(config, optim.clip_norm))
+        settings = zero.Asked(deepspeed_config(config, optim.clip_norm, dtype))
         mesh_of = zero.share_out(rule.net, mesh)
         try:
             self.engine, *_ = zero.deepspeed.initialize(
@@ -109,7 +109,8 @@ class DeepSpeedEngine(Engine):
         momentum = ["momentum_buffer"] if isinstance(optim, SGDConfig) and optim.momentum else []
         self.keys = ["exp_avg", "exp_avg_sq"] if self.counts else momentum
         if self.stage and dtype.itemsize == 2:
-            zero.narrow(self.engine.optimizer, rule.net, dtype, self.stage)
+            sums = torch.bfloat16 if self.bf16_sums else torch.float32
+            zero.narrow(self.engine.optimizer, rule.net, dtype, sums, self.stage)
         if self.stage == 3:
             zero.attend(rule.net)
         if optim.weight_decay and optim.decay_towards == "initial":
@@ -118,6 +119,9 @@ class DeepSpeedEngine(Engine):
     def backward(self, surrogate: Tensor, last: bool = True) -> None:
         """Add to the gradient; DeepSpeed, which takes the mean over ranks, sums them over ranks with the last part."""
         self.engine.set_gradient_accumulation_boundary(last)
+        if self.first:
+            zero.keep_parts(self.engine.optimizer, not last)
+        self.first = last
         self.engine.backward(surrogate * self.mesh.data.size, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the part, and no more
@@ -157,16 +161,15 @@ class DeepSpeedEngine(Engine):
         return ((parameter, self.names[parameter]) for parameter in self.rule.trained())
 
     def _coming(self, name: str, like: Tensor, own: Callable[[], Tensor]) -> Coming:
-        share, shape = self.shares[name], _shape(like)
+        share, shape = self.shares[name], getattr(like, "ds_shape", like.shape)  # of a parameter that may be released
         size = 4 * math.prod(share.whole(shape) if share else shape)
         return Coming(size, lambda to: self.mesh.whole(own().detach(), share, to))
 
     def load(self, tensors: Tensors) -> None:
         """Set everything from the first rank's tensors; a collective of all."""
         for name, parameter in self.rule.net.named_parameters():
-            zero.set_weight(
-                self.engine, parameter, self._shared(tensors["model"].get(name), parameter, name), self.stage
-            )
+            value = self._shared(tensors["model"].get(name), parameter, name)
+            zero.set_weight(self.engine, parameter, value, self.stage)
         for name, buffer in self.rule.net.named_buffers():
             buffer.copy_(self._shared(tensors["model"].get(name), buffer, name))
         first = f"{next(self._trained())[1]}.step"
@@ -178,11 +181,5 @@ class DeepSpeedEngine(Engine):
                 zero.set_state(self.engine, parameter, key, value, self.stage)
 
     def _shared(self, whole: Tensor | None, like: Tensor, name: str) -> Tensor:
-        own = like.new_empty(_shape(like), dtype=like.grad_dtype)  # layers may have it rounded
+        own = like.new_empty(getattr(like, "ds_shape", like.shape), dtype=like.grad_dtype)  # layers may have it rounded
         return self.mesh.part(whole, self.shares[name], own)
-
-
-def _shape(own: Tensor) -> Sequence[int]:
-    """Of a parameter that may be released, or of a buffer."""
-    shape: Sequence[int] = getattr(own, "ds_shape", own.shape)
-    return shape

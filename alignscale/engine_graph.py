@@ -58,17 +58,13 @@ class StepGraph:
 
     def _can(self) -> bool:
         """Hooks are Python's, and would not be called again."""
-        modules = (
-            (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks, one._backward_pre_hooks)
-            for one in self.rule.modules()
-        )
-        own = self.rule.own_hooks
-        others = [
-            one
+        names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        watched = any(getattr(module, name) for module in self.rule.modules() for name in names)
+        others = any(
+            len(one._backward_hooks or ()) > self.rule.own_hooks or getattr(one, "_post_accumulate_grad_hooks", None)
             for one in self.parameters
-            if len(one._backward_hooks or ()) > own or getattr(one, "_post_accumulate_grad_hooks", None)
-        ]
-        return self.rule.replayable and not others and not any(map(any, modules))
+        )
+        return self.rule.replayable and not watched and not others
 
     def _kind(self, batch: Batch) -> object:
         """What a recorded step depends on, but for the numbers in ``_moving``."""
@@ -137,7 +133,7 @@ class _Recorded:
             with torch.cuda.stream(aside):
                 self._made()
             current.wait_stream(aside)
-        self._forget()
+        self.rule.zero_grad()
 
     def record(self) -> None:
         """From here on ``output`` and ``gradients`` are where a replay writes them."""
@@ -164,12 +160,8 @@ class _Recorded:
         with torch.cuda.device(self.device):
             self.graph.replay()
 
-    def _forget(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
     def _made(self) -> StepOutput:
-        self._forget()
+        self.rule.zero_grad()
         surrogate, loss, logits = self.rule(self.batch)
         surrogate.backward()
         return StepOutput(surrogate.detach(), loss.detach(), logits.detach())

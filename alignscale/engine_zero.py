@@ -102,15 +102,20 @@ class Wide(dict[int, Tensor]):
         super().__setitem__(key, value.float().pin_memory() if value.is_pinned() else value.float())
 
 
-def narrow(optimizer: Any, net: Network, dtype: torch.dtype, stage: int) -> None:
+def narrow(optimizer: Any, net: Network, dtype: torch.dtype, sums: torch.dtype, stage: int) -> None:
     """Have layers read weights in half precision ``dtype``: half the memory, and half the bytes between ranks.
 
-    What the optimizer updates, and the gradients, are fp32 as before; after each update DeepSpeed copies its fp32
-    weights into these, which rounds them. A collective of all ranks.
+    What the optimizer updates is fp32 as before; after each update DeepSpeed copies its fp32 weights into these, which
+    rounds them. Gradients are what they are summed in over ranks, ``sums``, fp32 where a step adds to them many times.
+    A collective of all ranks.
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    many = net.recurrent or (stage == 3 and optimizer.offload_param)
+    gradients = torch.float32 if many else sums
+    if stage < 3:  # of its buffers; and it looks for numbers that are not finite in bf16 where it is told to
+        optimizer.dtype, optimizer.check_grad_overflow = gradients, gradients == torch.bfloat16
     for parameter in trained:
-        parameter.grad_dtype = parameter.dtype
+        parameter.grad_dtype = gradients
         if is_autocast_initialized():  # by another's engine here: gradients would be summed as weights are
             parameter.comm_dtype = parameter.dtype  # type: ignore[attr-defined]
     if stage < 3:
@@ -128,6 +133,13 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, stage: int) -> None
             optimizer._unflatten_partitioned_parameters(group)
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
+
+
+def keep_parts(optimizer: Any, several: bool) -> None:
+    """Have ZeRO 1 add up the gradients of ``several`` parts of a batch in fp32, where they are bf16."""
+    if getattr(optimizer, "dtype", None) == torch.bfloat16 and not optimizer.partition_gradients:
+        optimizer.use_grad_accum_attribute = several
+        optimizer.gradient_accumulation_dtype = torch.float32 if several else torch.bfloat16
 
 
 def _narrow_whole(optimizer: Any, dtype: torch.dtype) -> None:

@@ -19,10 +19,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise OSError(errno.EINVAL, "expected a file or a new name, found a folder or device", str(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_bytes(content)
+        sync(partial)
         partial.replace(path)
     except OSError as problem:
         raise OSError(problem.errno, problem.strerror, str(path)) from problem

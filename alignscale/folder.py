@@ -140,9 +140,7 @@ def same_run(path: Path, config: TrainConfig) -> None:
 
 def _empty(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for path in (folder / "checkpoints").glob("step-*"):
+    for path in folder.glob("checkpoints/step-*"):
         shutil.rmtree(path)
-    for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
-        path.unlink()
-    for name in OURS:
-        (folder / name).unlink(missing_ok=True)
+    for path in [*folder.glob("tensorboard/events.out.tfevents.*"), *(folder / name for name in OURS)]:
+        path.unlink(missing_ok=True)

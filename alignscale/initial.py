@@ -86,8 +86,7 @@ def normal(
     if kernels := gpu_kernels(table):
         size = (max(stop - start, 0), *shape[1:])
         upper, made = table[len(table) // 2 :], dtype if dtype in SUMMED else torch.float32
-        found: Tensor = kernels.normal(upper, seed, int(stream), layer, draw, first, size, made)
-        return found.to(dtype)
+        return kernels.normal(upper, seed, int(stream), layer, draw, first, size, made).to(dtype)
     begin = first // _PER_BLOCK
     end = -(-last // _PER_BLOCK)
     flat = table.new_empty((end - begin, _PER_BLOCK))

@@ -15,22 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignscale import choices
 from alignscale.analysis.errors import ErrorSums
 from alignscale.analysis.updates import cosines, weight_updates
-from alignscale.choices import (
-    ENGINES,
-    LOSSES,
-    NETS,
-    OPTIMS,
-    ConfigError,
-    DataConfig,
-    DeepSpeedConfig,
-    EngineConfig,
-    LossConfig,
-    NetConfig,
-    OptimConfig,
-    RuleConfig,
-)  # fmt: skip
+from alignscale.choices import ConfigError, EngineConfig, LossConfig, NetConfig, OptimConfig, RuleConfig
 from alignscale.config import CalibrationConfig, EvaluationConfig, FrozenConfig, TrainConfig
 from alignscale.data.examples import Encoding, Examples, stream
 from alignscale.data.plan import Plan
@@ -72,8 +60,8 @@ class Learner:
     def __init__(
         self, net: str | NetConfig, shape: Sequence[int], classes: int, rule: str | RuleConfig = "align_ada",
         optim: str | OptimConfig = "sgd", loss: str | LossConfig = "mse", *, seed: int = 0, precision: str = "fp32",
-        device: str | torch.device = "cpu", frozen_weights: str = "stored", state_rows: int = 0,
-        engine: EngineConfig = ENGINES["local"], mesh: Mesh = WHOLE, sync_norm: bool = True, coefficients: int = 0,
+        device: str | torch.device = "cpu", frozen_weights: str = "stored", state_rows: int = 0, coefficients: int = 0,
+        engine: EngineConfig = choices.ENGINES["local"], mesh: Mesh = WHOLE, sync_norm: bool = True,
     ) -> None:  # fmt: skip
         """What is given by name has its default options.
 
@@ -89,20 +77,21 @@ class Learner:
             device: auto, or what torch.device takes.
             frozen_weights: the initial weights are ``stored``, ``regenerated`` at each use, or ``partitioned``.
             state_rows: of a recurrent network's trained initial state: the largest batch.
+            coefficients: the training examples of align_zero in dual form; 0 trains weights.
             engine: what runs a step.
             mesh: the processes that train together; those of ``mesh.data`` are given their own parts of each batch.
             sync_norm: norm batch takes its moments in training over all ranks.
-            coefficients: the training examples of align_zero in dual form; 0 trains weights.
 
         Raises:
             ConfigError: an option is wrong, or the network does not fit the shape.
         """
         rules = {name: kind.options(name=name) for name, kind in RULES.items()}
-        optim = _chosen("optim", optim, OPTIMS, OptimConfig)
+        optim = _chosen("optim", optim, choices.OPTIMS, OptimConfig)
         self.options = TrainConfig(
-            _chosen("rule", rule, rules, RuleConfig), _chosen("net", net, NETS, NetConfig), DataConfig("tensors"),
-            optim, _chosen("loss", loss, LOSSES, LossConfig), frozen=FrozenConfig(frozen_weights), seed=seed,
-            precision=precision, calibration=CalibrationConfig(2), batch_size=120, evaluation=EvaluationConfig([]),
+            _chosen("rule", rule, rules, RuleConfig), _chosen("net", net, choices.NETS, NetConfig),
+            choices.DataConfig("tensors"), optim, _chosen("loss", loss, choices.LOSSES, LossConfig), seed=seed,
+            frozen=FrozenConfig(frozen_weights), precision=precision, calibration=CalibrationConfig(2), batch_size=120,
+            evaluation=EvaluationConfig([]),
         )  # fmt: skip
         validate(self.options)
         try:
@@ -120,7 +109,7 @@ class Learner:
         dtype, master = PRECISIONS[precision]
         device = device_called(str(device))
         self.net = build(self.options.net, self.shape, classes, state_rows, mesh.width).to(device, master)
-        for layer in [] if isinstance(engine, DeepSpeedConfig) else self.net.layers:  # it lays weights out anew
+        for layer in [] if isinstance(engine, choices.DeepSpeedConfig) else self.net.layers:  # it lays weights out anew
             layer.weight.data = laid_out(layer.weight.data)
         initialise(self.net, seed)
         self.mesh = mesh
@@ -138,7 +127,7 @@ class Learner:
         self.engine = self._engine(engine, optim)
 
     def _engine(self, config: EngineConfig, optim: OptimConfig) -> Engine:
-        if isinstance(config, DeepSpeedConfig):
+        if isinstance(config, choices.DeepSpeedConfig):
             os.environ.setdefault("DS_ACCELERATOR", self.encoding.device.type)  # read by the import
             from alignscale.engine_deepspeed import DeepSpeedEngine  # slow to import, and an extra
 
@@ -202,12 +191,10 @@ class Learner:
 
         batch: the same on all ranks.
         """
-        self.rule.eval()  # norms take the moments of this batch, which every rank has
-        mine = weight_updates(self.net, *self.rule.local(batch, self.net.current))
-        true = weight_updates(self.net, *true_deltas(self.net, batch, self.loss, self.net.current))
-        found = cosines(mine, true, self.mesh.width.ranks)
-        self.rule.train()
-        return found
+        with self.rule.evaluating():  # norms take the moments of this batch, which every rank has
+            mine = weight_updates(self.net, *self.rule.local(batch, self.net.current))
+            true = weight_updates(self.net, *true_deltas(self.net, batch, self.loss, self.net.current))
+            return cosines(mine, true, self.mesh.width.ranks)
 
     def fit(self, images: Tensor, labels: Tensor, epochs: int = 10, batch_size: int = 50) -> list[float]:
         """Train for some more epochs, each in an order of its own, and return each one's mean loss.
@@ -290,11 +277,11 @@ def _tensor(name: str, value: Any) -> Tensor:
         raise ConfigError(f"{name}: expected a tensor or an array of numbers, found: {problem}") from None
 
 
-def _chosen(option: str, value: str | Choice, choices: Mapping[str, Choice], kind: type[Choice]) -> Choice:
+def _chosen(option: str, value: str | Choice, named: Mapping[str, Choice], kind: type[Choice]) -> Choice:
     """The choice of a name, with its default options, or the options that are given."""
     if isinstance(value, kind):
         return value
-    if isinstance(value, str) and value in choices:
-        return copy.deepcopy(choices[value])
+    if isinstance(value, str) and value in named:
+        return copy.deepcopy(named[value])
     found = value if isinstance(value, str) else type(value).__name__
-    raise ConfigError(f"{option}={found}: expected one of {', '.join(sorted(choices))}, or options of {kind.__name__}")
+    raise ConfigError(f"{option}={found}: expected one of {', '.join(sorted(named))}, or options of {kind.__name__}")

@@ -23,7 +23,8 @@ def check_memory(config: TrainConfig, train: Split, device: torch.device, engine
     dtype, master = PRECISIONS[config.precision]
     states = 2 if isinstance(config.optim, AdamConfig) else int(getattr(config.optim, "momentum", 0) > 0)
     stage, share = getattr(engine, "zero_stage", 0), 1 / mesh.data.size
-    frozen = 0 if config.rule.name in CURRENT else {"stored": 1, "partitioned": share}.get(config.frozen.weights, 0)
+    parts = 1 if config.rule.name == "feedback_alignment" else share  # whose random weights are not the initial ones
+    frozen = 0 if config.rule.name in CURRENT else {"stored": 1, "partitioned": parts}.get(config.frozen.weights, 0)
     weight, gradient = share if stage == 3 else 1, share if stage >= 2 else 1
     weight *= dtype.itemsize / master.itemsize if stage else 1  # of which the optimizer has one in full precision
     pulled = config.optim.weight_decay > 0 and config.optim.decay_towards == "initial"

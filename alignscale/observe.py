@@ -88,24 +88,25 @@ def live(
     count = min(sample or len(examples), len(examples))
     places = torch.arange(count) * len(examples) // count
     net, start, own = learner.net, learner.start, changes(learner)
-    learner.rule.eval()
-    target = frozen_changes(learner, examples, errors, places, most)
-    measured = scores(learner, own, target, BUDGET if whole else 0.0)
-    found = hidden(learner, measured)
-    moved = [None if a is None else relative(a + start(index), start(index)) for index, a in enumerate(own)]
-    values: dict[str, float | None] = {"alignment": mean(found), "weight_change": mean(moved[: net.readout])}
-    if not whole:
-        values["alignment_error"] = mean([None if one is None else one.error for one in measured[: net.readout]])
-    values |= {f"alignment_layer{index}": value for index, value in enumerate(found, 1)}
-    if whole:
-        for name, control in controls(learner, own, learner.options.seed).items():
-            values[f"alignment_{name}"] = mean(hidden(learner, scores(learner, control, target)))
-        images = learner.encoding.batch(examples, places[:most], 0).images
-        with torch.no_grad():
-            now, before = net.trace(images, net.current), learner.fixed.frozen.trace(images)
-        values["input_change"] = mean([relative(a, b) for a, b in zip(now.inputs[1:], before.inputs[1:], strict=True)])
-        values["gate_change"] = mean(gates_moved(net, now, before))
-    learner.rule.train()
+    with learner.rule.evaluating():
+        target = frozen_changes(learner, examples, errors, places, most)
+        measured = scores(learner, own, target, BUDGET if whole else 0.0)
+        found = hidden(learner, measured)
+        moved = [None if a is None else relative(a + start(index), start(index)) for index, a in enumerate(own)]
+        values: dict[str, float | None] = {"alignment": mean(found), "weight_change": mean(moved[: net.readout])}
+        if not whole:
+            values["alignment_error"] = mean([None if one is None else one.error for one in measured[: net.readout]])
+        values |= {f"alignment_layer{index}": value for index, value in enumerate(found, 1)}
+        if whole:
+            for name, control in controls(learner, own, learner.options.seed).items():
+                values[f"alignment_{name}"] = mean(hidden(learner, scores(learner, control, target)))
+            images = learner.encoding.batch(examples, places[:most], 0).images
+            with torch.no_grad():
+                now, before = net.trace(images, net.current), learner.fixed.frozen.trace(images)
+            values["input_change"] = mean(
+                [relative(a, b) for a, b in zip(now.inputs[1:], before.inputs[1:], strict=True)]
+            )
+            values["gate_change"] = mean(gates_moved(net, now, before))
     return values
 
 

@@ -76,8 +76,7 @@ class Width:
         under_way: UnderWay = []
         begun = _Begin.apply(own, self, under_way)
         yield
-        whole: Tensor = _End.apply(begun, self, under_way)
-        return whole
+        return _End.apply(begun, self, under_way)
 
     def scatter(self, partial: Tensor) -> Turns[Tensor]:
         """Each rank's part of a sum (B, units, ...) -> the sum over ranks at this rank's units; no graph."""
@@ -110,8 +109,7 @@ class Width:
 
     def sum(self, partial: Tensor) -> Tensor:
         """Each rank's part of a sum -> the sum, the same on all; its gradient is each part's."""
-        found: Tensor = partial if self.ranks.size == 1 else _Sum.apply(partial, self.ranks)
-        return found
+        return partial if self.ranks.size == 1 else _Sum.apply(partial, self.ranks)
 
 
 ALL_UNITS = Width()
@@ -204,9 +202,8 @@ class Mesh:
         seconds = None if ranks.heart is None else ranks.heart.timeout
         beside, same = _groups(ranks.size, width, seconds)
         data = replace(ranks, rank=ranks.rank // width, size=ranks.size // width, group=same)
-        return cls(
-            ranks, data, Width(replace(ranks, rank=ranks.rank % width, size=width, group=beside), units, overlap)
-        )
+        beside_it = replace(ranks, rank=ranks.rank % width, size=width, group=beside)
+        return cls(ranks, data, Width(beside_it, units, overlap))
 
     def whole(self, own: Tensor, share: Share | None, to: int = 0) -> Tensor:
         """A tensor of this network on rank ``to``, from the ranks that have parts of it; elsewhere the part.

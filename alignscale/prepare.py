@@ -74,7 +74,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         check_size(learner.net, len(train), train.shape, train.classes)
     made_with = {
         **environment.versions(), "threads": torch.get_num_threads(), "device": str(device), "ranks": ranks.size,
-        "engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None), "cuda_graph": learner.engine.records,
+        "engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None),
+        "cuda_graph": learner.engine.records, **({"sums": "bf16"} if learner.engine.bf16_sums else {}),
         "width_ranks": mesh.width.ranks.size, "overlap": mesh.width.overlap,
     }  # fmt: skip
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)

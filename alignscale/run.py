@@ -83,8 +83,7 @@ class Run:
 
     def is_best(self, step: int) -> bool:
         """Whether the network was measured after update ``step``, and is the best so far."""
-        best = self.best()
-        return best is not None and best["step"] == step
+        return (self.best() or {}).get("step") == step
 
     def save(self, step: int) -> None:
         """Write a checkpoint after update ``step``. Raises Diverged if a weight is not finite."""

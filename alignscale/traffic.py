@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from alignscale.choices import NetConfig
+from alignscale.choices import DeepSpeedConfig, NetConfig
 from alignscale.config import TrainConfig
 from alignscale.nets import Network, build
 
@@ -27,7 +27,8 @@ class Plan:
 
     batch: examples in a step on all ranks. width, data: of the mesh. stage: of ZeRO. jacobian: live, gates or explicit.
     inputs: align_zero's initial layer inputs are ``whole`` in the cache, ``gathered`` or ``recomputed``. itemsize: of
-    what is computed. states: of the optimizer, in numbers a weight. overlap: whether halves of the batch take turns.
+    what is computed. reduced: bytes of a gradient's number on its way to the data ranks. states: of the optimizer, in
+    numbers a weight. overlap: whether halves of the batch take turns.
     """
 
     net: NetConfig
@@ -41,6 +42,7 @@ class Plan:
     jacobian: str = "live"
     inputs: str = "whole"
     itemsize: int = 4
+    reduced: int = MASTER
     states: int = 0
     overlap: bool = False
 
@@ -59,9 +61,10 @@ class Plan:
 def plan_of(config: TrainConfig, shape: tuple[int, ...], classes: int, width: int, data: int, itemsize: int) -> Plan:
     """The plan of a run on ``width`` x ``data`` ranks, its Jacobian live."""
     inputs = config.jacobian.inputs if config.jacobian.inputs == "recomputed" else config.parallel.inputs
-    stage = getattr(config.engine, "zero_stage", 1)
-    ranks = (width, data, stage)
-    what = (config.batch_size, config.rule.name, *ranks, "live", inputs, itemsize)
+    engine = config.engine if isinstance(config.engine, DeepSpeedConfig) else DeepSpeedConfig()
+    reduced = 2 if engine.reduces_in_bf16(config.precision == "bf16") else MASTER
+    ranks = (width, data, engine.zero_stage)
+    what = (config.batch_size, config.rule.name, *ranks, "live", inputs, itemsize, reduced)
     return Plan(config.net, shape, classes, *what, overlap=config.parallel.overlap)
 
 
@@ -118,16 +121,17 @@ def _weights(plan: Plan, layer: int, shape: tuple[int, ...]) -> list[Exchange]:
     """What ZeRO does with a layer, nothing kept from the forward pass to the backward pass."""
     parts = [math.prod(shape), *([shape[0]] if outline(plan).layers[layer].held[1] is not None else [])]
     size = sum(plan.data * -(-part // plan.data) for part in parts) * MASTER
+    summed = size * plan.reduced // MASTER
     if plan.stage == 0:
-        return [Exchange(layer, "gradients", "all_reduce", "data", 1, size)]
+        return [Exchange(layer, "gradients", "all_reduce", "data", 1, summed)]
     once = size * plan.itemsize // MASTER  # as layers compute
     if plan.stage < 3:
-        gradients = Exchange(layer, "gradients", "reduce_scatter", "data", 1, size)
+        gradients = Exchange(layer, "gradients", "reduce_scatter", "data", 1, summed)
         return [gradients, Exchange(layer, "weights", "all_gather", "data", 1, once)]
     again = {"backprop": once, "sign_symmetric": size}.get(plan.rule, 0)  # signs of fp32 weights
     return [
         Exchange(layer, "weights", "all_gather", "data", (1 + bool(again)) * len(parts), once + again),
-        Exchange(layer, "gradients", "reduce_scatter", "data", len(parts), size),
+        Exchange(layer, "gradients", "reduce_scatter", "data", len(parts), summed),
     ]
 
 

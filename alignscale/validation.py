@@ -24,6 +24,7 @@ ONE_OF = {
     "device": ("auto", "cpu", "cuda"),
     "evaluation.splits": ("train", "validation", "test"),
     "engine.zero_stage": (0, 1, 2, 3),
+    "engine.reduce_dtype": ("auto", "fp32", "bf16"),
     "form": ("primal", "dual"),
     "frozen.weights": ("stored", "regenerated", "partitioned"),
     "jacobian.dtype": ("fp64", "fp32", "bf16", "fp16", "fp8"),

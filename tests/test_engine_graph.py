@@ -95,7 +95,7 @@ class Recorded(engine_graph._Recorded):
 
     def warm_up(self) -> None:
         self._made()
-        self._forget()
+        self.rule.zero_grad()
 
     def record(self) -> None:
         self.graph, self.output = Remade(self), self._made()

@@ -146,12 +146,21 @@ def test_a_batch_of_no_examples_and_the_partial_last_one_are_given(split: Split)
 
 
 @needs_ffcv
-def test_reading_that_is_broken_off_leaves_no_thread_and_torch_its_own_number_of_threads(split: Split) -> None:
+def test_reading_that_is_broken_off_leaves_no_thread_and_torch_its_own_number_of_threads(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    decoded, run = [], EpochIterator.run_pipeline
+    monkeypatch.setattr(
+        EpochIterator, "run_pipeline", lambda self, number, *rest: decoded.append(number) or run(self, number, *rest)
+    )
     before, threads = threading.active_count(), torch.get_num_threads()
     found = split.batches((Wanted(torch.arange(9), step, 9) for step in range(50)), ENCODING)
     next(found)
     found.close()
     assert (threading.active_count(), torch.get_num_threads()) == (before, threads)
+    assert 0 < len(decoded) < 25
 
 
 @needs_ffcv

@@ -155,6 +155,9 @@ def test_ranks_share_the_batch_and_what_zero_partitions(tmp_path: Path, monkeypa
     assert not fits(0, 64)
     assert not fits(3, 2)
     assert fits(3, 64)
+    assert fits(3, 64, frozen=FrozenConfig("partitioned"))
+    random = RuleConfig("feedback_alignment")  # whose weights each rank has whole
+    assert not fits(3, 64, frozen=FrozenConfig("partitioned"), rule=random)
     narrow = {"net": MLPConfig(width=1000, depth=3), "batch_size": 2_000_000}
     assert not fits(0, 1, **narrow)
     assert fits(0, 8, **narrow)

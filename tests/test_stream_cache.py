@@ -70,6 +70,16 @@ def test_a_download_that_breaks_off_leaves_nothing_and_a_part_of_one_is_never_re
         assert read(cache, f"{url}/0.tar", 900) == b"x" * 900
 
 
+def test_what_a_killed_process_left_of_a_shard_takes_no_room_from_others(tmp_path: Path) -> None:
+    make(tmp_path)
+    with server(tmp_path) as (url, faults):
+        cache = Cache(str(tmp_path / "cache"), 2500, Remote(0, 5.0))
+        read(cache, f"{url}/0.tar")
+        (tmp_path / f"cache/.{cache._path(f'{url}/1.tar').name}.1000.partial").write_bytes(b"half")
+        assert [read(cache, f"{url}/{number}.tar")[0] for number in (1, 0)] == [1, 0]
+        assert len(faults.asked) == 2
+
+
 def test_a_file_that_changed_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
     expected = batches(config(tmp_path), **ALL)
     with server(tmp_path) as (url, _):

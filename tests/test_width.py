@@ -21,12 +21,14 @@ from run_cases import same, weights
 from safetensors.torch import load_file
 from test_distributed import STAGES, check_equal
 
-from alignscale.choices import ConfigError, ConvConfig, MLPConfig
+from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, EngineConfig, MLPConfig, RuleConfig, SGDConfig
+from alignscale.choices_data import DigitsConfig
+from alignscale.config import TrainConfig
 from alignscale.jacobian.form import Form
 from alignscale.jacobian.plan import Costs, Machine, Planner
 from alignscale.nets import build
 from alignscale.parallel import check_mesh
-from alignscale.traffic import Plan, exchanges, wires
+from alignscale.traffic import Plan, exchanges, plan_of, wires
 from tools import evaluate as tool
 from tools import show_checkpoint
 
@@ -264,13 +266,27 @@ def test_the_formulas_give_numbers_worked_out_by_hand() -> None:
     )
 
 
-def test_half_precision_halves_the_weights_of_zero_3_on_their_way_and_no_gradient() -> None:
-    plan = Plan(MLPConfig(width=8, depth=3), (1, 2, 2), 2, 6, data=3, stage=3, itemsize=2)
-    for rule, times in (("align_ada", 0.5), ("backprop", 1.0), ("sign_symmetric", 1.5)):  # whose signs are fp32's
+@pytest.mark.parametrize("reduced", [2, 4])
+def test_half_precision_halves_the_weights_of_zero_3_on_their_way_and_gradients_that_are_summed_in_it(
+    reduced: int,
+) -> None:
+    plan = Plan(MLPConfig(width=8, depth=3), (1, 2, 2), 2, 6, data=3, stage=3, itemsize=2, reduced=reduced)
+    for rule, times in (("align_ada", 2), ("backprop", 4), ("sign_symmetric", 6)):  # whose signs are fp32's
         moved: Counter[str] = Counter()
         for one in exchanges(replace(plan, rule=rule)):
             moved[one.what] += one.bytes
-        assert moved["weights"] == times * moved["gradients"] > 0
+        assert moved["weights"] == times * moved["gradients"] // reduced > 0
+
+
+def test_the_plan_of_a_run_has_the_gradients_of_its_options() -> None:
+    def reduced(precision: str, **options: Any) -> int:
+        engine = DeepSpeedConfig(**options) if options else EngineConfig()
+        config = TrainConfig(RuleConfig("backprop"), MLPConfig(), DigitsConfig(), SGDConfig(), engine=engine)
+        config.precision = precision
+        return plan_of(config, (1, 8, 8), 10, 1, 2, 4 if precision == "fp32" else 2).reduced
+
+    assert [reduced("fp32"), reduced("fp16"), reduced("bf16")] == [4, 4, 2]
+    assert [reduced("bf16", reduce_dtype="fp32"), reduced("fp16", reduce_dtype="bf16")] == [4, 2]
 
 
 def test_a_convolutions_exchange_is_its_map() -> None:

@@ -10,7 +10,6 @@ and ZeRO stage trained it.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from argument_types import ended, new_file
+from argument_types import ended, new_file, write_json
 from tangent_kernel import label_alignment, tangent
 from torch import Tensor
 
@@ -35,7 +34,6 @@ from alignscale.data.examples import DataError, stream
 from alignscale.data.plan import Plan
 from alignscale.engine import make_optimizer, pull_to_start
 from alignscale.environment import torch_settings
-from alignscale.files import write_atomic
 from alignscale.observe import Changes
 from alignscale.parallel import Mesh
 from alignscale.prepare import make_learner
@@ -224,8 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run in options.runs:
                 rows.append(analyse(run, options.checkpoint, options.replay, options.sample))
                 show(rows[-1])
-        if options.json:
-            write_atomic(options.json, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
+        write_json(options.json, rows)
     except (ConfigError, DataError, CheckpointError, OSError) as problem:
         print(f"alignment: {problem}", file=sys.stderr)
         return 2

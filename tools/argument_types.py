@@ -1,18 +1,24 @@
 """Types of command-line arguments, for argparse: a wrong value is refused with the valid ones. And a tool's end."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from alignscale.choices import ConfigError
 from alignscale.environment import out_of_memory
+from alignscale.files import write_atomic
 
 
 def ended(main: Callable[[], int | None]) -> NoReturn:
-    """Do a tool's work and end with its status; on Ctrl-C with 130, without memory with 1, and one line."""
+    """Do a tool's work and end with its status; with a line and 2 for a wrong option, 130 on Ctrl-C, 1 for memory."""
     try:
         sys.exit(main())
+    except ConfigError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted; nothing more is written", file=sys.stderr)
         sys.exit(130)
@@ -21,6 +27,12 @@ def ended(main: Callable[[], int | None]) -> NoReturn:
             raise
         print(f"error: expected more memory, found: {(str(problem) or 'MemoryError').splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
+
+
+def write_json(path: Path | None, found: object) -> None:
+    """Write what a tool found to the file of its --json, where one was given."""
+    if path:
+        write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def new_file(text: str) -> Path:

@@ -12,7 +12,6 @@ the same epoch. CPU seconds are those of all processes of a loader.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _loaders.data import make_data
 from _loaders.loaders import BARE, LOADERS, Setting, rounds
-from argument_types import ended, new_file, positive
+from argument_types import ended, new_file, positive, write_json
 
 from alignscale.choices import ConfigError
-from alignscale.files import write_atomic
 
 TARGETS = {
     "webdataset": 0.97, "webdataset, checksums": 0.95, "ffcv": 0.97,
@@ -77,38 +75,29 @@ def main() -> int:
     """Command line."""
     arguments = parse()
     found: dict[str, Any] = {}
-    try:
-        with tempfile.TemporaryDirectory() as held:
-            folder = arguments.data or Path(held)
-            make_data(folder, arguments.images, "ffcv" in " ".join(arguments.loaders))
-            setting = Setting(folder, arguments.images, arguments.workers, arguments.batch)
-            if arguments.training:
-                from _loaders.training import training
+    with tempfile.TemporaryDirectory() as held:
+        folder = arguments.data or Path(held)
+        make_data(folder, arguments.images, "ffcv" in " ".join(arguments.loaders))
+        setting = Setting(folder, arguments.images, arguments.workers, arguments.batch)
+        if arguments.training:
+            from _loaders.training import training
 
-                found["training"] = training(setting, arguments.epochs)
-                print(
-                    "training on streamed / on synthetic data: {ratio:.3f} of its images/s".format(**found["training"])
-                )
-            elif arguments.memory:
-                from _loaders.training import memory
+            found["training"] = training(setting, arguments.epochs)
+            print("training on streamed / on synthetic data: {ratio:.3f} of its images/s".format(**found["training"]))
+        elif arguments.memory:
+            from _loaders.training import memory
 
-                names = [name for name in ("webdataset", "ffcv") if name in arguments.loaders]
-                if not names:
-                    raise ConfigError("--loaders: expected webdataset or ffcv with --memory, found neither")
-                found["memory"] = {name: memory(setting, name, arguments.memory) for name in names}
-                for name, sizes in found["memory"].items():
-                    print(
-                        f"{name}: MB of 2 ranks and their workers after each epoch:", *(f"{one:.0f}" for one in sizes)
-                    )
-            else:
-                found["loaders"] = rows(setting, arguments.loaders, arguments.epochs)
-                print(f"{arguments.images} images, {arguments.workers} workers, medians of {arguments.epochs} epochs")
-                print(table(found["loaders"]))
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    if arguments.json:
-        write_atomic(arguments.json, (json.dumps(found, indent=1) + "\n").encode())
+            names = [name for name in ("webdataset", "ffcv") if name in arguments.loaders]
+            if not names:
+                raise ConfigError("--loaders: expected webdataset or ffcv with --memory, found neither")
+            found["memory"] = {name: memory(setting, name, arguments.memory) for name in names}
+            for name, sizes in found["memory"].items():
+                print(f"{name}: MB of 2 ranks and their workers after each epoch:", *(f"{one:.0f}" for one in sizes))
+        else:
+            found["loaders"] = rows(setting, arguments.loaders, arguments.epochs)
+            print(f"{arguments.images} images, {arguments.workers} workers, medians of {arguments.epochs} epochs")
+            print(table(found["loaders"]))
+    write_json(arguments.json, found)
     return 0
 
 

@@ -13,7 +13,6 @@ The start: the command in a process of its own, until its first training row is 
 
 import argparse
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -27,11 +26,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import ended, new_file, positive
+from argument_types import ended, new_file, positive, write_json
 
 from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
 from alignscale.config import AnalysisConfig, EvaluationConfig, LogConfig, RunConfig, TrainConfig
-from alignscale.files import write_atomic
 from alignscale.learner import Learner
 from alignscale.rules import RULES
 from alignscale.train import train
@@ -151,8 +149,7 @@ def main() -> int:
         )
     if seconds:
         print(f"start to first step: {found['start_seconds_median']:.2f} s (median of {options.starts})")
-    if options.json:
-        write_atomic(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    write_json(options.json, found)
     return 0
 
 

@@ -16,7 +16,6 @@ computes, over the passes of the initial network that it needs.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,15 +27,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import ended, names, new_file, numbers, positive, shape, speeds
+from argument_types import ended, names, new_file, numbers, positive, shape, speeds, write_json
 from cached_step import build_ratio, cached_step
 from plain_step import plain_step
-from step_work import Contender, clocked, measure, operations, peak_rate
+from step_work import IN_A_ROW, Contender, clocked, measure, operations, peak_rate
 
-from alignscale.choices import NETS, ConfigError, ConvConfig, LocalConfig, MLPConfig, NetConfig, SGDConfig
+from alignscale.choices import NETS, ConfigError, LocalConfig, MLPConfig, NetConfig, SGDConfig
 from alignscale.config import JACOBIANS
 from alignscale.environment import device_called, hardware, keep_freed_memory
-from alignscale.files import write_atomic
 from alignscale.jacobian.cache import Cache
 from alignscale.jacobian.form import DTYPES
 from alignscale.learner import PRECISIONS, Learner
@@ -48,7 +46,7 @@ TIERS = ("device", "host", "disk")
 BUILDS = 5
 """Rounds in which the making of a cache is timed."""
 UNUSED = {"norm": "none", "jacobian": ["live"], "dtype": "fp32", "tier": ["host"], "unfused": False, "no_graph": False}
-UNUSED_BY_WIDTH = {"frozen": "stored", "precision": "fp32", "device": "cpu", "equal_sums": False}
+UNUSED_BY_WIDTH = {"frozen": "stored", "precision": "fp32", "device": "cpu", "reduce_dtype": "auto"}
 """Options without effect with --distributed, and with --parallel-width too: what they may be."""
 PUBLIC_CODE_MS = {"backprop": 217.0, "align_ada": 297.0, "align_zero": 284.0}
 """The paper's public TensorFlow code: conv3, width 512, batch 50, 8x8 digits, one thread, on one CPU of 2026."""
@@ -62,13 +60,6 @@ def net_config(name: str, width: int, depth: int | None, norm: str | None = None
             raise ConfigError(f"--depth {depth}: only --net mlp has a depth to set")
         config = dataclasses.replace(config, depth=depth)
     return config
-
-
-def depth_of(config: NetConfig) -> int:
-    """Hidden layers."""
-    return (
-        config.depth if isinstance(config, MLPConfig) else len(config.strides) if isinstance(config, ConvConfig) else 1
-    )
 
 
 def rule_step(learner: Learner, batch: Batch, fused: bool = True) -> Callable[[], None]:
@@ -115,8 +106,7 @@ def distributed(arguments: argparse.Namespace) -> int:
         where = f"{ranks.size} ranks, {hardware(device)['device']}, {arguments.precision}"
         print(f"{arguments.net}, width {arguments.width}, batch {arguments.batch}, {where}")
         print(distributed_table(found))
-        if arguments.json:
-            write_atomic(arguments.json, json.dumps(found, indent=1).encode())
+        write_json(arguments.json, found)
     return 0
 
 
@@ -158,7 +148,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     steps[rule, form, tier], cache = cached_step(config, rule, *how, engine=engine)
                     predicted |= predictions(cache, rule, form, tier)
                     built[rule, form, tier] = build_ratio(cache, batch, BUILDS)
-        seconds = measure(steps, arguments.repeats, device)
+        seconds = measure(steps, arguments.repeats, device, IN_A_ROW[device.type])
     machine = {**hardware(device), "precision": arguments.precision, "peak_tflops": peak_rate(device, dtype) / 1e12}
     made = {name: operations(learner.net, batch.images, name[0], name[1], arguments.classes) for name in steps}
     rates = {name: flop and flop / statistics.median(seconds[name]) / 1e12 for name, flop in made.items()}
@@ -166,7 +156,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "net": arguments.net,
             "width": arguments.width,
-            "depth": depth_of(config),
+            "depth": len(learner.net.norms),
             "batch": arguments.batch,
             **machine,
             "rule": name[0],
@@ -263,7 +253,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--distributed", action="store_true", help="under torchrun: DeepSpeed on all ranks, norm none")
     parser.add_argument("--stages", type=numbers(range(4)), default=[0, 1, 2, 3], help="of ZeRO, with --distributed")
-    parser.add_argument("--equal-sums", action="store_true", help="the plain loop in half precision sums in fp32 too")
+    parser.add_argument("--reduce-dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of gradients' sums")
     parser.add_argument("--bandwidth", type=speeds, default=[1.0, 10.0, 100.0], help="GB/s a rank, to project to")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows to this file")
     return parser.parse_args(command)
@@ -275,23 +265,16 @@ def main() -> int:
     keep_freed_memory()  # as the training loop does, for every contender
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    try:
-        if arguments.json and not arguments.json.parent.is_dir():
-            raise ConfigError(f"--json {arguments.json}: expected a folder {arguments.json.parent}, found none")
-        if arguments.distributed:
-            return distributed(arguments)
-        measured = rows(arguments)
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    if arguments.distributed:
+        return distributed(arguments)
+    measured = rows(arguments)
     first = measured[0]
     print(
         f"{first['net']}, width {first['width']}, {first['depth']} hidden layers, batch {first['batch']}, "
         f"{first['device']}, {first['precision']}, {first['threads']} threads, medians of {arguments.repeats} rounds"
     )
     print(table(measured))
-    if arguments.json:
-        write_atomic(arguments.json, json.dumps(measured, indent=1).encode())
+    write_json(arguments.json, measured)
     return 0
 
 

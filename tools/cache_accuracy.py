@@ -7,7 +7,6 @@ test set from those of live, relative to their norm.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,11 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import ended, new_file, positive
+from argument_types import ended, new_file, positive, write_json
 
 from alignscale.choices import DigitsConfig, MLPConfig, SGDConfig
 from alignscale.config import JACOBIANS, LogConfig, RunConfig, TrainConfig, run_folder
-from alignscale.files import write_atomic
 from alignscale.restore import restored
 from alignscale.rules import RULES
 from alignscale.train import train
@@ -84,8 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = rows(["align_ada", "align_zero"], options.seeds, options.width, options.epochs)
-    if options.json:
-        write_atomic(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    write_json(options.json, found)
 
 
 if __name__ == "__main__":

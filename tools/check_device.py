@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from argument_types import ended, names
 from cached_step import cached_step
 
-from alignscale.choices import NETS, ConfigError, ConvConfig, MLPConfig, NetConfig, RNNConfig, SGDConfig
+from alignscale.choices import NETS, ConvConfig, MLPConfig, NetConfig, RNNConfig, SGDConfig
 from alignscale.engine import LocalEngine
 from alignscale.environment import device_called
 from alignscale.initial import Stream, normal
@@ -188,11 +188,7 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("--groups", type=names(GROUPS), default=list(GROUPS))
     parser.add_argument("--rules", type=names(tuple(sorted(RULES))), default=sorted(RULES))
     arguments = parser.parse_args(command)
-    try:
-        device = device_called(arguments.device)
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    device = device_called(arguments.device)
     wrong = 0
     for group in arguments.groups:
         with without_tf32():

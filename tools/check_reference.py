@@ -28,12 +28,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from argument_types import ended, new_file
+from argument_types import ended, new_file, write_json
 from reference_alignment import STRIDES, Arrays, CaseError, check_alignment, load, read, tensor
 from tensorflow_adam import TensorFlowAdam
 
 from alignscale.choices import ConvConfig, RNNConfig
-from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, Frozen
 from alignscale.nets import Network, build
 from alignscale.rules import RULES, make_rule
@@ -268,8 +267,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    if arguments.json:
-        write_atomic(arguments.json, json.dumps(rows, indent=1).encode())
+    write_json(arguments.json, rows)
     failed = sum(not row["passed"] for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} cases within tolerance")
     return 1 if failed or not rows else 0

@@ -91,11 +91,6 @@ def within(group: Any) -> dict[str, tuple[int, int]]:
     return found
 
 
-def gathered() -> int:
-    """Bytes of all all-gathers since the reset."""
-    return sum(count for name, count in COUNTED.items() if name.startswith("all_gather"))
-
-
-def scattered() -> int:
-    """Bytes of all reduce-scatters since the reset."""
-    return sum(count for name, count in COUNTED.items() if name.startswith("reduce_scatter"))
+def moved(kind: str) -> int:
+    """Bytes of all collectives whose names begin with ``kind`` since the reset."""
+    return sum(count for name, count in COUNTED.items() if name.startswith(kind))

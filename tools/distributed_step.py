@@ -3,8 +3,8 @@
 For ``bench_step.py --distributed``. Beside each rule runs a minimal hand-written DeepSpeed loop of the same network,
 one step each in turn; traffic is counted around torch's collectives, and memory is what making a rule, or the loop, and
 its first steps add at most, to the process's or a GPU's. In half precision the loop is DeepSpeed's own bf16 or fp16,
-which sums gradients in it; with ``--equal-sums`` in fp32, as ours are. The projection adds, to the time of a rank's
-share in one process, what its bytes take at a bandwidth.
+which sums gradients in it, if ``--reduce-dtype`` does not say in what both do. The projection adds, to the time of a
+rank's share in one process, what its bytes take at a bandwidth.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from typing import Any
 import collective_bytes
 import torch
 import torch.nn.functional as F
+from mesh_costs import memory
 from plain_step import same_conv
-from step_work import clocked
+from step_work import measure
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError, ConvConfig, DeepSpeedConfig, LocalConfig, MLPConfig, NetConfig, SGDConfig
@@ -33,9 +34,10 @@ from alignscale.environment import hardware, take_gpu
 from alignscale.learner import PRECISIONS, Learner
 from alignscale.nets.functions import laid_out
 from alignscale.parallel import Mesh
+from alignscale.traffic import Plan
 from alignscale.types import Batch
 
-WARM_UP, MEMORY_STEPS = 3, 3
+MEMORY_STEPS = 3
 NOTHING_KEPT = dict.fromkeys(
     ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 0
 )
@@ -60,6 +62,8 @@ def rows(
     arguments: argparse.Namespace, config: NetConfig, whole: Batch, ranks: Ranks, device: torch.device
 ) -> list[dict[str, Any]]:
     """A row for each stage and rule, the same on all ranks but for what rank 0 alone prints."""
+    if arguments.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("--precision fp16: expected a GPU, as DeepSpeed has it on no CPU; use bf16")
     share, (dtype, _) = ranks.part(len(whole.images)), PRECISIONS[arguments.precision]
     batch = Batch(laid_out(whole.images[share].to(device, dtype)), whole.targets[share].to(device), [], whole.size)
     rules = ["backprop", *[rule for rule in arguments.rules if rule != "backprop"]]
@@ -82,7 +86,7 @@ def measured(
     """Measure one rule at one stage."""
     shape, classes, device = tuple(batch.images.shape[1:]), arguments.classes, batch.images.device
     settings: dict[str, Any] = {"zero_optimization": NOTHING_KEPT} if stage == 3 else {}
-    engine = DeepSpeedConfig(zero_stage=stage, extra=settings)
+    engine = DeepSpeedConfig(zero_stage=stage, reduce_dtype=arguments.reduce_dtype, extra=settings)
     before = resident(device, reset=True)
     make = partial(
         Learner, config, shape, classes, rule, SGDConfig(lr=1e-3), device=device, precision=arguments.precision,
@@ -92,29 +96,30 @@ def measured(
     psi = padded_bytes(learner, ranks.size)
     peak = peak_of(lambda: learner.update([batch], 1e-3), before, device, ranks)
     before = resident(device, reset=True)
-    if batch.images.dtype != torch.float32:
-        sums = {"communication_data_type": "fp32"} if arguments.equal_sums else {}
-        settings = {**settings, arguments.precision: {"enabled": True}, **sums}
+    itemsize = batch.images.itemsize
+    number = 2 if engine.reduces_in_bf16(arguments.precision == "bf16") else 4
+    plan = Plan(config, shape, classes, arguments.batch, rule, 1, ranks.size, stage, itemsize=itemsize, reduced=number)
+    left_out = {"activations"} if arguments.frozen == "stored" else {"activations", "initial weights"}
+    sums = {} if arguments.reduce_dtype == "auto" else {"communication_data_type": arguments.reduce_dtype}
+    half = {arguments.precision: {"enabled": True}} if itemsize == 2 else {}
+    settings = {**settings, **half, **sums}
     plain = plain_loop(config, batch, classes, stage, settings, ranks)
     plain_peak = peak_of(plain, before, device, ranks)
     collective_bytes.reset()
     learner.update([batch], 1e-3)
-    gathered, scattered = collective_bytes.gathered(), collective_bytes.scattered()
-    reduced = collective_bytes.COUNTED["all_reduce"]
-    seconds = in_turn({rule: lambda: learner.update([batch], 1e-3), "plain": plain}, arguments.repeats, device)
+    gathered, scattered, summed = map(collective_bytes.moved, ("all_gather", "reduce_scatter", "all_reduce"))
+    seconds = measure({rule: lambda: learner.update([batch], 1e-3), "plain": plain}, arguments.repeats, device)
     ranks.still()
     alone = make(engine=LocalConfig(cuda_graph=False))  # as DeepSpeed's steps are
-    compute = statistics.median(in_turn({rule: lambda: alone.update([batch], 1e-3)}, arguments.repeats, device)[rule])
-    wire = (gathered + scattered + 2 * reduced) * (ranks.size - 1) / ranks.size
+    compute = statistics.median(measure({rule: lambda: alone.update([batch], 1e-3)}, arguments.repeats, device)[rule])
+    wire = (gathered + scattered + 2 * summed) * (ranks.size - 1) / ranks.size
     return {
         "net": arguments.net, "width": arguments.width, "batch": arguments.batch, "ranks": ranks.size,
-        "device": hardware(device)["device"], "precision": arguments.precision, "equal_sums": arguments.equal_sums,
+        "device": hardware(device)["device"], "precision": arguments.precision, "bytes_a_sum": number,
         "zero_stage": stage, "rule": rule, "psi_bytes": psi,
-        "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": reduced / psi,
+        "all_gather_psi": gathered / psi, "reduce_scatter_psi": scattered / psi, "all_reduce_psi": summed / psi,
         "peak_bytes": peak, "plain_peak_bytes": plain_peak,
-        "calculated_bytes": calculated_bytes(
-            psi, ranks.size, stage, rule, batch.images.itemsize, arguments.frozen == "stored"
-        ),
+        "calculated_bytes": sum(size for what, size in memory(plan).items() if what not in left_out),
         "seconds_median": statistics.median(seconds[rule]),
         "ratio_to_plain": statistics.median(a / b for a, b in zip(seconds[rule], seconds["plain"], strict=True)),
         "compute_seconds": compute,
@@ -191,30 +196,10 @@ def peak_of(step: Callable[[], object], before: int, device: torch.device, ranks
     return max(ranks.objects(resident(device) - before))
 
 
-def in_turn(steps: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UP + repeats):
-        for name in list(steps)[:: 1 if turn % 2 else -1]:
-            taken = clocked(steps[name], device)
-            if turn >= WARM_UP:
-                seconds[name].append(taken)
-    return seconds
-
-
 def padded_bytes(learner: Learner, ranks: int) -> int:
     """Psi: bytes of all parameters, each padded to the same length on every rank."""
     sizes = (getattr(parameter, "ds_numel", parameter.numel()) for parameter in learner.rule.parameters())
     return sum(4 * ranks * -(-size // ranks) for size in sizes)
-
-
-def calculated_bytes(psi: int, ranks: int, stage: int, rule: str, itemsize: int, stored: bool) -> int:
-    """What stays on a rank: weights, gradient, DeepSpeed's fp32 copy, and initial or random weights if stored."""
-    share, narrow = psi / ranks, itemsize / 4
-    weights, gradient = share if stage == 3 else psi, share if stage >= 2 else psi
-    copy = share if stage else 0
-    frozen = psi * narrow if stored and (rule.startswith("align") or rule == "feedback_alignment") else 0
-    return round(weights * (narrow if stage else 1) + gradient + copy + frozen)
 
 
 def resident(device: torch.device, reset: bool = False) -> int:

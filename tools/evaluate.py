@@ -7,7 +7,6 @@ Stands alone because a number for a paper is often asked for long after training
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,14 +16,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from argument_types import ended, new_file
+from argument_types import ended, new_file, write_json
 
 from alignscale.checkpoint import CheckpointError
 from alignscale.choices import ConfigError
 from alignscale.config import CheckpointConfig, EvaluationConfig
 from alignscale.data.examples import DataError
 from alignscale.evaluate import evaluate
-from alignscale.files import write_atomic
 from alignscale.restore import restored
 from alignscale.validation import check_data, validate
 
@@ -74,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rows = scores(options.run, options.checkpoint, options.splits, options.batch_size)
         show(rows)
-        if options.json:
-            write_atomic(options.json, (json.dumps(rows, indent=1) + "\n").encode())
+        write_json(options.json, rows)
     except (ConfigError, DataError, CheckpointError, OSError) as problem:
         print(f"evaluate: {problem}", file=sys.stderr)
         return 2

@@ -41,10 +41,11 @@ def memory(plan: Plan) -> dict[str, int]:
     share = -(-psi // plan.data)
     frozen = plan.rule == "align_prop" or (plan.rule in FROZEN and plan.jacobian != "explicit")
     traces = 2 if plan.rule == "align_ada" and plan.jacobian == "live" else 1
+    given = plan.reduced if plan.stage and plan.itemsize < MASTER else MASTER  # by layers, of a gradient's number
     activations = sum(one.inputs for one in every) + sum(one.outputs for one in every[:-1])
     return {
         "weights": (share if plan.stage == 3 else psi) * (plan.itemsize if plan.stage else MASTER) // MASTER,
-        "gradients": share if plan.stage >= 2 else psi,
+        "gradients": share if plan.stage >= 2 else psi * given // MASTER,
         "fp32 copy": share if plan.stage else 0,
         "optimizer": plan.states * (share if plan.stage else psi),
         "initial weights": psi // MASTER * plan.itemsize if frozen or plan.rule == "feedback_alignment" else 0,

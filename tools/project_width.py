@@ -11,18 +11,16 @@ to that of the step. Without --optimizer-states the optimizer keeps none, as pla
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from argument_types import ended, new_file, positive, shape
+from argument_types import ended, new_file, positive, shape, write_json
 from mesh_costs import flop, memory, seconds
 
 from alignscale.choices import NETS, MLPConfig, NetConfig
-from alignscale.files import write_atomic
 from alignscale.traffic import Plan, exchanges
 
 CONTENDERS = (("backprop", "live"), ("align_ada", "live"), ("align_ada", "gates"), ("align_ada", "explicit"))
@@ -136,8 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
                          f"{options.batch} ranks, found none")  # fmt: skip
     rows = [row(one, ranks, options) for ranks in options.ranks for one in plans]
     print(table(rows))
-    if options.json:
-        write_atomic(options.json, json.dumps(rows, indent=1).encode())
+    write_json(options.json, rows)
     if options.figure:
         title = f"{options.net}, width {options.width}, batch {options.batch}: projected, {options.flops:g} TFLOP/s, "
         figure(rows, options.figure, title + f"{options.bandwidth:g} GB/s, {options.latency:g} us")

@@ -9,7 +9,6 @@ Every file is compared with its checksum first. Nothing is unpickled: checkpoint
 
 import argparse
 import io
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from argument_types import ended, new_file
+from argument_types import ended, new_file, write_json
 from safetensors.torch import save
 from torch import Tensor
 
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best or a step (default: last)")
     parser.add_argument("--export", type=new_file, metavar="FILE.safetensors", help="write the weights and norms here")
     parser.add_argument("--export-universal", type=Path, metavar="FOLDER", help="weights and optimizer for DeepSpeed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows here as well")
     options = parser.parse_args(arguments)
     try:
         whole = (options.run / checkpoint.MANIFEST).is_file()
@@ -131,8 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_atomic(options.export, save(tensors["model"], about))
         if options.export_universal:
             universal(options.export_universal, path.name, manifest["step"], tensors)
-        if options.json:
-            write_atomic(options.json, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(options.json, found)
         for target in filter(None, (options.export, options.export_universal, options.json)):
             print(f"written: {target}")
     except (CheckpointError, OSError) as problem:

@@ -7,7 +7,8 @@ bytes and hardly compute.
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,8 @@ IN_A_ROW = {"cpu": 1, "cuda": 10}
 Contender = tuple[str, str | None, str | None]
 """A rule, or the plain step; the form of the frozen Jacobian where it reads one, and the tier of a cache."""
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def clocked(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of ``work``, to the end of what it started on a GPU."""
@@ -35,26 +38,26 @@ def clocked(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def in_a_row(step: Callable[[], None], count: int) -> None:
+def in_a_row(step: Callable[[], object], count: int) -> None:
     """Several steps, so that what one prepares for the next is inside of the measurement."""
     for _ in range(count):
         step()
 
 
 def measure(
-    steps: dict[Contender, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[Contender, list[float]]:
-    """Seconds of every contender in every round."""
+    steps: Mapping[Name, Callable[[], object]], repeats: int, device: torch.device, count: int = 1
+) -> dict[Name, list[float]]:
+    """Seconds of every contender in every round, in which each makes ``count`` steps in a row."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
     contenders = list(steps)
-    seconds: dict[Contender, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     for number in range(repeats):
         turn = number % len(contenders)
         for name in contenders[turn:] + contenders[:turn]:
-            row = functools.partial(in_a_row, steps[name], IN_A_ROW[device.type])
-            seconds[name].append(clocked(row, device) / IN_A_ROW[device.type])
+            row = functools.partial(in_a_row, steps[name], count)
+            seconds[name].append(clocked(row, device) / count)
     return seconds
 
 

@@ -7,7 +7,6 @@ says that the distance vanishes as the width grows. Prints a table and the slope
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from argument_types import ended, new_file
+from argument_types import ended, new_file, write_json
 
 from alignscale.choices import MLPConfig, SGDConfig
 from alignscale.engine import LocalEngine, make_optimizer
-from alignscale.files import write_atomic
 from alignscale.frozen import Fixed, initialise
 from alignscale.initial import Stream, normal
 from alignscale.nets import build
@@ -126,8 +124,7 @@ def main() -> int:
         per = [[r["distance"] for r in rows if (r["rule"], r["width"]) == (rule, width)] for rule in arguments.rules]
         print(f"{width:6d} " + " ".join(f"{np.mean(values):26.5f}" for values in per))
     print(f"{'slope':>6s} " + " ".join(f"{found:26.3f}" for found in result["slopes"].values()))
-    if arguments.json:
-        write_atomic(arguments.json, json.dumps(result, indent=1).encode())
+    write_json(arguments.json, result)
     if arguments.figure:
         draw(result, arguments.figure)
     return 0

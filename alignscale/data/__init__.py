@@ -37,14 +37,13 @@ def _read(config: DataConfig) -> tuple[Split, Split]:
         raise ConfigError(f"data={config.name}: expected one of alignscale.choices.DATA, found {type(config).__name__}")
     module, name = READERS[type(config)]
     try:
-        found: tuple[Split, Split] = getattr(import_module(f"{__name__}.{module}"), name)(config)
+        return getattr(import_module(f"{__name__}.{module}"), name)(config)
     except ModuleNotFoundError as problem:
         extra = "ffcv" if module == "ffcv" else "stream"
         raise ConfigError(
             f"data={config.name}: expected the package {problem.name}, found none; pip install 'alignscale[{extra}]', "
             "or make setup in a clone"
         ) from problem
-    return found
 
 
 def split(config: DataConfig, train: Split, test: Split) -> dict[str, Split]:

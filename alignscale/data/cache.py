@@ -69,6 +69,7 @@ class Cache:
     def _download(self, url: str, path: Path, size: int) -> None:
         partial = path.with_name(f".{path.name}.{size}.partial")  # the size is taken from the limit from now on
         with self._lock(".lock"):
+            partial.unlink(missing_ok=True)  # a killed run's, which would count
             self._make_room(size)
             file = partial.open("w+b")
         try:

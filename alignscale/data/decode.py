@@ -28,8 +28,7 @@ def decode(content: bytes, channels: int) -> Pixels:
     """(H, W, channels), RGB or grey. Raises ValueError for what is no whole image of at most 8 bits a channel."""
     if content.startswith(JPEG):
         try:
-            pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB" if channels == 3 else "GRAY")
-            return pixels
+            return simplejpeg.decode_jpeg(content, "RGB" if channels == 3 else "GRAY")
         except ValueError:  # CMYK, or a flaw that may be harmless
             pass
     try:

@@ -7,7 +7,6 @@ device, as with all bytes.
 """
 
 import itertools
-import math
 import os
 import zlib
 from collections.abc import Callable, Generator, Iterable
@@ -169,6 +168,7 @@ class _Ahead(EpochIterator):  # type: ignore[misc]
     def stop(self) -> None:
         """Wait until the thread has ended."""
         self.close()
+        self.iter_ixes = iter(())  # FFCV looks whether it is closed only where its queue is full
         while self.is_alive():
             with suppress(Empty):
                 self.output_queue.get(timeout=0.05)
@@ -286,8 +286,7 @@ def _split(config: FFCVConfig, option: str, place: str) -> FFCV:
         raise DataError(f"{path}: expected a whole FFCV file, found one that is cut short at {size} bytes; {REMEDY}")
     image, label = reader.metadata.dtype.names
     labels = torch.from_numpy(reader.metadata[label].astype(np.int64))
-    if int(labels.min()) < 0 or not math.prod(reader.metadata[image]["height"].min(keepdims=True).tolist()):
+    if int(labels.min()) < 0 or not reader.metadata[image]["height"].all():
         raise DataError(f"{path}: expected labels from 0 on and images of some height, found others; {REMEDY}")
-    sums = np.stack([reader.metadata[image][name].astype(np.int64) for name in ("width", "height", "data_ptr")], 1)
-    sums = np.concatenate([sums, labels.numpy()[:, None]], 1)
-    return FFCV(config, str(path), labels, 0, torch.arange(len(labels)), sums)
+    columns = [reader.metadata[image][name].astype(np.int64) for name in ("width", "height", "data_ptr")]
+    return FFCV(config, str(path), labels, 0, torch.arange(len(labels)), np.stack([*columns, labels.numpy()], 1))

@@ -71,11 +71,9 @@ class Remote:
         def once() -> tuple[int | None, bool]:
             response = self._get(url, "bytes=0-0")
             response.close()
-            if response.status == 206:
-                size = response.headers.get("Content-Range", "").rpartition("/")[2]
-                return int(size) if size.isdecimal() else None, True
-            size = response.headers.get("Content-Length", "")
-            return int(size) if size.isdecimal() else None, False
+            ranges = response.status == 206
+            size = response.headers.get("Content-Range" if ranges else "Content-Length", "").rpartition("/")[2]
+            return int(size) if size.isdecimal() else None, ranges
 
         return self.tried(url, once)
 

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from alignscale.frozen import Frozen, fingerprint
 from alignscale.jacobian import build
 from alignscale.jacobian.files import CacheError
 from alignscale.jacobian.form import Form, Layout, bytes_of
-from alignscale.jacobian.identity import MANIFEST, Moments, checked, claimed, folder_of, identity, made, seal
+from alignscale.jacobian.identity import MADE, MANIFEST, Moments, checked, claimed, folder_of, identity, seal
 from alignscale.jacobian.plan import Costs, Machine, Planner, network_speed
 from alignscale.jacobian.store import Store, Wanted, missing
 from alignscale.nets import build as build_net
@@ -125,7 +124,7 @@ class Cache:
             size = bytes_of(layout)
             count = sum(rows for _, _, rows in lacking)
             everyone.of_first(lambda: self._check_disk(count * size * self.mesh.width.ranks.size))
-        self._of_shards(lambda: claimed(self.folder, about, form, moments))
+        everyone.together(lambda: claimed(self.folder, about, form, moments) if self.mesh.data.first else None)
         if form.sites[0] == "live":
             show(f"cache: {self.home}: live is fastest, or the only form for this network")
             return
@@ -134,10 +133,6 @@ class Cache:
         if lacking:
             parts, tied = self._source(size), seal(about, form)
             build.build(self.folder, lacking, self.frozen, form, layout, parts, self.mesh, show, tied)
-
-    def _of_shards(self, work: Callable[[], Any]) -> Any:
-        """``work`` on one rank for each part of the units; its error is raised on all."""
-        return self.mesh.everyone.together(lambda: work() if self.mesh.data.first else None)
 
     def _check_disk(self, size: int) -> None:
         there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
@@ -253,7 +248,7 @@ class Cache:
         if found.sites[0] == "live" and asked.sites == found.sites:
             return None
         if found != asked:
-            raise CacheError(f"{self.folder}: expected a cache in the form {asked}, found {found}; {made()}")
+            raise CacheError(f"{self.folder}: expected a cache in the form {asked}, found {found}; {MADE}")
         layout = self.layout(found)
         tiers = everyone.together(lambda: self.tiers(layout))
         views, device, net = self.config.data.views, self.encoding.device, self.frozen.net

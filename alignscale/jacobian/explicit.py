@@ -24,8 +24,7 @@ def jacobians(frozen: Frozen, trace: Trace, sites: Collection[int]) -> dict[int,
         error = torch.zeros_like(trace.logits)
         error[:, label] = 1.0
         deltas = frozen.pullback(error, trace)
-        for layer, site in enumerate(net.sites):
-            delta = deltas[layer]
+        for site, delta in zip(net.sites, deltas, strict=True):
             if site in found and delta is not None:
                 found[site][:, label] = delta
     return found

@@ -24,7 +24,8 @@ FORMAT = 1
 TRANSFORM = ("shift", "flip", "size", "resize", "scale", "channels", "transform")
 """Options of the data that change an example's pixels."""
 MANIFEST, NORMS = "manifest.json", "norms.safetensors"
-COMMAND = "python tools/cache_jacobian.py with the same options"
+MADE = "make it: python tools/cache_jacobian.py with the same options, or jacobian.build=true"
+"""What to do where a cache or a part of it is missing."""
 
 
 Moments = dict[str, Tensor]
@@ -93,25 +94,25 @@ def checked(folder: Path, about: dict[str, Any], moments: Moments) -> Form:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise CacheError(f"{folder}: expected a cache of the initial network's Jacobian, found none; {made()}")
+        raise CacheError(f"{folder}: expected a cache of the initial network's Jacobian, found none; {MADE}")
     try:
         manifest = json.loads(path.read_text())
         form = manifest.pop("form")
         found = Form(tuple(form["sites"]), form["dtype"], form["inputs"], form["gathered"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CacheError(
-            f"{path}: expected a cache's manifest, found: {problem}; delete {folder}, and {made()}"
+            f"{path}: expected a cache's manifest, found: {problem}; delete {folder}, and {MADE}"
         ) from None
     changed = difference(manifest, json.loads(json.dumps(about)))
     if changed:
         raise CacheError(
             f"{folder}: the cache was made for another initial network, transform or precision than this run's: "
-            f"{'; '.join(changed)}. Use the old options, or another jacobian.dir, and {made()}"
+            f"{'; '.join(changed)}. Use the old options, or another jacobian.dir, and {MADE}"
         )
     if moments and not _agree(folder / NORMS, moments):
         raise CacheError(
             f"{folder / NORMS}: expected the norm statistics of this run's initial network, found others: the cache "
-            f"was made with other examples or calibration options. Use those, or another jacobian.dir, and {made()}"
+            f"was made with other examples or calibration options. Use those, or another jacobian.dir, and {MADE}"
         )
     return found
 
@@ -130,8 +131,3 @@ def _agree(path: Path, moments: Moments) -> bool:
 def seal(about: dict[str, Any], form: Form) -> str:
     """What ties a file to its cache: a digest of all that the manifest says."""
     return hashlib.sha256(json.dumps([about, as_dict(form)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def made() -> str:
-    """What to do where a cache or a part of it is missing."""
-    return f"make it: {COMMAND}, or jacobian.build=true"

@@ -268,8 +268,7 @@ class Planner:
             as_it_is = DTYPES[form.dtype].itemsize == self.itemsize or (self.machine.beside and form.dtype != "fp8")
             wide = 0 if as_it_is else 2 * self.classes * units * self.itemsize
             return self.batch * wide / self.machine.memory
-        above = [layer for layer, where in enumerate(self.net.sites) if where == site][-1] + 1
-        lifted = sum(self.costs.transpose[1:3]) if self.net.recurrent else self.costs.transpose[above]
+        lifted = sum(self.costs.transpose[1:3]) if self.net.recurrent else self.costs.transpose[site + 1]
         as_bits = self.machine.beside and reads_bits(self.net)
         passes = PASSES["bits"] if as_bits else PASSES["pullback"] + PASSES["unpacked"]
         return lifted + passes * self.batch * units * self.itemsize / self.machine.memory

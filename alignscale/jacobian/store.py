@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignscale.jacobian.files import CacheError, Mapped
 from alignscale.jacobian.form import Form, Layout, Rows, reads_bits
-from alignscale.jacobian.identity import file_of, made
+from alignscale.jacobian.identity import MADE, file_of
 from alignscale.nets.network import Network
 from alignscale.types import Batch
 
@@ -56,7 +56,7 @@ class Store:
             shard, view, _ = lacking[0]
             raise CacheError(
                 f"{folder}: lacks {len(lacking)} of {views * len(wanted)} files, the first for {shard} in view {view}; "
-                f"{made()}"
+                f"{MADE}"
             )
         _allow_files(len(wanted) * views)
         self.rows: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
@@ -68,7 +68,7 @@ class Store:
         for place in ((shard, view) for shard in wanted for view in range(views)):
             path = folder / file_of(*place)
             alive()
-            mapped = Mapped(path, f"delete it, and {made()}", verify)
+            mapped = Mapped(path, f"delete it, and {MADE}", verify)
             tensors = mapped.tensors
             _check_belongs(mapped, {"cache": seal, "shard": place[0], "view": str(place[1])}, layout)
             at = _matching(path, tensors.pop("rows"), tensors.pop("sums"), wanted[place[0]])
@@ -128,14 +128,14 @@ class Store:
         for shard in dict.fromkeys(shards.tolist()):
             place = (shard, batch.view)
             if place not in self.rows:
-                raise CacheError(f"the cache has no examples of {shard} in view {batch.view}; {made()}")
+                raise CacheError(f"the cache has no examples of {shard} in view {batch.view}; {MADE}")
             known, own = self.rows[place], shards == shard
             found = np.searchsorted(known, rows[own]).clip(max=len(known) - 1)
             if not np.array_equal(known[found], rows[own]):
-                raise CacheError(f"the cache lacks examples of {shard} in view {batch.view}; {made()}")
+                raise CacheError(f"the cache lacks examples of {shard} in view {batch.view}; {MADE}")
             at[own] = self.starts[place] + found
         result: Rows = {}
-        places = torch.from_numpy(at).to(self.device) if self.pinned else None  # once for all tables that are there
+        places = torch.from_numpy(at).to(self.device)  # once for all tables that are there
         for name, table in self.tables.items():
             if (name.startswith(EXPLICIT) and self.stays) or name in self.bits:
                 result[name] = table
@@ -145,8 +145,7 @@ class Store:
                 result[name] = _take(table, at, self.pinned)
         if any(self.files.values()):
             result |= self._from_disk(at)
-        where = torch.from_numpy(at) if places is None else places
-        return result | ({"at": where} if self.stays else {}) | ({"bits": where} if self.bits else {})
+        return result | ({"at": places} if self.stays else {}) | ({"bits": places} if self.bits else {})
 
     def _from_disk(self, at: np.ndarray[Any, Any]) -> Rows:
         """The rows ``at`` of what is on disk, file by file."""
@@ -187,7 +186,7 @@ def _check_belongs(mapped: Mapped, expected: dict[str, str], layout: Layout) -> 
     if found != expected or {name: row for name, row in rows.items() if name not in ("rows", "sums")} != wanted:
         raise CacheError(
             f"{mapped.path}: expected a file of {expected}, found one of another cache, shard, view or form: {found}; "
-            f"delete it, and {made()}"
+            f"delete it, and {MADE}"
         )
 
 
@@ -198,13 +197,13 @@ def _matching(path: Path, rows: Tensor, sums: Tensor, wanted: tuple[Tensor, Tens
     if len(lacking):
         raise CacheError(
             f"{path}: lacks {len(lacking)} of the {len(wanted[0])} training examples, the first in row "
-            f"{int(lacking[0])}; delete it, and {made()}"
+            f"{int(lacking[0])}; delete it, and {MADE}"
         )
     others = wanted[0][sums[at] != wanted[1]]
     if len(others):
         raise CacheError(
             f"{path}: was made of other data: {len(others)} examples differ, the first in row {int(others[0])}; use "
-            f"another jacobian.dir, and {made()}"
+            f"another jacobian.dir, and {MADE}"
         )
     return at.numpy()
 

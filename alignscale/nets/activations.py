@@ -50,8 +50,7 @@ def _itself(residue: Tensor) -> Tensor:
 def _where_open(signal: Tensor, gate: Tensor | Bits) -> Tensor:
     """Signal where the gate is positive, else 0, in one pass: relu's derivative at 0 is 0."""
     if isinstance(gate, Bits):
-        found: Tensor = gpu_kernels().where_bit(signal, gate.packed, gate.rows)
-        return found
+        return gpu_kernels().where_bit(signal, gate.packed, gate.rows)
     return torch.ops.aten.threshold_backward(signal, gate, 0)
 
 

@@ -36,8 +36,7 @@ def rounded_again(a: Tensor, weight: Tensor, there: Callable[[Tensor, Tensor], T
     Of what an engine releases meanwhile a copy would be half; of a weight of many steps there would be as many. The
     weight's gradient is rounded only where it is made in half precision.
     """
-    found: Tensor = _Narrow.apply(a, weight, there, back)
-    return found
+    return _Narrow.apply(a, weight, there, back)
 
 
 class _Pad(torch.autograd.Function):
@@ -53,8 +52,7 @@ class _Pad(torch.autograd.Function):
 
 def padded(maps: Tensor, sides: tuple[int, ...]) -> Tensor:
     """``resized`` by sides that are not negative, with its transpose."""
-    found: Tensor = _Pad.apply(maps, sides)
-    return found
+    return _Pad.apply(maps, sides)
 
 
 class _Rectified(torch.autograd.Function):
@@ -74,8 +72,7 @@ class _Rectified(torch.autograd.Function):
 
 def rectified(z: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """relu(scale * z + bias) on a GPU in one pass over z (B, units) or (B, C, H, W); bias (units,) or (C,)."""
-    found: Tensor = _Rectified.apply(z, bias, scale)
-    return found
+    return _Rectified.apply(z, bias, scale)
 
 
 def resized(maps: Tensor, sides: Sequence[int]) -> Tensor:

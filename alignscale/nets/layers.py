@@ -39,10 +39,11 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         a, delta = ctx.saved_tensors
         gradients = ctx.layer.weight_gradient(a, delta, scale[0] if ctx.unscale is None else 1.0)
-        gradients = tuple(None if one is None else one.to(ctx.layer.precision) for one in gradients)
-        for one in gradients if ctx.unscale is not None else ():
-            if one is not None:
-                one.mul_(scale[0] * ctx.unscale)
+        if ctx.unscale is not None:
+            factor = scale[0] * ctx.unscale
+            gradients = tuple(None if one is None else one.to(factor.dtype).mul_(factor) for one in gradients)
+        kept = ctx.layer.held[0].grad_dtype or ctx.layer.precision
+        gradients = tuple(None if one is None else one.to(kept) for one in gradients)
         for parameter in ctx.layer.held:
             _lend(parameter, ctx.layer)
         return *gradients, None, None, None, None
@@ -87,8 +88,8 @@ class Layer(nn.Module, ABC):
 
     @property
     def precision(self) -> torch.dtype:
-        """Of the weight that the optimizer updates, and of its gradient; the layer's own may be rounded."""
-        return self.held[0].grad_dtype or self.held[0].dtype
+        """Of the weight that the optimizer updates, fp32 or fp64; the layer's own may be rounded to half."""
+        return torch.promote_types(self.held[0].dtype, torch.float32)
 
     def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""

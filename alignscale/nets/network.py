@@ -44,8 +44,7 @@ def contract(jacobian: Jacobian, error: Tensor) -> Tensor:
     at = torch.arange(len(error), device=error.device) if rows is None else rows
     weights = error if scale is None else error * scale[at]
     if kernels := gpu_kernels(values, error):
-        found: Tensor = kernels.weighted_rows(values, weights, at, error.dtype)
-        return found
+        return kernels.weighted_rows(values, weights, at, error.dtype)
     if values.dtype in WIDER:
         values = values if rows is None else values.view(torch.uint8)[rows].view(values.dtype)
         values, at = values.to(WIDER[values.dtype]), torch.arange(len(error), device=error.device)
@@ -243,5 +242,4 @@ class Network(nn.Module, ABC):
     def run_layer(self, index: int, a: Tensor, parameters: Parameters | None) -> Tensor:
         """Layer ``index`` under its own weight (a module call, so that an engine's hooks see it) or under another."""
         layer = self.layers[index]
-        found: Tensor = layer(a) if parameters is None else layer.compute(a, *parameters(index))
-        return found
+        return layer(a) if parameters is None else layer.compute(a, *parameters(index))

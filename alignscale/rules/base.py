@@ -5,7 +5,8 @@ which layer inputs, and ``register`` it under a name.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -62,6 +63,15 @@ class Rule(nn.Module, ABC):
         for index, layer in enumerate(self.net.layers):
             layer.requires_grad_(self.trains_hidden or index in last)
         return [one for layer in self.net.layers for one in layer.held if one is not None and one.requires_grad]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode until the block ends, however it does."""
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train()
 
     def saved(self) -> dict[str, Tensor]:
         """Weights and norms, for a checkpoint."""
