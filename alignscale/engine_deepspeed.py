@@ -1,7 +1,7 @@
 """The DeepSpeed engine: the same rule, the same three calls, on one rank or on many, with ZeRO 0 to 3.
 
-It stands alone because it is loaded only where it runs. Gradients, and the weights that the optimizer has, are fp32;
-what layers read of these is in the precision that they compute in.
+It stands alone because it is loaded only where it runs. The weights that the optimizer has are fp32, and what layers
+read of these is in the precision that they compute in; gradients are what ``engine.reduce_dtype`` says.
 """
 
 import logging
@@ -131,7 +131,14 @@ class DeepSpeedEngine(Engine):
         self._set_rate(lr)
         self.engine.step()
         if zero.left_out(self.engine):
+            self.forget()
             raise FloatingPointError("the gradient is not finite")
+
+    def forget(self) -> None:
+        """Of all parts; also what DeepSpeed keeps beside the parameters."""
+        super().forget()
+        zero.drop(self.engine.optimizer, self.stage)
+        self.first = True
 
     def weight(self, index: int) -> Tensor:
         """In fp32, also where layers have it rounded."""
@@ -181,5 +188,6 @@ class DeepSpeedEngine(Engine):
                 zero.set_state(self.engine, parameter, key, value, self.stage)
 
     def _shared(self, whole: Tensor | None, like: Tensor, name: str) -> Tensor:
-        own = like.new_empty(getattr(like, "ds_shape", like.shape), dtype=like.grad_dtype)  # layers may have it rounded
+        dtype = torch.promote_types(like.dtype, torch.float32)  # layers may have it rounded
+        own = like.new_empty(getattr(like, "ds_shape", like.shape), dtype=dtype)
         return self.mesh.part(whole, self.shares[name], own)

@@ -110,10 +110,13 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, sums: torch.dtype, 
     A collective of all ranks.
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    many = net.recurrent or (stage == 3 and optimizer.offload_param)
+    many = net.recurrent or net.width.overlap or (stage == 3 and optimizer.offload_param)
     gradients = torch.float32 if many else sums
-    if stage < 3:  # of its buffers; and it looks for numbers that are not finite in bf16 where it is told to
-        optimizer.dtype, optimizer.check_grad_overflow = gradients, gradients == torch.bfloat16
+    if stage < 3 and gradients == torch.bfloat16:
+        # of its buffers; and in bf16 it looks for numbers that are not finite only where it is told to
+        optimizer.dtype, optimizer.check_grad_overflow = gradients, True
+        if not optimizer._grad_acc_hooks:  # without contiguous_gradients; they add up parts
+            optimizer.create_gradient_handling_hooks()
     for parameter in trained:
         parameter.grad_dtype = gradients
         if is_autocast_initialized():  # by another's engine here: gradients would be summed as weights are
@@ -140,6 +143,16 @@ def keep_parts(optimizer: Any, several: bool) -> None:
     if getattr(optimizer, "dtype", None) == torch.bfloat16 and not optimizer.partition_gradients:
         optimizer.use_grad_accum_attribute = several
         optimizer.gradient_accumulation_dtype = torch.float32 if several else torch.bfloat16
+
+
+def drop(optimizer: Any, stage: int) -> None:
+    """Forget what ZeRO 1 and 2 have of a step's gradients, to which those of the next one would be added."""
+    if stage in (1, 2):
+        optimizer.micro_step_id = -1
+        for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))  # the same dictionary, which others hold
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
 
 
 def _narrow_whole(optimizer: Any, dtype: torch.dtype) -> None:

@@ -131,6 +131,7 @@ def pairwise(ranks: int) -> list[Case]:
             for stage in (1, 2)
             for half in ("bf16", "sum-bf16+fp16")
         ]
+        others += [Case("conv3", "none", "backprop", stage, "clip", 3, "offload+bf16") for stage in (1, 2)]
     return chosen + every_stage + others
 
 

@@ -225,17 +225,16 @@ def test_other_ranks_another_stage_and_no_deepspeed_at_all_go_on_from_a_checkpoi
     options = ["epochs=3", "schedule=cosine", "optim.weight_decay=0.01", "optim.decay_towards=initial"]
     options += ["optim=adam", "optim.lr=0.003"] if optim != "sgd" else []
     options += ["precision=bf16"] if optim == "half" else []  # whose weights would be 2e-3 away if they were rounded
-    deepspeed = ["engine=deepspeed", "engine.reduce_dtype=fp32"]  # by sums in bf16 Adam's are 7e-4 away
     whole = alone(*options, f"run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     expected = torch.cat([one.flatten() for one in weights(tmp_path / "whole").values()])
     for stage, ranks, (more, other) in CHANGES[optim]:
         folder = tmp_path / f"{stage}-{ranks}"
-        engine = [*deepspeed, f"engine.zero_stage={stage}"] if ranks else ["threads=1"]
+        engine = ["engine=deepspeed", f"engine.zero_stage={stage}"] if ranks else ["threads=1"]
         first = stopped(ranks, folder, signal.SIGTERM, *options, *engine)
         assert "stopped by signal 15" in first.stderr, first.stderr
         how = [*options, "checkpoint.every_steps=10", f"run.dir={folder}"]
-        again = run(more, *how, *deepspeed, f"engine.zero_stage={other}") if more else alone(*how)
+        again = run(more, *how, "engine=deepspeed", f"engine.zero_stage={other}") if more else alone(*how)
         assert again.returncode == 0, again.stderr
         assert "warning: not as before, so the run ends equal to rounding" in again.stdout
         found = torch.cat([one.flatten() for one in weights(folder).values()])
@@ -293,6 +292,81 @@ with joined(torch.device("cpu"), 60.0) as ranks:
             assert (whole - wanted).norm() < 0.03 * wanted.norm(), (rule, (whole - wanted).norm() / wanted.norm())
 """)
     done = finished(torchrun(2, str(tmp_path / "script.py")))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+def test_a_step_that_is_left_out_leaves_nothing_and_a_checkpoint_is_the_same_to_the_bit(
+    tmp_path: Path, precision: str
+) -> None:
+    """On 3 ranks, at each stage: a loss and a gradient that are not finite, parts, offload, buffers of each kind."""
+    (tmp_path / "script.py").write_text(f"""
+import itertools, math, sys
+sys.path[:0] = [{str(ROOT)!r}]
+import pytest, torch
+from alignscale.choices import AdamConfig, DeepSpeedConfig, MLPConfig, SGDConfig
+from alignscale.distributed import joined
+from alignscale.learner import Learner
+from alignscale.parallel import Mesh
+from alignscale.types import Batch
+torch.set_num_threads(1)
+images, targets = torch.randn(36, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.eye(3).repeat(12, 1)
+images = images.to(torch.{ {"fp32": "float32", "bf16": "bfloat16"}[precision] })
+def state(made):
+    return {{part: {{name: one.make(0).clone() for name, one in named.items()}}
+            for part, named in made.engine.state().items()}}
+def same(one, other):
+    return all(torch.equal(value, other[part][name]) for part in one for name, value in one[part].items())
+with joined(torch.device("cpu"), 120.0) as ranks:
+    def parts(count, first=0, factor=1.0):
+        found = []
+        for part in range(count):
+            rows = torch.arange(first + part, 36, count)
+            rows = rows[ranks.part(len(rows))]
+            found.append(Batch(images[rows] * (factor if part == count - 1 else 1.0), targets[rows], [], 36))
+        return found
+    def infinite(a, delta, factor=1.0):
+        gradient, bias = weight_gradient(a, delta, factor)
+        return gradient * (torch.inf if ranks.rank == 1 else 1.0), bias
+    apart = {{"zero_optimization": {{"contiguous_gradients": False}}}}
+    optims, begun = {{1: SGDConfig(momentum=0.9), 2: AdamConfig()}}, {{}}
+    for stage, offload, count, extra in itertools.product(range(4), (False, True), (1, 2), ({{}}, apart)):
+        if (offload and stage == 0) or (extra and (offload or stage not in (1, 2))):
+            continue
+        case, optim = (stage, offload, count, extra), optims[count]
+        def learner():
+            engine = DeepSpeedConfig(zero_stage=stage, offload=offload, extra=extra)
+            options = {{"engine": engine, "mesh": Mesh(ranks, ranks), "precision": {precision!r}}}
+            return Learner(MLPConfig(width=16, depth=2), (1, 4, 4), 3, "align_ada", optim, **options)
+        made, other = learner(), learner()
+        for one in (made, other):
+            one.update(parts(count), 0.1)
+        biases = [one for name, one in state(made)["model"].items() if "bias" in name]  # what was added to 0
+        for one, first in zip(biases, begun.setdefault(count, biases), strict=True):  # of stage 0
+            assert (one - first).norm() < 0.02 * first.norm(), case
+        assert not math.isfinite(made.update(parts(count, factor=torch.inf), 0.1)[0])
+        assert same(state(made), state(other)), (case, "loss")
+        weight_gradient = made.net.layers[1].weight_gradient
+        made.net.layers[1].weight_gradient = infinite
+        if stage:
+            with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+                made.update(parts(count), 0.1)
+        del made.net.layers[1].weight_gradient
+        assert same(state(made), state(other)), (case, "gradient")
+        for often in (count, 3 - count, count):
+            for one in (made, other):
+                one.update(parts(often), 0.1)
+            assert same(state(made), state(other)), (case, "after", often)
+        saved, again = state(made), learner()
+        again.engine.load(saved if ranks.first else {{"model": {{}}, "optimizer": {{}}}})
+        assert same(state(again), saved), (case, "loaded")
+        for one in (made, again):
+            one.update(parts(count), 0.1)
+        assert same(state(made), state(again)), (case, "went on")
+        assert not same(state(made), saved), case
+""")
+    done = finished(torchrun(3, str(tmp_path / "script.py")), 500)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "launch"))
 
 from _report.figures import PLOTS, figure_names, save_figure
 from _report.page import write_report
-from argument_types import ended, new_file
+from argument_types import ended
 
 from alignscale.files import write_atomic
 from alignscale.results import read_result
@@ -62,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", metavar="NAME", help=f"one of {', '.join(PLOTS)} (default: all that there are)")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder to write to (default: here)")
     parser.add_argument("--format", choices=("svg", "png", "pdf", "html"), default="svg")
-    parser.add_argument(
-        "--json", type=new_file, metavar="FILE", help="write the list of figures and files here as well"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the list of figures and files here as well")
     options = parser.parse_args(arguments)
     if options.out.suffix in (".svg", ".png", ".pdf", ".html"):
         parser.error(f"--out {options.out}: expected a folder, found the name of a file; --format says which kind")

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best or a step (default: last)")
     parser.add_argument("--export", type=new_file, metavar="FILE.safetensors", help="write the weights and norms here")
     parser.add_argument("--export-universal", type=Path, metavar="FOLDER", help="weights and optimizer for DeepSpeed")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
     options = parser.parse_args(arguments)
     try:
         whole = (options.run / checkpoint.MANIFEST).is_file()

@@ -5,7 +5,8 @@ A layer does three things: forward, transpose, weight gradient; each is a functi
 They stand alone because every learning rule is made of these three maps, taken from different networks. In the NTK
 parameterisation (Jacot et al. 2018) weights are drawn from N(0, 1) and the forward pass multiplies by
 gain / sqrt(fan_in); in the standard one they are drawn with that deviation and the forward pass multiplies by nothing.
-A layer computes in the precision of what it reads; its weight and the gradient of it keep theirs.
+A layer computes in the precision of what it reads; its weight keeps its own, and so does its gradient, unless an engine
+has it summed over ranks in another (``grad_dtype``).
 """
 
 import math
@@ -124,7 +125,7 @@ class Layer(nn.Module, ABC):
     def port(self, a: Tensor, delta: Tensor, unscale: Tensor | None = None) -> Tensor:
         """A scalar whose backward pass puts ``weight_gradient(a, delta)`` into the weight and bias.
 
-        unscale: what a gradient in half precision is multiplied by when it is in the weight's precision again.
+        unscale: what a gradient in fp16 is multiplied by, in fp32.
         """
         lent = [parameter for parameter in self.held if _lend(parameter, self)]
         result: Tensor = _WeightGradient.apply(*self.held, self, a, delta, unscale)
