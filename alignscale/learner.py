@@ -161,6 +161,7 @@ class Learner:
         is not finite, the weights stay as they are.
         """
         losses, counts, errors, self.trained = [], [], [], True
+        self.engine.forget()  # what an update that was broken off has left
         for place, batch in enumerate(batches, 1):
             self.mesh.everyone.still()
             output = self.engine(batch)

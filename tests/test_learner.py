@@ -51,19 +51,23 @@ def test_align_ada_has_the_direction_of_backprop_at_the_start_and_a_rule_that_do
     assert learner("backprop").alignment(IMAGES, LABELS) == pytest.approx([1.0, 1.0, 1.0], abs=1e-6)
 
 
-@pytest.mark.parametrize("where", ["learner.cosines", "learner.evaluate"])
-def test_training_goes_on_after_a_measurement_that_was_broken_off(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["cosines", "evaluate", "right"])
+def test_training_goes_on_after_what_was_broken_off(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement, or an update that has its gradient: the same bits as if it had never begun."""
+
     def broken_off(*_: object) -> None:
         raise KeyboardInterrupt
 
     made, whole = learner(), learner()
     for one in (made, whole):
         one.fit(IMAGES, LABELS, 1, 25)
+    calls = {"cosines": made.alignment, "evaluate": made.evaluate, "right": made.fit}
     with monkeypatch.context() as patch:
-        patch.setattr(f"alignscale.{where}", broken_off)
+        patch.setattr(f"alignscale.learner.{where}", broken_off)
         with pytest.raises(KeyboardInterrupt):
-            made.alignment(IMAGES, LABELS) if "cosines" in where else made.evaluate(IMAGES, LABELS)
-    assert made.fit(IMAGES, LABELS, 1, 25) == whole.fit(IMAGES, LABELS, 1, 25)
+            calls[where](IMAGES, LABELS)
+    assert made.fit(IMAGES, LABELS, 2, 25) == whole.fit(IMAGES, LABELS, 2, 25)
+    assert all(torch.equal(a, b) for a, b in zip(made.net.parameters(), whole.net.parameters(), strict=True))
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_are() -> None:

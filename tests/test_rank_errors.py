@@ -127,7 +127,8 @@ with joined(torch.device("cpu"), 60.0) as ranks:
 
 
 def test_a_rank_on_another_disk_writes_nothing_of_a_checkpoint(tmp_path: Path) -> None:
-    """Of four ranks the second has no such folder, and the fourth has one of its own."""
+    """Of five ranks the second has no such folder, the fourth one of its own, and the fifth sees it read-only."""
+    (tmp_path / "shared").mkdir()
     (tmp_path / "save.py").write_text(f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -136,13 +137,16 @@ from alignscale import checkpoint
 from alignscale.distributed import joined
 checkpoint.LEAST = 1
 with joined(torch.device("cpu"), 60.0) as ranks:
-    folder = pathlib.Path({str(tmp_path)!r}) / ("shared", "none", "shared", "other")[ranks.rank]
+    folder = pathlib.Path({str(tmp_path)!r}) / ("shared", "none", "shared", "other", "shared")[ranks.rank]
     if ranks.rank == 3:
         (folder / ".step-000000001.partial").mkdir(parents=True)
     tensors = {{name: checkpoint.Coming.at_hand(torch.full((9,), float(place))) for place, name in enumerate("abcd")}}
     checkpoint.save(folder, 1, {{"model": tensors}}, {{"progress": {{"best": None}}}}, 2, ranks)
 """)
-    done = finished(torchrun(4, str(tmp_path / "save.py")))
+    save, shared = f"exec {PYTHON} {tmp_path / 'save.py'}", tmp_path / "shared"
+    closed = f"mount --bind {shared} {shared}; mount -o remount,bind,ro {shared}; ! touch {shared}/x && {save}"
+    each = f"[ $RANK = 4 ] && exec unshare -Urm sh -c '{closed}'; {save}"
+    done = finished(torchrun(5, "--no-python", "bash", "-c", each))
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = complete(tmp_path / "shared")
     assert {one.name for one in path.iterdir()} == {"model.safetensors", "model-2.safetensors", MANIFEST}
