@@ -8,7 +8,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -98,7 +98,7 @@ class Ranks:
         """
         made, problem = None, None
         try:
-            with self.heart.busy() if self.heart else nullcontext():
+            with self.busy():
                 made = work()
         except Exception as error:
             if self.size == 1:
@@ -132,6 +132,10 @@ class Ranks:
         """Note where this rank is, for the message of one that waits for it in vain."""
         if self.heart is not None:
             self.heart.at(f"step {step} ({phase})")
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Work of this rank's own inside, which may take any time."""
+        return self.heart.busy() if self.heart else nullcontext()
 
     def still(self) -> None:
         """Note that this rank has got on where it is."""

@@ -37,16 +37,28 @@ class RankError(RuntimeError):
 
 
 class Beat(NamedTuple):
-    """A rank's last sign of life: which it was, how many phases had begun by then, and the one that it was in."""
+    """A rank's last sign of life: which it was, how many phases had begun by then, and the one that it was in.
+
+    waits: for other ranks, in a call of torch.distributed's.
+    """
 
     number: int
     phases: int
+    waits: bool
     place: str
 
 
 def of_another(problem: Exception) -> bool:
     """Whether an error is of a collective that another rank broke off, and not of this rank's own."""
     return isinstance(problem, dist.DistError) or (type(problem) is RuntimeError and "gloo" in str(problem))
+
+
+def waiting() -> bool:
+    """Whether the main thread is in a call of torch.distributed's, its own or DeepSpeed's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and "/torch/distributed/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
 
 
 def leave(problem: RankError) -> None:
@@ -74,6 +86,8 @@ class Heart(threading.Thread):
         self.told = ""
         """What the first rank that failed has told: ``lost`` or ``own``, a space, and its message."""
         self.silent: set[int] = set()
+        self.waited = False
+        """Whether it has waited for others until it or they broke off."""
         self.works = 0
         """How many pieces of work of its own, one inside of another, the rank is at, and waits for nobody."""
         self.place, self.since = "the start", time.monotonic()
@@ -114,7 +128,7 @@ class Heart(threading.Thread):
                 self.still()
             since = self.since
             if time.monotonic() - since > (min(30 * BEAT, self.timeout) if self.told else self.timeout):
-                found = f"no progress in {self.timeout:g} s at {self.place} ({self._whereabouts()})"
+                found = f"no progress in {self.timeout:g} s at {self.place} ({self._whereabouts(True)})"
                 if self.since == since and not self.ended.is_set():  # it did not get on in the meantime
                     self._end(f"{found}; engine.timeout says how long to wait")
 
@@ -146,7 +160,9 @@ class Heart(threading.Thread):
     def pulse(self) -> None:
         """Tell where this rank is, and hear of one that failed."""
         with suppress(RuntimeError):  # the store went with the rank that held it
-            self.store.set(f"beat/{self.rank}", f"{next(self.counts)} {self.phases} {self.place}")
+            self.store.set(
+                f"beat/{self.rank}", f"{next(self.counts)} {self.phases} {self.waited or waiting():d} {self.place}"
+            )
             if self.store.check(["told"]):
                 self.told = self.store.get("told").decode()
                 self.store.set(f"heard/{self.rank}", "")
@@ -183,7 +199,8 @@ class Heart(threading.Thread):
             problem.of_one_rank = True  # type: ignore[attr-defined]
             self.ended.set()
             return problem
-        where = self._whereabouts()  # a rank that failed by itself has said so by then
+        self.waited = True
+        where = self._whereabouts("Timed out" in str(problem))  # a rank that failed by itself has said so by then
         cause = " ".join(str(problem).split())
         cause = cause if len(cause) < 250 else f"{cause[:80]} ... {cause[-160:]}"  # NCCL's last words tell most
         message = (
@@ -194,8 +211,11 @@ class Heart(threading.Thread):
         self.ended.set()
         return found
 
-    def _whereabouts(self) -> str:
-        """Which ranks are silent for some seconds from now on, and which are behind the others; of nobody once told."""
+    def _whereabouts(self, late: bool = False) -> str:
+        """Which ranks are silent for some seconds from now on, and which are behind the others; of nobody once told.
+
+        late: all have had their time, so that of ranks in the same phase those are behind that do not wait for others.
+        """
         before = self._beats()
         if not before and not self.told:
             return "rank 0 is gone, and with it what the ranks tell each other"
@@ -208,6 +228,8 @@ class Heart(threading.Thread):
         self.silent = {rank for rank, beat in now.items() if rank in before and beat.number == before[rank].number}
         furthest = max((beat.phases for rank, beat in now.items() if rank not in self.silent), default=0)
         behind = [rank for rank, beat in now.items() if beat.phases < furthest and rank not in self.silent]
+        if late and not behind and any(beat.waits for beat in now.values()):
+            behind = [rank for rank, beat in now.items() if not beat.waits and rank not in self.silent]
         found = []
         for what, ranks in (("last heard of", sorted(self.silent)), ("behind the others", behind)):
             names = [f"rank {rank} at {now[rank].place}" for rank in ranks[:NAMED]]
@@ -217,14 +239,14 @@ class Heart(threading.Thread):
 
     def _beats(self) -> dict[int, Beat]:
         """The last sign of life of each rank, in few messages; of none where the store is gone."""
-        found = {rank: Beat(0, 0, "the start") for rank in range(self.size)}
+        found = {rank: Beat(0, 0, False, "the start") for rank in range(self.size)}
         with suppress(RuntimeError):
             ranks = [*found]
             if not self.store.check([f"beat/{rank}" for rank in ranks]):
                 ranks = [rank for rank in ranks if self.store.check([f"beat/{rank}"])]
             texts = self.store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
             for rank, text in zip(ranks, texts, strict=True):
-                number, phases, place = text.decode().split(" ", 2)
-                found[rank] = Beat(int(number), int(phases), place)
+                number, phases, waits, place = text.decode().split(" ", 3)
+                found[rank] = Beat(int(number), int(phases), waits == "1", place)
             return found
         return {}

@@ -38,7 +38,8 @@ class Metrics(ExitStack):
         """
         super().__init__()
         self.every, self.quiet, self.note = config.every_steps, quiet, ""
-        self.examples, self.right, self.seconds = counts
+        self.counts = tuple(counts)
+        """Examples since the last row, how many of them were right, seconds: for a run that goes on from here."""
         if quiet:
             return
         path = folder / "metrics.jsonl"
@@ -51,11 +52,6 @@ class Metrics(ExitStack):
         self.events = self.enter_context(_Events(folder / "tensorboard", first)) if config.tensorboard else None
         self.bar = tqdm(total=steps, initial=first, dynamic_ncols=True, bar_format=BAR, disable=not config.progress)
         self.callback(self._draw, self.bar.close)
-
-    @property
-    def counts(self) -> tuple[float, float, float]:
-        """Examples since the last row, how many of them were right, seconds: for a run that goes on from here."""
-        return self.examples, self.right, self.seconds
 
     def _draw(self, work: Callable[[], object]) -> None:
         try:
@@ -73,14 +69,15 @@ class Metrics(ExitStack):
         """
         if not self.quiet:
             self._draw(self.bar.update)
-        self.examples, self.right, self.seconds = self.examples + examples, self.right + right, self.seconds + seconds
+        total, hits, took = (a + b for a, b in zip(self.counts, (examples, right, seconds), strict=True))
+        self.counts = (total, hits, took)
         if step % self.every == 0:
-            accuracy, rate = self.right / self.examples, self.examples / self.seconds
+            accuracy, rate = hits / total, total / took
             if not self.quiet:
                 words = f"loss {loss:.4f}, accuracy {accuracy:.1%}, {rate:.0f} examples/s{self.note}"
                 self.bar.set_postfix_str(words, refresh=False)
             self.row("train", step, {"loss": loss, "accuracy": accuracy, "lr": lr, "examples_per_second": rate})
-            self.examples, self.right, self.seconds = 0, 0, 0.0
+            self.counts = (0, 0, 0.0)
 
     def align(self, step: int, values: dict[str, float | None]) -> None:
         """Write a row of the alignment score and what belongs to it; the bar shows the score from now on."""

@@ -69,7 +69,8 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     name, folder, train = run_name(config), run_folder(config), splits["train"]
     ranks.together(lambda: check_memory(config, train, device, engine, mesh))
     plan = Plan(len(train), config.batch_size, config.seed, train.layout)
-    learner = make_learner(config, train, device, engine, mesh)
+    with ranks.busy():  # a slow import, and large weights
+        learner = make_learner(config, train, device, engine, mesh)
     if config.form == "dual":
         check_size(learner.net, len(train), train.shape, train.classes)
     made_with = {

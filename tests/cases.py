@@ -67,6 +67,8 @@ RULE_NAMES = [
     "readout_only",
 ]
 """Every rule, with the options that a case needs after a slash."""
+SUMS = {"fp16": 4, "bf16": 2, "sum-fp32+bf16": 4, "sum-bf16+fp16": 2}
+"""Half precisions of training on ranks, with the bytes of the numbers that gradients are summed in."""
 
 
 @dataclass

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
+import cases
 import collective_bytes
 import pytest
 import torch
-from cases import NETS, RULE_NAMES
+from cases import RULE_NAMES, SUMS
 
 from alignscale import checkpoint
 from alignscale.choices import (
@@ -72,8 +73,6 @@ class Case:
 
 
 HALF = ("fp16", "bf16")
-SUMS = {"fp16": 4, "bf16": 2, "sum-fp32+bf16": 4, "sum-bf16+fp16": 2}
-"""Half precisions, and bytes of the numbers that gradients are summed in."""
 
 OPTIMS: dict[str, OptimConfig] = {
     "sgd": SGD,
@@ -82,7 +81,8 @@ OPTIMS: dict[str, OptimConfig] = {
     "clip": SGDConfig(lr=0.2, clip_norm=0.01),
     "adamw": AdamConfig(name="adamw", lr=1e-3, weight_decay=0.1, decay_towards="initial"),
 }
-NETS |= {
+NETS = {
+    **cases.NETS,
     "wide": (MLPConfig(width=128, depth=3), (1, 8, 8)),
     "wide_conv": (ConvConfig(name="wide_conv", width=24, strides=[1, 2], gain=1.3), (4, 6, 6)),
 }

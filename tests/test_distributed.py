@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RULE_NAMES
-from distributed_cases import SUMS
+from cases import RULE_NAMES, SUMS
 from launches import ROOT, RUN, alone, finished, result, run, stopped, torchrun
 from run_cases import weights
 from warm import PYTHON

@@ -60,7 +60,7 @@ def test_a_mistake_is_said_by_a_first_rank_that_comes_late() -> None:
 def test_a_full_disk_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
     script = f"""
         mount -t tmpfs -o size=400k none {tmp_path}
-        exec {" ".join(torchrun(2, "launch/train.py", *RUN))} run.dir={tmp_path / "run"} \\
+        exec {" ".join(torchrun(2, "launch/train.py", *RUN, restarts=2))} run.dir={tmp_path / "run"} \\
             epochs=50 engine=deepspeed checkpoint.keep=9 log.tensorboard=false log.every_steps=1
     """
     done = finished(["unshare", "-Urm", "bash", "-c", script])
@@ -156,7 +156,15 @@ with joined(torch.device("cpu"), 60.0) as ranks:
     assert not (tmp_path / "none").exists()
 
 
-def at_step_20(ranks: int, rank: int | str, what: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def at_step_20(
+    ranks: int,
+    rank: int | str,
+    what: str,
+    folder: Path,
+    *options: str,
+    where: str = "wanted.step == 20",
+    restarts: int = 0,
+) -> subprocess.CompletedProcess[str]:
     """A run in which one of the ranks, or each (``any``), does ``what`` for its part of the batch of step 20."""
     (folder / "bad.py").write_text(f"""
 import os, runpy, signal, sys, time
@@ -165,7 +173,7 @@ from alignscale.data.examples import DataError, Encoding
 from alignscale.distributed import launched
 encoded = Encoding.encoded
 def bad(self, split, images, wanted):
-    if wanted.step == 20 and {rank!r} in (launched().rank, "any"):
+    if {where} and {rank!r} in (launched().rank, "any"):
         {what}
     return encoded(self, split, images, wanted)
 Encoding.encoded = bad
@@ -173,8 +181,7 @@ sys.argv[0] = {str(ROOT / "launch/train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
     given = [*RUN, f"run.dir={folder / 'run'}", "engine=deepspeed", *options]
-    command = torchrun(ranks, str(folder / "bad.py"), *given)
-    return finished(command)
+    return finished(torchrun(ranks, str(folder / "bad.py"), *given, restarts=restarts))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_an_error_of_one_rank_in_a_step_ends_all_and_is_said_once(
     tmp_path: Path, rank: int | str, raised: str, last: str
 ) -> None:
-    done = at_step_20(3, rank, f"raise {raised}", tmp_path)
+    restarts = 2 if "DataError" in raised else 0  # bad data are no better the next time
+    done = at_step_20(3, rank, f"raise {raised}", tmp_path, restarts=restarts)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "RuntimeError: "))]
     assert len(said) == 1, done.stderr[-3000:]
@@ -206,6 +214,27 @@ def test_a_rank_that_waits_for_its_data_is_named_though_it_lives(tmp_path: Path)
     said = re.findall("error: .*", done.stderr)
     assert len(said) == 1, done.stderr[-3000:]
     assert re.search(r"\(behind the others: rank 1 at step \d+ \(step\)\)", said[0]), said
+
+
+@pytest.mark.parametrize("what", ["evaluation", "step"])
+def test_a_rank_that_hangs_while_others_in_the_same_phase_wait_for_it_is_named(tmp_path: Path, what: str) -> None:
+    """In the evaluation of the 360 test digits, or in the backward pass."""
+    where, hangs = "wanted.size == 360", "time.sleep(500)"
+    if what == "step":
+        where = "wanted.step == 20"
+        hangs = "import torch; torch.autograd.backward = torch.Tensor.backward = lambda *_, **__: time.sleep(500)"
+    done = at_step_20(3, 1, hangs, tmp_path, "engine.timeout=15", where=where)
+    said = re.findall("error: .*", done.stderr)
+    assert len(said) == 1, done.stderr[-3000:]
+    assert re.search(rf"\(behind the others: rank 1 at step \d+ \({what}\)\)", said[0]), said
+
+
+def test_what_may_pass_on_one_rank_is_tried_again_by_restarts(tmp_path: Path) -> None:
+    mark = str(tmp_path / "mark")
+    fails = f"if not os.path.exists({mark!r}): open({mark!r}, 'w').close(); raise DataError('no answer', passes=True)"
+    done = at_step_20(2, 1, fails, tmp_path, restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("error: rank 1: no answer") == 1
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_alone_ends_all_and_is_said_once(tmp_path: Path) -> None:

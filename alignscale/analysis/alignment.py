@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from alignscale.nets.layers import same_padding
+
 BLOCK, LEAST = 1 << 22, 1 << 15
 """Numbers in the products that are held at once: at most, and where half of a layer's would be fewer."""
 PROBES = 20
@@ -34,14 +36,13 @@ class Map:
     inputs: tuple[int, int]
     outputs: tuple[int, int]
     stride: int = 1
-    before: tuple[int, int] = (0, 0)
+    pads: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
 
     @classmethod
     def same(cls, inputs: tuple[int, int], stride: int) -> "Map":
-        """SAME padding as TensorFlow has it for 3x3 kernels: of an odd sum, the smaller part comes before."""
+        """With TensorFlow's SAME padding, of 3x3 kernels."""
         outputs = (-(-inputs[0] // stride), -(-inputs[1] // stride))
-        pads = [max((n - 1) * stride + 3 - size, 0) // 2 for n, size in zip(outputs, inputs, strict=True)]
-        return cls(inputs, outputs, stride, (pads[0], pads[1]))
+        return cls(inputs, outputs, stride, (same_padding(inputs[0], stride), same_padding(inputs[1], stride)))
 
 
 POINT = Map((1, 1), (1, 1))
@@ -57,7 +58,7 @@ class Score:
 
 def _shared(axis: int, at: Map, kernel: int) -> Counter[tuple[tuple[int, int], ...]]:
     """Along an axis: the pairs of taps by which two outputs see the same inputs -> how many pairs of outputs do so."""
-    length, outputs, before = at.inputs[axis], at.outputs[axis], at.before[axis]
+    length, outputs, before = at.inputs[axis], at.outputs[axis], at.pads[axis][0]
     found: Counter[tuple[tuple[int, int], ...]] = Counter()
     reach = (kernel - 1) // at.stride
     for first in range(outputs):
@@ -158,10 +159,7 @@ def _gram(weight: Tensor, z: Tensor, at: Map) -> Tensor:
     """D^T D z."""
     if weight.dim() == 2:
         return z @ weight.T @ weight
-    pad: list[int] = []
-    for axis in (1, 0):
-        needed = (at.outputs[axis] - 1) * at.stride + weight.shape[2 + axis] - at.inputs[axis] - at.before[axis]
-        pad += [at.before[axis], needed]
+    pad = [*at.pads[1], *at.pads[0]]
     padded = F.pad(z, pad)
     back = conv2d_input(padded.shape, weight, F.conv2d(padded, weight, stride=at.stride), at.stride)
     return F.pad(back, [-n for n in pad])

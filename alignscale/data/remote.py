@@ -114,7 +114,8 @@ class Remote:
         tries = f" (tried {attempt + 1} times; data.timeout={self.timeout:g} s without a byte ends one)"
         raise DataError(
             f"{what}: expected bytes from the server, found: {found}{tries * (attempt > 0)}; see that it is there and "
-            "whole, and give the same command"
+            "whole, and give the same command",
+            passes=not isinstance(problem, _Refused),
         )
 
     def _get(self, url: str, span: str | None = None, moves: int = 5) -> BaseHTTPResponse:

@@ -5,6 +5,7 @@ compiled operators that nothing here calls.
 """
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -13,7 +14,7 @@ import torch
 def datasets() -> ModuleType:
     """``torchvision.datasets``."""
     try:
-        return _imported()
+        return import_module("torchvision").datasets  # slow to import, and only its data sets need it
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
@@ -22,18 +23,10 @@ def datasets() -> ModuleType:
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return _imported()
+    return import_module("torchvision").datasets
 
 
 def transforms() -> ModuleType:
     """``torchvision.transforms.v2``."""
     datasets()
-    from torchvision.transforms import v2  # slow to import, and only who names a transform needs it
-
-    return v2
-
-
-def _imported() -> ModuleType:
-    from torchvision import datasets as found  # slow to import, and only its data sets need it
-
-    return found
+    return import_module("torchvision.transforms.v2")  # slow to import, and only who names a transform needs it

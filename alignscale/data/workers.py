@@ -6,6 +6,7 @@ is started again where it was killed. Jobs and answers are JSON; an array goes t
 """
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -98,7 +99,7 @@ def _serve(worker: _Worker, pipe: Connection) -> None:
             try:
                 answer = {"done": worker.work(job, worker.slot(place))}
             except DataError as problem:
-                answer = {"data": str(problem)}
+                answer = {"data": str(problem), "passes": problem.passes}
             except Exception:
                 answer = {"error": traceback.format_exc()}
             pipe.send_bytes(json.dumps(answer).encode())
@@ -121,7 +122,7 @@ def results(
     crew: list[_Worker] = []
     try:
         turns: deque[tuple[_Worker, int]] = deque()
-        for number, job in enumerate(_few(source, workers * AHEAD)):
+        for number, job in enumerate(itertools.islice(source, workers * AHEAD)):
             if number < workers:
                 crew.append(_Worker(work, size))
             worker, place = crew[number % workers], number // workers
@@ -131,7 +132,7 @@ def results(
             worker, place = turns.popleft()
             answer, restarts = _awaited(worker, restarts)
             yield answer, worker.slot(place)
-            for job in _few(source, 1):
+            for job in itertools.islice(source, 1):
                 worker.give(place, job)
                 turns.append((worker, place))
     finally:
@@ -157,11 +158,7 @@ def _awaited(worker: _Worker, restarts: int) -> tuple[Any, int]:
             worker.start()
             continue
         if "data" in answer:
-            raise DataError(answer["data"])
+            raise DataError(answer["data"], answer["passes"])
         if "error" in answer:
             raise RuntimeError(f"in a worker process: {answer['error']}")
         return answer["done"], restarts
-
-
-def _few(source: Iterable[Any], count: int) -> Iterable[Any]:
-    return (job for _, job in zip(range(count), source, strict=False))

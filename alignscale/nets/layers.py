@@ -177,14 +177,14 @@ class Conv(Layer):
     def fit(self, inputs: tuple[int, ...]) -> None:
         """Take maps of ``inputs`` (C, H, W) from now on."""
         channels, height, width = self.inputs = inputs
-        rows, columns = _same_padding(height, 3, self.stride), _same_padding(width, 3, self.stride)
+        rows, columns = same_padding(height, self.stride), same_padding(width, self.stride)
         self.outputs = (self.whole[0], -(-height // self.stride), -(-width // self.stride))
         symmetric = rows[0] == rows[1] and columns[0] == columns[1]
         self.padding = (rows[0], columns[0]) if symmetric else (0, 0)
         self.extra = (0, 0, 0, 0) if symmetric else (*columns, *rows)
         self.padded = (channels, height + self.extra[2] + self.extra[3], width + self.extra[0] + self.extra[1])
-        sizes = zip(self.padded[1:], self.padding, strict=True)
-        self.rest = [(size + 2 * side - 3) % self.stride for size, side in sizes]  # lines that no window reaches
+        # lines that no window reaches
+        self.rest = [(size + sum(pad) - 3) % self.stride for size, pad in ((height, rows), (width, columns))]
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
@@ -258,7 +258,7 @@ def _conv_back(
     return found, gradient
 
 
-def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME: the output has ceil(length / stride) places, the odd padding row comes after."""
-    total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+def same_padding(length: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's SAME for 3x3 kernels: ceil(length / stride) places, the odd padding row comes after."""
+    total = max((-(-length // stride) - 1) * stride + 3 - length, 0)
     return total // 2, total - total // 2

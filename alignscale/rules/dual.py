@@ -79,11 +79,10 @@ class DualAlignZero(Rule):
     @torch.no_grad()
     def primal(self, index: int) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of layer ``index`` that the coefficients stand for."""
-        layer, (weight, bias) = self.net.layers[index], self.net.layers[index].held
-        learned = self._through_norm(index)
-        return torch.addmm(weight, learned.T, self.inputs[index], alpha=layer.scale), None if bias is None else (
-            bias + learned.sum(0)
-        )
+        layer, learned = self.net.layers[index], self._through_norm(index)
+        weight, bias = layer.held
+        whole = torch.addmm(weight, learned.T, self.inputs[index], alpha=layer.scale)
+        return whole, None if bias is None else bias + learned.sum(0)
 
     def saved(self) -> dict[str, Tensor]:
         """The weights that the coefficients stand for, as any tool reads them, and the coefficients."""
