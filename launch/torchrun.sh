@@ -29,6 +29,12 @@ ranks=${RANKS:-$("$python" -c 'import torch; print(max(torch.cuda.device_count()
 known=$("$python" -I alignscale/address.py "$host") || exit 2
 read -r own here <<< "$known"
 
+# Of several of these commands on one machine, say to try it out, one holds the place where they meet.
+if [ -n "$here" ]; then
+    exec 9>>"${TMPDIR:-/tmp}/alignscale-$UID-${host//[^0-9A-Za-z.]/_}.lock"
+    flock --nonblock 9 2> /dev/null || here=
+fi
+
 # A store that torchrun shares with the ranks outlives none of them when one is killed.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 

@@ -70,6 +70,15 @@ def test_a_machine_that_is_lost_is_replaced_by_giving_the_command_on_another_one
     assert result(tmp_path / "run")["steps"] == 12 * 39
 
 
+def test_a_machine_may_have_the_command_twice(first: Machine, tmp_path: Path) -> None:
+    """Both find that the address is theirs, in the same moment."""
+    command = ["launch/torchrun.sh", "2", f"{first.address}:29517", *RUN, f"run.dir={tmp_path}"]
+    nodes = [started(first, *command) for _ in range(2)]
+    said = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert result(tmp_path)["ranks"] == 2
+
+
 def test_an_address_is_free_again_at_once_and_names_of_ones_own_are_told_as_they_are(
     first: Machine, tmp_path: Path
 ) -> None:
