@@ -75,7 +75,7 @@ class Frozen:
 
     @classmethod
     def copy_of(cls, net: Network) -> "Frozen":
-        """A copy of ``net`` as it is now. For networks whose start is not a seed; call it before any training."""
+        """A copy of ``net`` as it is now, in one process. For one whose start is no seed; call it before training."""
         start = copy.deepcopy(net).requires_grad_(False)
         return cls(net, lambda index: start.layers[index].held)
 

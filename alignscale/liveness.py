@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ BEAT = 2.0
 """Seconds from one sign of life of a rank to the next."""
 LOST = 4
 """The exit status of a rank that has lost another one."""
+OURS = str(Path(__file__).with_name("distributed.py"))
 NAMED = 8
 """How many ranks a message names."""
 
@@ -54,9 +56,12 @@ def of_another(problem: Exception) -> bool:
 
 
 def waiting() -> bool:
-    """Whether the main thread is in a call of torch.distributed's, its own or DeepSpeed's."""
+    """Whether the main thread is in a call of torch.distributed's, or in what waits for what one has begun."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and "/torch/distributed/" not in frame.f_code.co_filename:
+    at = frame and frame.f_code
+    if at and (at.co_filename == OURS or ("/deepspeed/" in at.co_filename and at.co_name == "wait")):
+        return True
+    while frame and "/torch/distributed/" not in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None
 
@@ -124,7 +129,7 @@ class Heart(threading.Thread):
         threading.Thread(target=self._watch, daemon=True).start()
         while not self.ended.wait(BEAT):
             self.pulse()
-            if self.works and not self.told:
+            if self.works and not self.told and not waiting():
                 self.still()
             since = self.since
             if time.monotonic() - since > (min(30 * BEAT, self.timeout) if self.told else self.timeout):

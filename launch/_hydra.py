@@ -186,9 +186,8 @@ def guarded(work: Callable[[], object]) -> None:
 def _say(problem: object, status: int, before: str = "error", after: str = "") -> int:
     """Print the one line of a command's end and return its status; of an error that all ranks have, on the first."""
     ranks, own = launched(), getattr(problem, "of_one_rank", False)
-    lasts = not getattr(problem, "passes", True)  # also where one rank alone has met it
     full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or (status in FINAL and (lasts or not own)):
+    if (full or status in FINAL) and not own:
         note_final(status)
     if ranks is not None and not FIRST and not own:
         if isinstance(problem, Interrupted):  # the first has saved with this one, and says so

@@ -30,9 +30,9 @@ known=$("$python" -I alignscale/address.py "$host") || exit 2
 read -r own here <<< "$known"
 
 # Of several of these commands on one machine, say to try it out, one holds the place where they meet.
-if [ -n "$here" ]; then
-    exec 9>>"${TMPDIR:-/tmp}/alignscale-$UID-${host//[^0-9A-Za-z.]/_}.lock"
-    flock --nonblock 9 2> /dev/null || here=
+place=${TMPDIR:-/tmp}/alignscale-$UID-$(stat -Lc %i /proc/self/ns/net 2> /dev/null || true)-${host//[^0-9A-Za-z.]/_}.lock
+if [ -n "$here" ] && { exec 9>> "$place"; } 2> /dev/null; then
+    flock --nonblock 9 2> /dev/null || [ $? -ne 1 ] || here=false
 fi
 
 # A store that torchrun shares with the ranks outlives none of them when one is killed.
@@ -41,5 +41,5 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 [ "$nodes" -eq 1 ] || printf 'waiting for %s machines at %s\n' "$nodes" "$host" >&2
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="${RESTARTS:-3}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 --shutdown-timeout=120 \
-    ${own:+--local-addr="$own"} ${here:+--rdzv-conf=is_host=true} --rdzv-backend=c10d --rdzv-endpoint="$host" \
+    ${own:+--local-addr="$own"} ${here:+--rdzv-conf=is_host="$here"} --rdzv-backend=c10d --rdzv-endpoint="$host" \
     --rdzv-id="${RUN_ID:-alignscale}" launch/train.py "$@"

@@ -75,14 +75,24 @@ def test_a_rank_that_lives_and_is_behind_is_named(make: Made, ended: list[RankEr
     assert "(behind the others: rank 0 at step 6 (step))" in str(ended[0])
 
 
+def test_of_ranks_in_the_same_phase_one_that_waits_for_nobody_is_named(make: Made, ended: list[RankError]) -> None:
+    hangs, waits = make(0), make(1, 10 * BEAT)
+    for heart in (hangs, waits):
+        heart.at("step 7 (step)")
+        heart.start()
+    waits.waited = True
+    assert until(lambda: ended)
+    assert "(behind the others: rank 0 at step 7 (step))" in str(ended[0])
+
+
 def test_a_rank_that_gets_on_while_it_looks_around_is_not_ended(
     make: Made, ended: list[RankError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heart, looked = make(1, 4 * BEAT), threading.Event()
     look = heart._whereabouts
 
-    def looking() -> str:
-        found = look()
+    def looking(late: bool) -> str:
+        found = look(late)
         heart.at("step 8 (step)")
         looked.set()
         heart.timeout = 1000.0

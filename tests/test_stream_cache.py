@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from launches import ROOT
 from stream_cases import ALL, batches, cached, config, same, server
 
 from alignscale.data import workers
@@ -78,6 +81,23 @@ def test_what_a_killed_process_left_of_a_shard_takes_no_room_from_others(tmp_pat
         (tmp_path / f"cache/.{cache._path(f'{url}/1.tar').name}.1000.partial").write_bytes(b"half")
         assert [read(cache, f"{url}/{number}.tar")[0] for number in (1, 0)] == [1, 0]
         assert len(faults.asked) == 2
+
+
+def test_a_cache_on_a_full_disk_is_said_to_be_that(tmp_path: Path) -> None:
+    (tmp_path / "big.tar").write_bytes(bytes(2**20))
+    (tmp_path / "cache").mkdir()
+    with server(tmp_path) as (url, faults):
+        fetch = f"Cache({str(tmp_path / 'cache')!r}, 2**21, Remote(3, 5.0)).opened({url + '/big.tar'!r}, 2**20)"
+        code = f"from alignscale.data.cache import Cache; from alignscale.data.remote import Remote; {fetch}"
+        disk = f'mount -t tmpfs -o size=200k none {tmp_path}/cache; exec {sys.executable} -c "$0"'
+        done = subprocess.run(
+            ["unshare", "-Urm", "sh", "-c", disk, code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        wanted = (
+            f"DataError: data.cache={tmp_path}/cache: expected a folder that can hold {url}/big.tar, found: No space"
+        )
+        assert wanted in done.stderr, done.stderr
+        assert len(faults.asked) == 1  # no other try would have more room
 
 
 def test_a_file_that_changed_in_the_cache_is_fetched_again(tmp_path: Path) -> None:

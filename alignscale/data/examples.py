@@ -185,14 +185,7 @@ class Examples(Split):
 
 
 class DataError(RuntimeError):
-    """A data file is missing, damaged or not what it should be; the message names it and says what to do.
-
-    passes: it may be another time, as a server that does not answer.
-    """
-
-    def __init__(self, message: str, passes: bool = False) -> None:
-        super().__init__(message)
-        self.passes = passes
+    """A data file is missing, damaged or not what it should be; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)

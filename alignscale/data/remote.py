@@ -4,6 +4,7 @@ It stands alone because a network fails in ways that a disk does not: what is cu
 so many times, and then it is an error that says what was expected and what came.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -106,6 +107,8 @@ class Remote:
                 problem: Exception = refused
                 break
             except (HTTPError, OSError) as failed:
+                if getattr(failed, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # of this machine, not the server
+                    raise
                 reason = getattr(failed, "reason", None)
                 problem = reason if isinstance(reason, Exception) else failed  # without what wraps it
                 if attempt < self.retries:
@@ -114,8 +117,7 @@ class Remote:
         tries = f" (tried {attempt + 1} times; data.timeout={self.timeout:g} s without a byte ends one)"
         raise DataError(
             f"{what}: expected bytes from the server, found: {found}{tries * (attempt > 0)}; see that it is there and "
-            "whole, and give the same command",
-            passes=not isinstance(problem, _Refused),
+            "whole, and give the same command"
         )
 
     def _get(self, url: str, span: str | None = None, moves: int = 5) -> BaseHTTPResponse:

@@ -99,7 +99,7 @@ def _serve(worker: _Worker, pipe: Connection) -> None:
             try:
                 answer = {"done": worker.work(job, worker.slot(place))}
             except DataError as problem:
-                answer = {"data": str(problem), "passes": problem.passes}
+                answer = {"data": str(problem)}
             except Exception:
                 answer = {"error": traceback.format_exc()}
             pipe.send_bytes(json.dumps(answer).encode())
@@ -158,7 +158,7 @@ def _awaited(worker: _Worker, restarts: int) -> tuple[Any, int]:
             worker.start()
             continue
         if "data" in answer:
-            raise DataError(answer["data"], answer["passes"])
+            raise DataError(answer["data"])
         if "error" in answer:
             raise RuntimeError(f"in a worker process: {answer['error']}")
         return answer["done"], restarts
