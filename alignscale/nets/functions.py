@@ -98,9 +98,12 @@ def laid_out(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last) if maps.is_cuda and maps.dim() == 4 else maps
 
 
-def summed(delta: Tensor, a: Tensor) -> Tensor:
-    """The sum over examples of delta a^T, of (B, out) and (B, in); of half precision on a GPU in fp32, as it sums."""
-    if delta.is_cuda and delta.dtype in (torch.float16, torch.bfloat16):
+def summed(delta: Tensor, a: Tensor, kept: torch.dtype = torch.float32) -> Tensor:
+    """The sum over examples of delta a^T, of (B, out) and (B, in); a GPU's of half precision in fp32, as it sums.
+
+    kept: in what the sum is to be; where that is what delta is in, fp32 would be a detour.
+    """
+    if delta.is_cuda and delta.dtype in (torch.float16, torch.bfloat16) and delta.dtype != kept:
         return torch.mm(delta.T, a, out_dtype=torch.float32)
     return delta.T @ a
 

@@ -43,23 +43,22 @@ class _WeightGradient(torch.autograd.Function):
         if ctx.unscale is not None:
             factor = scale[0] * ctx.unscale
             gradients = tuple(None if one is None else one.to(factor.dtype).mul_(factor) for one in gradients)
-        kept = ctx.layer.held[0].grad_dtype or ctx.layer.precision
-        gradients = tuple(None if one is None else one.to(kept) for one in gradients)
-        for parameter in ctx.layer.held:
-            _lend(parameter, ctx.layer)
+        gradients = tuple(None if one is None else one.to(ctx.layer.kept) for one in gradients)
+        _lend(ctx.layer)
         return *gradients, None, None, None, None
 
 
-def _lend(parameter: nn.Parameter | None, layer: "Layer") -> bool:
-    """Give a parameter that an engine has released its shape for autograd's checks, without storage.
+def _lend(layer: "Layer") -> list[nn.Parameter]:
+    """Give the parameters that an engine has released their shapes for autograd's checks, without storage.
 
     ZeRO 3 keeps a rank's part of a weight and leaves the parameter empty where no forward pass runs; a weight gradient
-    needs the weight's shape and nothing else of it. Returns whether it was empty.
+    needs the weight's shape and nothing else of it. Returns those that were empty.
     """
-    if parameter is None or parameter.numel():
-        return False
-    parameter.data = parameter.data.new_empty(1).expand(layer.shape if parameter is layer.held[0] else layer.shape[:1])
-    return True
+    lent = [parameter for parameter in layer.held if parameter is not None and not parameter.numel()]
+    for parameter in lent:
+        shape = layer.shape if parameter is layer.held[0] else layer.shape[:1]
+        parameter.data = parameter.data.new_empty(1).expand(shape)
+    return lent
 
 
 class Layer(nn.Module, ABC):
@@ -91,6 +90,11 @@ class Layer(nn.Module, ABC):
     def precision(self) -> torch.dtype:
         """Of the weight that the optimizer updates, fp32 or fp64; the layer's own may be rounded to half."""
         return torch.promote_types(self.held[0].dtype, torch.float32)
+
+    @property
+    def kept(self) -> torch.dtype:
+        """Of the weight's gradient, which an engine may have summed over ranks in half precision."""
+        return self.held[0].grad_dtype or self.precision
 
     def forward(self, a: Tensor) -> Tensor:
         """The layer's output for input ``a`` under its own weight."""
@@ -127,10 +131,9 @@ class Layer(nn.Module, ABC):
 
         unscale: what a gradient in fp16 is multiplied by, in fp32.
         """
-        lent = [parameter for parameter in self.held if _lend(parameter, self)]
+        lent = _lend(self)
         result: Tensor = _WeightGradient.apply(*self.held, self, a, delta, unscale)
         for parameter in lent:
-            assert parameter is not None
             parameter.data = parameter.data.new_empty(0)
         return result
 
@@ -155,7 +158,7 @@ class Linear(Layer):
     def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """(out, in) and (out,)."""
         delta = delta.flatten(0, -2)
-        gradient = summed(times(delta, self.scale * factor), a.flatten(0, -2))
+        gradient = summed(times(delta, self.scale * factor), a.flatten(0, -2), self.kept)
         return gradient, None if self.held[1] is None else times(delta.sum(0), factor)
 
 
