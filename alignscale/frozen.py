@@ -4,7 +4,6 @@ It stands alone because a wrong initial network is the worst silent error here: 
 the architecture, never copied from a network that may have been trained or restored.
 """
 
-import copy
 import functools
 import hashlib
 import json
@@ -75,9 +74,12 @@ class Frozen:
 
     @classmethod
     def copy_of(cls, net: Network) -> "Frozen":
-        """A copy of ``net`` as it is now, in one process. For one whose start is no seed; call it before training."""
-        start = copy.deepcopy(net).requires_grad_(False)
-        return cls(net, lambda index: start.layers[index].held)
+        """A copy of ``net`` as it is now. For networks whose start is not a seed; call it before any training."""
+        copies = [
+            (weight.detach().clone(), None if bias is None else bias.detach().clone())
+            for weight, bias in (layer.held for layer in net.layers)
+        ]
+        return cls(net, copies.__getitem__)
 
     def weight(self, index: int) -> Tensor:
         """The initial weight of layer ``index``."""

@@ -23,6 +23,7 @@ BEAT = 2.0
 LOST = 4
 """The exit status of a rank that has lost another one."""
 OURS = str(Path(__file__).with_name("distributed.py"))
+"""Whose functions wait for other ranks, or for what they have begun with them."""
 NAMED = 8
 """How many ranks a message names."""
 

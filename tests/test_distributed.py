@@ -318,10 +318,10 @@ def state(made):
 def same(one, other):
     return all(torch.equal(value, other[part][name]) for part in one for name, value in one[part].items())
 with joined(torch.device("cpu"), 120.0) as ranks:
-    def parts(count, first=0, factor=1.0):
+    def parts(count, factor=1.0):
         found = []
         for part in range(count):
-            rows = torch.arange(first + part, 36, count)
+            rows = torch.arange(part, 36, count)
             rows = rows[ranks.part(len(rows))]
             found.append(Batch(images[rows] * (factor if part == count - 1 else 1.0), targets[rows], [], 36))
         return found
@@ -348,11 +348,11 @@ with joined(torch.device("cpu"), 120.0) as ranks:
         assert same(state(made), state(other)), (case, "loss")
         weight_gradient = made.net.layers[1].weight_gradient
         made.net.layers[1].weight_gradient = infinite
-        if stage:
+        if stage:  # ZeRO 0 leaves no step out
             with pytest.raises(FloatingPointError, match="the gradient is not finite"):
                 made.update(parts(count), 0.1)
+            assert same(state(made), state(other)), (case, "gradient")
         del made.net.layers[1].weight_gradient
-        assert same(state(made), state(other)), (case, "gradient")
         for often in (count, 3 - count, count):
             for one in (made, other):
                 one.update(parts(often), 0.1)

@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run in options.runs:
                 rows.append(analyse(run, options.checkpoint, options.replay, options.sample))
                 show(rows[-1])
-        write_json(options.json, rows)
+        write_json(options.json, rows, allow_nan=False)
     except (ConfigError, DataError, CheckpointError, OSError) as problem:
         print(f"alignment: {problem}", file=sys.stderr)
         return 2

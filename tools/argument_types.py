@@ -29,10 +29,10 @@ def ended(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(1)
 
 
-def write_json(path: Path | None, found: object) -> None:
+def write_json(path: Path | None, found: object, allow_nan: bool = True) -> None:
     """Write what a tool found to the file of its --json, where one was given."""
     if path:
-        write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(path, (json.dumps(found, indent=1, allow_nan=allow_nan) + "\n").encode())
 
 
 def new_file(text: str) -> Path:

@@ -43,10 +43,6 @@ def _relu(x: Tensor) -> Tensor:
     return torch.relu(x) if torch.is_grad_enabled() else torch.relu_(x)
 
 
-def _itself(residue: Tensor) -> Tensor:
-    return residue
-
-
 def _where_open(signal: Tensor, gate: Tensor | Bits) -> Tensor:
     """Signal where the gate is positive, else 0, in one pass: relu's derivative at 0 is 0."""
     if isinstance(gate, Bits):
@@ -71,7 +67,7 @@ def _gelu_gate(residue: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "relu": Activation(_relu, _itself, _where_open, of_output=True, binary=True),
+    "relu": Activation(_relu, lambda residue: residue, _where_open, of_output=True, binary=True),
     "gelu": Activation(torch.nn.functional.gelu, _gelu_gate),  # x * Phi(x), exact (Hendrycks & Gimpel 2016)
     "tanh": Activation(torch.tanh, _tanh_gate, of_output=True),
     "erf": Activation(torch.erf, _erf_gate),  # whose infinite-width kernel is known in closed form
