@@ -123,7 +123,10 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, sums: torch.dtype, 
             parameter.comm_dtype = parameter.dtype  # type: ignore[attr-defined]
     if stage < 3:
         _narrow_whole(optimizer, dtype)
-    elif optimizer.offload_param:  # weights that are elsewhere stay fp32: they are rounded to be gathered
+        return
+    if not is_autocast_initialized():  # of what comes from the ranks; what that is copied or added to stays fp32
+        optimizer.gradient_accumulation_dtype = sums
+    if optimizer.offload_param:  # weights that are elsewhere stay fp32: they are rounded to be gathered
         for layer in net.layers:
             layer.rounds_again = True
         for parameter in trained if not is_autocast_initialized() else ():

@@ -175,9 +175,8 @@ class Learner:
         value, count, *sums = self.mesh.everyone.totals([*own, *flags], self.encoding.device)
         if math.isfinite(value):
             self.engine.step(lr)
-            for batch, error in zip(batches, errors, strict=False):  # there are none where they are not tracked
-                assert self.errors is not None
-                self.errors.add(batch.keys, error, lr)
+            if self.errors is not None:
+                self.errors.add([key for batch in batches for key in batch.keys], torch.cat(errors), lr)
         else:
             self.engine.forget()
         return value, count, sums

@@ -208,11 +208,13 @@ class Mesh:
     def whole(self, own: Tensor, share: Share | None, to: int = 0) -> Tensor:
         """A tensor of this network on rank ``to``, from the ranks that have parts of it; elsewhere the part.
 
-        A collective of all ranks.
+        Of what each has, it is the first one's. A collective of all ranks.
         """
         network, place = divmod(to, self.width.ranks.size)
-        if share is None or self.data.rank != network:
+        if self.data.rank != network or self.width.ranks.size == 1:
             return own
+        if share is None:
+            return self.width.ranks.broadcast(own.clone())
         sizes, axis = self.width.sizes, share.axis
         padded = _padded(own, max(sizes), axis).contiguous()
         parts = [torch.empty_like(padded) for _ in sizes] if self.width.ranks.rank == place else None

@@ -89,7 +89,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     if config.analysis.track_errors:
         readout_every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
         logits = (train.shape[-2], train.classes) if readout_every else (train.classes,)
-        learner.errors = ErrorSums(train.keys(torch.arange(len(train))), logits)
+        learner.errors = ErrorSums(train.keys(torch.arange(len(train))), logits, ranks)
     run.about |= identity(config, splits, learner)
     if config.resume == "auto":
         _resume(run, show)
@@ -267,8 +267,8 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
     run.learner.engine.load(tensors)
     if "jacobian" in manifest:
         run.about["jacobian"] = manifest["jacobian"]
-    if errors is not None and tensors["errors"]:  # on the first rank, whose sums they go on in
-        errors.sums = tensors["errors"]["sums"].clone()
+    if errors is not None:
+        errors.load(tensors["errors"].get("sums"), run.learner.encoding.device)
     run.start, progress = manifest["step"], manifest["progress"]
     for name in ("curve", "seconds", "seconds_per_step", "epoch_loss", "counts"):
         setattr(run, name, progress[name])

@@ -90,8 +90,8 @@ class Run:
         self.ranks.beat(step, "save")
         tensors = self.learner.engine.state()
         if self.learner.errors is not None:
-            sums = self.learner.errors.sums
-            tensors = {**tensors, "errors": {"sums": Coming(sums.nbytes, lambda _: self.errors())}}
+            size = self.learner.errors.sums.nbytes * self.ranks.size
+            tensors = {**tensors, "errors": {"sums": Coming(size, lambda _: self.errors())}}
         about, folder = {**self.about, "progress": self._progress()}, self.folder / "checkpoints"
         try:
             checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep, self.ranks)
@@ -115,7 +115,7 @@ class Run:
     def errors(self) -> Tensor:
         """The summed errors of all ranks' examples, float64 (examples, classes), in host memory."""
         assert self.learner.errors is not None
-        return self.ranks.sum(self.learner.errors.sums.to(self.learner.encoding.device, copy=True)).cpu()
+        return self.learner.errors.whole(self.learner.encoding.device)
 
     def diverge(self, step: int, what: str, seen: Sequence[Batch] | Callable[[], object] = ()) -> NoReturn:
         """Write the result of a run whose ``what`` is not finite at ``step``, and raise Diverged.

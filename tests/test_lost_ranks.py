@@ -10,19 +10,26 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launches import ENVIRONMENT, ROOT, RUN, children, finished, result, run, stopped, torchrun, wait_for
 from run_cases import same, weights
 
-from alignscale.checkpoint import complete
+from alignscale.checkpoint import complete, parts, read, read_manifest
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize(("ranks", "stage", "optim"), [(3, 3, "sgd"), (2, 2, "adam"), (2, 1, "sgd"), (2, 0, "sgd")])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "optim", "more"),
+    [
+        (3, 3, "sgd", ["analysis.track_errors=true"]), (2, 2, "adam", []), (2, 1, "sgd", ["precision=bf16"]),
+        (2, 0, "sgd", []), (4, 2, "sgd", ["parallel.width=2", "net.width=37"]),
+    ],
+)  # fmt: skip
 def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_to_the_same_bits(
-    tmp_path: Path, ranks: int, stage: int, optim: str
+    tmp_path: Path, ranks: int, stage: int, optim: str, more: list[str]
 ) -> None:
-    options = [f"engine.zero_stage={stage}", "engine=deepspeed", "epochs=4", "schedule=cosine"]
+    options = [f"engine.zero_stage={stage}", "engine=deepspeed", "epochs=4", "schedule=cosine", *more]
     options += [f"optim={optim}", *(["optim.lr=0.001"] if optim == "adam" else [])]
     given = [option for option in options if optim == "sgd" or not option.startswith("optim.m")]
     rest = [option for option in RUN if optim == "sgd" or not option.startswith("optim.")]
@@ -41,7 +48,9 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_ranks_go_on_to_the_same_bit
     assert again.returncode == 0, again.stderr
     assert "resumed after step" in again.stdout
     assert "warning: not as before" not in again.stdout
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    found, expected = (checkpointed(tmp_path / name) for name in ("run", "whole"))
+    assert same(found, expected)
+    assert ("errors sums" in found) == ("analysis.track_errors=true" in more)
     assert result(tmp_path / "run")["curve"] == result(tmp_path / "whole")["curve"]
 
 
@@ -116,6 +125,13 @@ def test_torchrun_sh_trains_on_two_nodes_and_passes_signals_on(tmp_path: Path) -
     wrong = subprocess.run(["launch/torchrun.sh", "net=mlp"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "usage: launch/torchrun.sh NODES HOST[:PORT] OPTIONS..." in wrong.stderr
+
+
+def checkpointed(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint, by part and name."""
+    path = complete(folder / "checkpoints")[-1]
+    manifest = read_manifest(path)
+    return {f"{part} {name}": value for part in parts(manifest) for name, value in read(path, manifest, part).items()}
 
 
 KILLED = ["engine=deepspeed", "engine.zero_stage=3", "epochs=3", "checkpoint.every_steps=10"]

@@ -141,15 +141,18 @@ class Layer(nn.Module, ABC):
 class Linear(Layer):
     """weight (out, in), on the last axis of inputs (..., in).
 
-    total: sums over the ranks that have the other columns of the weight.
+    total: sums over the ranks that have the other columns of the weight; the bias that counts is the first one's.
     """
 
     total: Callable[[Tensor], Tensor] | None = None
+    first = True
 
     def compute(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., in) -> (..., out)."""
-        z = self._mapped(a, weight, F.linear, _linear_back)
-        return self._scaled_and_shifted(z if self.total is None else self.total(z), bias)
+        if bias is not None and not self.first:  # a copy, whose last bit may be another one: 0, with its gradient
+            bias = bias - bias.detach()
+        z = self._scaled_and_shifted(self._mapped(a, weight, F.linear, _linear_back), bias)
+        return z if self.total is None else self.total(z)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""

@@ -110,7 +110,7 @@ class Network(nn.Module, ABC):
         self.shapes = shapes = shapes if share is None else [share.shape(shape) for shape in shapes]
         for layer in layers:
             if isinstance(layer, Linear) and layer.share is not None and layer.share.axis == 1:
-                layer.total = width.sum
+                layer.total, layer.first = width.sum, width.ranks.first
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norms = nn.ModuleList([make_norm(config.norm, shape) for shape in shapes])  # type: ignore[assignment]
         self.activation = ACTIVATIONS[config.activation]
