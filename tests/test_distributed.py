@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import RULE_NAMES, SUMS
+from distributed_cases import beyond
 from launches import ROOT, RUN, alone, finished, result, run, stopped, torchrun
 from run_cases import weights
 from warm import PYTHON
@@ -41,18 +42,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[
 
 
 def check_equal(found: list[dict[str, Any]]) -> None:
-    for row in found:
-        if row["case"].endswith(("bf16", "fp16")):  # each rank rounds its own sums
-            assert row["loss"] < 2e-2, row
-            assert row["weights"] < (4e-3 if row["case"].endswith("bf16") else 5e-4), row
-            assert row["evaluation_loss"] < 4e-3, row
-            continue
-        adam = "adam" in row["case"]
-        assert row["loss"] < (1e-4 if adam else 1e-5), row
-        assert adam or row["weights"] < 1e-5, row
-        assert row["accuracy"][0] == row["accuracy"][1], row
-        assert row["evaluation_loss"] < 1e-5, row
-        assert row["cosine"] < 1e-4, row
+    assert [(row["case"], off) for row in found if (off := beyond(row))] == []
+    again = [(row["case"], beyond(row["before"])) for row in found if "before" in row]
+    assert len(again) <= 1 + len(found) // 50, again
 
 
 @pytest.mark.timeout(1200)

@@ -30,6 +30,7 @@ from distributed_cases import (
     examples,
     learner,
     model_of,
+    or_again,
     pairs,
     train,
 )  # fmt: skip
@@ -181,7 +182,8 @@ def main() -> None:
             if ranks.size == 4 and len(sys.argv) < 4:  # a third for each mesh, of all stages in turn
                 cases = [case for number, case in enumerate(cases) if (number // 13 + number + width // 2) % 3 == 0]
             wanted = next((word for word in sys.argv[3:] if word != "--all"), "")
-            rows += [row(case, ranks, width) for case in cases if wanted in str(case)]
+            chosen = [case for case in cases if wanted in str(case)]
+            rows += [or_again(case, ranks, lambda one, width=width: row(one, ranks, width)) for case in chosen]
             if len(sys.argv) < 4:
                 rows += [counted(*one, 0, ranks, width) for one in COUNTED]
                 rows += [counted(*one, 0, ranks, width, "overlap") for one in COUNTED[:: 2 if ranks.size > 2 else 1]]
