@@ -142,9 +142,9 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, sums: torch.dtype, 
 
 
 def keep_parts(optimizer: Any, several: bool) -> None:
-    """Have ZeRO 1 add up the gradients of ``several`` parts of a batch in fp32, where they are bf16."""
-    if getattr(optimizer, "dtype", None) == torch.bfloat16 and not optimizer.partition_gradients:
-        optimizer.use_grad_accum_attribute = several
+    """Have ZeRO 1 and 2 add up the gradients of ``several`` parts of a batch in fp32, where they are bf16."""
+    if getattr(optimizer, "dtype", None) == torch.bfloat16:
+        optimizer.use_grad_accum_attribute = several and not optimizer.partition_gradients
         optimizer.gradient_accumulation_dtype = torch.float32 if several else torch.bfloat16
 
 

@@ -12,31 +12,32 @@ from torch import Tensor
 
 from alignscale.environment import gpu_kernels
 
-Back = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor | None, Tensor]]
-"""(delta, a, weight, whether a signal is wanted) -> the signal at a, and the gradient of the weight."""
+There = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(a, weight, bias) -> the output."""
+Back = Callable[[Tensor, Tensor, Tensor, list[bool]], tuple[Tensor | None, Tensor, Tensor | None]]
+"""(delta, a, weight, which are wanted) -> the signal at a, and the gradients of weight and bias."""
 
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, there: Callable[[Tensor, Tensor], Tensor], back: Back) -> Tensor:
-        ctx.back = back
+    def forward(ctx: Any, a: Tensor, weight: Tensor, bias: Tensor | None, there: There, back: Back) -> Tensor:
+        ctx.back, ctx.biased = back, bias is not None
         ctx.save_for_backward(a, weight)
-        return there(a, weight.to(a.dtype))
+        return there(a, weight.to(a.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *delta: Tensor) -> tuple[Tensor | None, ...]:
         a, weight = ctx.saved_tensors
-        signal, gradient = ctx.back(*delta, a, weight.to(a.dtype), ctx.needs_input_grad[0])
-        return signal, gradient, None, None
+        return *ctx.back(*delta, a, weight.to(a.dtype), [ctx.needs_input_grad[0], True, ctx.biased]), None, None
 
 
-def rounded_again(a: Tensor, weight: Tensor, there: Callable[[Tensor, Tensor], Tensor], back: Back) -> Tensor:
-    """``there(a, weight)`` in the half precision of ``a``, whose way back keeps the weight and no rounded copy.
+def rounded_again(a: Tensor, weight: Tensor, bias: Tensor | None, there: There, back: Back) -> Tensor:
+    """``there(a, weight, bias)`` in the half precision of ``a``, whose way back keeps the weight and no rounded copy.
 
     Of what an engine releases meanwhile a copy would be half; of a weight of many steps there would be as many. The
     weight's gradient is rounded only where it is made in half precision.
     """
-    return _Narrow.apply(a, weight, there, back)
+    return _Narrow.apply(a, weight, bias, there, back)
 
 
 class _Pad(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _Pad(torch.autograd.Function):
 
 def padded(maps: Tensor, sides: tuple[int, ...]) -> Tensor:
     """``resized`` by sides that are not negative, with its transpose."""
-    return _Pad.apply(maps, sides)
+    return _Pad.apply(maps, sides) if maps.is_cuda else F.pad(maps, sides)
 
 
 class _Rectified(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from alignscale.environment import gpu_kernels
-from alignscale.nets.functions import Back, laid_out, padded, rectified, resized, rounded_again, summed, times
+from alignscale.nets.functions import Back, There, laid_out, padded, rectified, resized, rounded_again, summed, times
 from alignscale.parallel import Share
 
 
@@ -112,10 +112,10 @@ class Layer(nn.Module, ABC):
     def weight_gradient(self, a: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """scale * sum over examples of delta a^T, and the bias's sum of delta, both times ``factor``."""
 
-    def _mapped(self, a: Tensor, weight: Tensor, there: Callable[[Tensor, Tensor], Tensor], back: Back) -> Tensor:
+    def _mapped(self, a: Tensor, weight: Tensor, bias: Tensor | None, there: There, back: Back) -> Tensor:
         if a.dtype == self.precision or not (self.rounds_again and torch.is_grad_enabled()):
-            return there(a, weight.to(a.dtype))
-        return rounded_again(a, weight, there, back)
+            return there(a, weight.to(a.dtype), bias)
+        return rounded_again(a, weight, bias, there, back)
 
     def _scaled_and_shifted(self, z: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(z.dtype)
@@ -151,7 +151,7 @@ class Linear(Layer):
         """(..., in) -> (..., out)."""
         if bias is not None and not self.first:  # a copy, whose last bit may be another one: 0, with its gradient
             bias = bias - bias.detach()
-        z = self._scaled_and_shifted(self._mapped(a, weight, F.linear, _linear_back), bias)
+        z = self._scaled_and_shifted(self._mapped(a, weight, None, F.linear, _linear_back), bias)
         return z if self.total is None else self.total(z)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
@@ -199,8 +199,10 @@ class Conv(Layer):
         weight = weight if maps is whole else weight.to(a.dtype).float()
         there = partial(F.conv2d, stride=self.stride, padding=self.padding)
         back = partial(_conv_back, stride=self.stride, padding=self.padding)
-        z = self._mapped(maps, weight, there, back).to(a.dtype)
-        return self._scaled_and_shifted(z, bias)
+        inside = None  # a bias that a processor adds on its way
+        if bias is not None and not maps.is_cuda:
+            inside, bias = (bias / self.scale).to(maps.dtype), None
+        return self._scaled_and_shifted(self._mapped(maps, weight, inside, there, back).to(a.dtype), bias)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
         """(B, out, H', W') -> (B, in, H, W)."""
@@ -251,17 +253,17 @@ class State(Layer):
         return F.pad(times(delta, factor), (0, 0, 0, self.shape[0] - len(delta))), None
 
 
-def _linear_back(delta: Tensor, a: Tensor, weight: Tensor, signal: bool) -> tuple[Tensor | None, Tensor]:
-    return delta @ weight if signal else None, summed(delta.flatten(0, -2), a.flatten(0, -2))
+def _linear_back(delta: Tensor, a: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, Tensor, None]:
+    return delta @ weight if wanted[0] else None, summed(delta.flatten(0, -2), a.flatten(0, -2)), None
 
 
 def _conv_back(
-    delta: Tensor, maps: Tensor, weight: Tensor, signal: bool, stride: int, padding: tuple[int, int]
-) -> tuple[Tensor | None, Tensor]:
-    found, gradient, _ = torch.ops.aten.convolution_backward(
-        delta, maps, weight, None, (stride, stride), padding, (1, 1), False, (0, 0), 1, (signal, True, False)
+    delta: Tensor, maps: Tensor, weight: Tensor, wanted: list[bool], stride: int, padding: tuple[int, int]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    found: tuple[Tensor | None, Tensor, Tensor | None] = torch.ops.aten.convolution_backward(
+        delta, maps, weight, weight.shape[:1], (stride, stride), padding, (1, 1), False, (0, 0), 1, wanted
     )
-    return found, gradient
+    return found
 
 
 def same_padding(length: int, stride: int) -> tuple[int, int]:
