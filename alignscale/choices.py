@@ -1,4 +1,4 @@
-"""The parts of a configuration that are chosen by name, as dataclasses: rule, net, data, loss, optimizer, engine.
+"""The parts of a configuration chosen by name, as dataclasses: rule, net, data, loss, optimizer, schedule, engine.
 
 The data sets are in choices_data.py. Stands alone (no torch) beside config.py, whose TrainConfig has one of each. Hydra
 composes these classes in ``launch/``; library users construct them directly.
@@ -163,6 +163,41 @@ OPTIMS: dict[str, OptimConfig] = {
     "adam": AdamConfig(),
     "adamw": AdamConfig(name="adamw", weight_decay=0.01),
 }
+
+
+@dataclass
+class ScheduleConfig:
+    """What ``optim.lr`` is multiplied by, step by step; it first rises from 0 to 1 in ``warmup`` epochs."""
+
+    name: str
+    warmup: float = 0.0
+
+
+@dataclass
+class ConstantConfig(ScheduleConfig):
+    """1 after the warm-up."""
+
+    name: str = "constant"
+
+
+@dataclass
+class StepConfig(ScheduleConfig):
+    """``factor`` once more from each of the epochs ``milestones`` on."""
+
+    name: str = "step"
+    milestones: list[float] = field(default_factory=lambda: [5.0, 8.0])
+    factor: float = 0.1
+
+
+@dataclass
+class CosineConfig(ScheduleConfig):
+    """From 1 after the warm-up down to ``final`` at the end of training, along half a cosine."""
+
+    name: str = "cosine"
+    final: float = 0.0
+
+
+SCHEDULES: dict[str, ScheduleConfig] = {"constant": ConstantConfig(), "step": StepConfig(), "cosine": CosineConfig()}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignscale import choices, choices_schedule
+from alignscale import choices
 from alignscale.results import ABSENT, flatten
 
 
@@ -155,7 +155,7 @@ class TrainConfig:
     data: choices.DataConfig
     optim: choices.OptimConfig
     loss: choices.LossConfig = field(default_factory=choices.MSEConfig)
-    schedule: choices_schedule.ScheduleConfig = field(default_factory=choices_schedule.ConstantConfig)
+    schedule: choices.ScheduleConfig = field(default_factory=choices.ConstantConfig)
     engine: choices.EngineConfig = field(default_factory=choices.EngineConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

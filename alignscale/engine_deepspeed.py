@@ -130,7 +130,7 @@ class DeepSpeedEngine(Engine):
         """Apply the update on all ranks."""
         self._set_rate(lr)
         self.engine.step()
-        if zero.left_out(self.engine):
+        if getattr(self.engine.optimizer, "overflow", False):  # ZeRO left it out, on all ranks
             self.forget()
             raise FloatingPointError("the gradient is not finite")
 
@@ -148,11 +148,8 @@ class DeepSpeedEngine(Engine):
 
     def state(self) -> Makers:
         """Whole on the rank that asks for it, gathered then; each is a collective of all ranks."""
-        net = self.rule.net
-        model = {
-            name: self._coming(name, own, partial(zero.whole_weight, own, self.stage))
-            for name, own in net.named_parameters()
-        }
+        net, whole = self.rule.net, partial(zero.whole_weight, stage=self.stage)
+        model = {name: self._coming(name, own, partial(whole, own)) for name, own in net.named_parameters()}
         model |= {name: self._coming(name, own, own.detach) for name, own in net.named_buffers()}
         optimizer = {
             f"{name}.{key}": self._coming(name, own, partial(zero.whole_state, self.engine, own, key, self.stage))

@@ -210,11 +210,6 @@ def partitions(engine: Any, stage: int) -> list[Tensor]:
     return list(getattr(engine.optimizer, name))
 
 
-def left_out(engine: Any) -> bool:
-    """Whether ZeRO left the last update out, as its gradient was not finite; the same on all ranks."""
-    return bool(getattr(engine.optimizer, "overflow", False))
-
-
 def inner(engine: Any, stage: int) -> torch.optim.Optimizer:
     """torch's optimizer inside of DeepSpeed's."""
     return engine.optimizer if stage == 0 else engine.optimizer.optimizer

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, ConfigError
-from alignscale.choices_schedule import SCHEDULES
+from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, SCHEDULES, ConfigError
 from alignscale.config import TrainConfig, as_dict, defining, refuse_difference, without_display
 from alignscale.distributed import alone_beside
 from alignscale.environment import hardware, source, source_diff, versions

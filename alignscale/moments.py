@@ -28,8 +28,7 @@ def calibrated(config: TrainConfig, learner: Learner, train: Split, path: Path |
     computes = mesh.data.first or config.frozen.weights == "partitioned"  # each rank has a part of the weights
     images = mesh.everyone.together(lambda: _images(config, learner, train) if computes else None)
     mesh.everyone.together(lambda: None if images is None else learner.calibrate_on(images))
-    share = learner.net.width.share(learner.net.units_axis)
-    whole = {name: mesh.whole(buffer, share).cpu() for name, buffer in _moments(learner).items()}
+    whole = {name: mesh.whole(buffer, learner.net.share).cpu() for name, buffer in _moments(learner).items()}
     if path is not None:
         mesh.everyone.of_first(lambda: write_atomic(path, save(whole)))
     _set(learner, whole if mesh.everyone.first else {})
@@ -44,9 +43,8 @@ def _images(config: TrainConfig, learner: Learner, train: Split) -> torch.Tensor
 
 def _set(learner: Learner, whole: dict[str, torch.Tensor]) -> None:
     """Each rank's part of the moments, which the first one has."""
-    share = learner.net.width.share(learner.net.units_axis)
     for name, one in _moments(learner).items():
-        one.copy_(learner.mesh.part(whole.get(name), share, one))
+        one.copy_(learner.mesh.part(whole.get(name), learner.net.share, one))
 
 
 def _moments(learner: Learner) -> dict[str, torch.Tensor]:
@@ -55,7 +53,7 @@ def _moments(learner: Learner) -> dict[str, torch.Tensor]:
 
 def load_moments(path: Path, learner: Learner) -> None:
     """Set the norms of all ranks from the file, which the first one reads."""
-    mesh, share = learner.mesh, learner.net.width.share(learner.net.units_axis)
+    mesh, share = learner.mesh, learner.net.share
     moments = _moments(learner)
     shapes = {name: one.shape if share is None else share.whole(one.shape) for name, one in moments.items()}
 

@@ -29,11 +29,8 @@ def place_of(layer: Layer) -> Map:
 @torch.no_grad()
 def changes(learner: Learner) -> Changes:
     """Per layer, W_t - W_0; None for a trained initial state."""
-    layers, start = learner.net.layers, learner.start
-    return [
-        None if isinstance(layer, State) else learner.engine.weight(index) - start(index)
-        for index, layer in enumerate(layers)
-    ]
+    layers, weight, start = learner.net.layers, learner.engine.weight, learner.start
+    return [None if isinstance(layer, State) else weight(index) - start(index) for index, layer in enumerate(layers)]
 
 
 @torch.no_grad()
@@ -103,9 +100,8 @@ def live(
             images = learner.encoding.batch(examples, places[:most], 0).images
             with torch.no_grad():
                 now, before = net.trace(images, net.current), learner.fixed.frozen.trace(images)
-            values["input_change"] = mean(
-                [relative(a, b) for a, b in zip(now.inputs[1:], before.inputs[1:], strict=True)]
-            )
+            pairs = zip(now.inputs[1:], before.inputs[1:], strict=True)
+            values["input_change"] = mean([relative(a, b) for a, b in pairs])
             values["gate_change"] = mean(gates_moved(net, now, before))
     return values
 

@@ -99,8 +99,5 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options as dotted names, the form in which the command line takes them."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -148,7 +148,7 @@ class Run:
 
     def lost(self) -> set[str]:
         """The keys of the examples that some rank had to leave out, in this session of the run."""
-        own = {f"{name}: {key}" for name, split in self.splits.items() for key in split.lost}
+        own = {f"{name}: {key}" for name, split in self.splits.items() for key in split.missing}
         return set().union(*self.ranks.objects(own))
 
     def _typical(self) -> float | None:

@@ -2,8 +2,7 @@
 
 import math
 
-from alignscale.choices import ConfigError
-from alignscale.choices_schedule import ConstantConfig, CosineConfig, ScheduleConfig, StepConfig
+from alignscale.choices import ConfigError, ConstantConfig, CosineConfig, ScheduleConfig, StepConfig
 
 
 def factor(config: ScheduleConfig, step: int, per_epoch: int, stop: int) -> float:

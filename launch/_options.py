@@ -10,8 +10,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, ConfigError
-from alignscale.choices_schedule import SCHEDULES
+from alignscale.choices import DATA, ENGINES, LOSSES, NETS, OPTIMS, SCHEDULES, ConfigError
 from alignscale.config import JACOBIANS, TrainConfig, run_folder
 from alignscale.rules import RULES
 

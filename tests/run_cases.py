@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignscale.checkpoint import complete
-from alignscale.choices import MLPConfig, SGDConfig, SyntheticConfig
-from alignscale.choices_schedule import CosineConfig
+from alignscale.choices import CosineConfig, MLPConfig, SGDConfig, SyntheticConfig
 from alignscale.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
 from alignscale.interrupts import Interrupted
 from alignscale.rules import RULES

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from alignscale.choices import ConfigError, DataConfig, DigitsConfig, MLPConfig, MSEConfig, SyntheticConfig
 from alignscale.data import balanced_order, load, split
-from alignscale.data.examples import Encoding, Examples, moments, stream
+from alignscale.data.examples import Encoding, Examples, stream
 from alignscale.data.plan import Plan
 from alignscale.learner import Learner
 from alignscale.loss import make_loss
@@ -119,7 +119,7 @@ def test_moments_equal_numpys_in_float64(dtype: torch.dtype) -> None:
     images = torch.randint(0, 256, (2345, 3, 4, 5), generator=dice).to(dtype)
     images[:, 1] //= 5
     pixels = images.numpy().astype(np.float64) / (255 if dtype == torch.uint8 else 1)
-    mean, std = moments(images)
+    mean, std = Examples.whole(images, torch.zeros(len(images), dtype=torch.int64), 2, "train").moments()
     np.testing.assert_allclose(mean.numpy(), pixels.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(std.numpy(), pixels.std((0, 2, 3)), rtol=1e-12)
 
@@ -127,8 +127,8 @@ def test_moments_equal_numpys_in_float64(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [0, 37, 127, 254, 255])
 def test_a_constant_channel_has_deviation_1_and_is_encoded_as_0(value: int) -> None:
     images = torch.full((777, 1, 13, 13), value, dtype=torch.uint8)
-    assert moments(images)[1].item() == 1
     train = Examples.whole(images, torch.zeros(777, dtype=torch.int64), 2, "train")
+    assert train.moments()[1].item() == 1
     assert encoding(train, "channel").images(images).abs().max() < 1e-15
 
 

@@ -19,7 +19,7 @@ SOURCES = [*PACKAGE, *(REPOSITORY / "launch").rglob("*.py"), *(REPOSITORY / "too
 # Who may import whom: a module imports from its own row or from rows above. A package stands for all its modules.
 LAYERS = [
     {
-        *("choices", "choices_data", "choices_schedule", "config", "conflicts", "validation"),
+        *("choices", "choices_data", "config", "conflicts", "validation"),
         *("address", "types", "environment", "files", "kernels", "results"),
     },
     {
@@ -170,7 +170,7 @@ def code_lines(path: Path) -> int:
 def test_files_are_short_and_the_package_is_small() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
     assert {str(path): length for path, length in lengths.items() if length > 300} == {}
-    assert sum(map(code_lines, PACKAGE)) < 7990
+    assert sum(map(code_lines, PACKAGE)) < 7960
 
 
 def test_no_path_of_one_machine_is_left() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from alignscale.choices_schedule import ConstantConfig, CosineConfig, ScheduleConfig, StepConfig
+from alignscale.choices import ConstantConfig, CosineConfig, ScheduleConfig, StepConfig
 from alignscale.schedule import factor
 
 PER_EPOCH, EPOCHS = 7, 10

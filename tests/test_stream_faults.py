@@ -119,9 +119,9 @@ def test_a_damaged_image_is_an_error_and_left_out_and_counted_only_by_option(tmp
     code = encoding(data, train)
     with pytest.warns(RuntimeWarning, match=r"left out: .*train-00\d\.tar, key n00"):
         found = [key for name, _ in train.shards for batch in train.of_shard(name, code) for key in batch.keys]
-    assert train.lost == {"train-000/2", "train-002/6"}
+    assert train.missing.keys() == {"train-000/2", "train-002/6"}
     assert len(found) == 21
-    assert not train.lost & set(found)
+    assert not train.missing.keys() & set(found)
 
 
 def test_a_whole_shard_is_never_left_out(tmp_path: Path) -> None:

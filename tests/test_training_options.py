@@ -16,6 +16,7 @@ from alignscale.choices import DATA as DATA_SETS
 from alignscale.choices import (
     AdamConfig,
     ConfigError,
+    CosineConfig,
     CrossEntropyConfig,
     DigitsConfig,
     MLPConfig,
@@ -24,7 +25,6 @@ from alignscale.choices import (
     SGDConfig,
     SyntheticConfig,
 )
-from alignscale.choices_schedule import CosineConfig
 from alignscale.config import CheckpointConfig, EvaluationConfig, LogConfig
 from alignscale.environment import torch_settings
 from alignscale.folder import read_config

@@ -15,10 +15,10 @@ from alignscale.choices import (
     RNNConfig,
     RuleConfig,
     SGDConfig,
+    StepConfig,
     SyntheticConfig,
     WebDatasetConfig,
 )
-from alignscale.choices_schedule import StepConfig
 from alignscale.config import ParallelConfig, TrainConfig, difference, digest, run_name
 from alignscale.distributed import check_launched, launched
 from alignscale.validation import validate

@@ -4,7 +4,7 @@ import itertools
 import zlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,13 +38,15 @@ class Wanted(NamedTuple):
 class Split(ABC):
     """A split of a data set: its examples in key order, held in memory or read when a batch is asked for.
 
-    labels: (N,) int64. skipped: files that were left out when the data set was made. An example's place is that in the
-    split; its key is ``shard/row``.
+    labels: (N,) int64. skipped: files that were left out when the data set was made. missing: why, by the keys of the
+    examples that this process had to leave out of its batches so far: none, as a rule. An example's place is that in
+    the split; its key is ``shard/row``.
     """
 
     labels: Tensor
     classes: int
     skipped: int = 0
+    missing: Mapping[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,11 +77,6 @@ class Split(ABC):
         """What pixels are divided by to be in [0, 1]."""
 
     @property
-    def lost(self) -> frozenset[str]:
-        """The keys of the examples that this process had to leave out of its batches so far: none, as a rule."""
-        return frozenset()
-
-    @property
     @abstractmethod
     def shards(self) -> list[tuple[str, int]]:
         """Name of each shard, and how many examples of the split are in it, in key order."""
@@ -90,7 +87,7 @@ class Split(ABC):
 
     @abstractmethod
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel, pixels in [0, 1]: (C,) float64."""
+        """Mean and deviation of each channel, pixels in [0, 1]: (C,) float64; 1 for a deviation of 0."""
 
     @abstractmethod
     def part(self, places: Tensor, counted: bool = True) -> "Split":
@@ -160,7 +157,7 @@ class Examples(Split):
     @property
     def scale(self) -> float:
         """255 for bytes."""
-        return pixel_scale(self.images)
+        return 255.0 if self.images.dtype == torch.uint8 else 1.0
 
     @property
     def shards(self) -> list[tuple[str, int]]:
@@ -173,7 +170,15 @@ class Examples(Split):
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Of all examples."""
-        return moments(self.images)
+        images, scale = self.images, self.scale
+        origin = images[0, :, :1, :1].double() / scale  # seen from it a constant channel is 0, and its deviation too
+        total = torch.zeros(2, images.shape[1], dtype=torch.float64)
+        for part in images.split(1000):
+            x = part.double() / scale - origin
+            total += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
+        mean, square = total / (images.numel() / images.shape[1])
+        std = (square - mean.square()).clamp(min=0).sqrt()
+        return origin.flatten() + mean, torch.where(std > 0, std, 1.0)
 
     def batches(self, wanted: Iterable[Wanted], encoding: "Encoding") -> Generator[Batch, None, None]:
         """One by one, when they are asked for."""
@@ -239,24 +244,6 @@ class Encoding:
         targets = labels.to(self.master) if known else self.loss.targets(labels, split.classes, self.master)
         keys = split.keys(wanted.places)
         return Batch(self.images(images), targets, keys, wanted.size, wanted.step, wanted.view)
-
-
-def pixel_scale(images: Tensor) -> float:
-    """What stored pixels are divided by to be in [0, 1]."""
-    return 255.0 if images.dtype == torch.uint8 else 1.0
-
-
-def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel of (N, C, H, W), pixels in [0, 1]: (C,) float64; 1 for a deviation of 0."""
-    scale = pixel_scale(images)
-    origin = images[0, :, :1, :1].double() / scale  # seen from it a constant channel is all 0, and its deviation too
-    total = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for part in images.split(1000):
-        x = part.double() / scale - origin
-        total += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
-    mean, square = total / (images.numel() / images.shape[1])
-    std = (square - mean.square()).clamp(min=0).sqrt()
-    return origin.flatten() + mean, torch.where(std > 0, std, 1.0)
 
 
 def stream(

@@ -35,7 +35,6 @@ from ffcv.reader import Reader  # noqa: E402
 
 from alignscale.choices import ConfigError, FFCVConfig  # noqa: E402
 from alignscale.data.examples import DataError, Encoding, Wanted  # noqa: E402
-from alignscale.data.plan import Layout  # noqa: E402
 from alignscale.data.streamed import Streamed  # noqa: E402
 from alignscale.data.views import ATTEMPTS  # noqa: E402
 from alignscale.files import staged  # noqa: E402
@@ -204,11 +203,6 @@ class FFCV(Streamed):
         """Of each image's entry in the file's table."""
         entries = np.ascontiguousarray(self.sums[self.rows.numpy()]).view(np.uint8)
         return torch.tensor([zlib.crc32(entry.data) for entry in entries], dtype=torch.int64)
-
-    @property
-    def layout(self) -> Layout:
-        """One shard: neighbours are mixed block by block, so that a disk reads near places."""
-        return Layout((len(self),), self.config.streams, self.config.block)
 
     @property
     def shards(self) -> list[tuple[str, int]]:

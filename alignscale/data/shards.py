@@ -34,6 +34,7 @@ class Shards:
 
     def __init__(self, urls: Sequence[str], manifest: Manifest, config: WebDatasetConfig) -> None:
         self.urls, self.manifest, self.starts = list(urls), manifest, manifest.starts
+        self.names = [shard.file.removesuffix(".tar") for shard in manifest.shards]
         self.remote = Remote(config.retries, config.timeout)
         self.cache = Cache(config.cache, int(config.cache_gib * 2**30), self.remote) if config.cache else None
         self.checked = config.checksums == "always" or (config.checksums == "remote" and any(map(is_remote, urls)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignscale.choices import ConfigError, StreamedConfig
 from alignscale.data.examples import Split
+from alignscale.data.plan import Layout
 
 
 class Streamed(Split, ABC):
@@ -29,6 +30,11 @@ class Streamed(Split, ABC):
     def scale(self) -> float:
         """They are bytes."""
         return 255.0
+
+    @property
+    def layout(self) -> Layout:
+        """That of the shards: within one, neighbours are mixed block by block, so that a disk reads near places."""
+        return Layout(tuple(count for _, count in self.shards), self.config.streams, self.config.block)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Not to be had without reading everything: raises ConfigError."""

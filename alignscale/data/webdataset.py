@@ -7,7 +7,6 @@ reading is sequential and cannot begin in the middle.
 
 import itertools
 import math
-import os
 import warnings
 import zlib
 from collections import deque
@@ -28,7 +27,7 @@ from alignscale.choices import ConfigError, WebDatasetConfig
 from alignscale.data import decode, workers
 from alignscale.data.examples import DataError, Encoding, Wanted
 from alignscale.data.manifest import Manifest, place_of
-from alignscale.data.plan import Layout, even_batches
+from alignscale.data.plan import even_batches
 from alignscale.data.remote import Remote, is_remote
 from alignscale.data.shards import Damaged, Shards
 from alignscale.data.streamed import Streamed
@@ -66,30 +65,15 @@ class WebDataset(Streamed):
         return sums if self.config.views == 1 else sums + (self.places << 32)
 
     @property
-    def layout(self) -> Layout:
-        """That of the shards."""
-        return Layout(tuple(count for _, count in self.shards), self.config.streams, self.config.block)
-
-    @property
-    def lost(self) -> frozenset[str]:
-        """Those that were damaged."""
-        return frozenset(self.missing)
-
-    @property
     def shards(self) -> list[tuple[str, int]]:
         """By the files' names without the ending."""
         counts = np.histogram(self.places.numpy(), self.files.starts)[0].tolist() if len(self) else []
-        names = (shard.file.removesuffix(".tar") for shard in self.files.manifest.shards)
-        return [(name, count) for name, count in zip(names, counts, strict=True) if count]
+        return [(name, count) for name, count in zip(self.files.names, counts, strict=True) if count]
 
     def keys(self, places: Tensor) -> list[str]:
         """The shard's name and the place in its tar."""
-        found = []
-        for place in self.places[places].tolist():
-            shard = self.files.shard(place)
-            name = self.files.manifest.shards[shard].file.removesuffix(".tar")
-            found.append(f"{name}/{place - self.files.starts[shard]}")
-        return found
+        found = ((self.files.shard(place), place) for place in self.places[places].tolist())
+        return [f"{self.files.names[shard]}/{place - self.files.starts[shard]}" for shard, place in found]
 
     def part(self, places: Tensor, counted: bool = True) -> "WebDataset":
         """The examples at ``places``, which keep their keys."""
@@ -144,13 +128,10 @@ class _Reader:
         least, largest = options.scale
         self.crops = Crops((least, largest), options.flip, options.size / options.resize)
         self.transform = decode.transform_called(options.transform) if options.transform else None
-        self.owner = 0
 
     def __call__(self, job: tuple[list[int], int], slot: NDArray[np.uint8]) -> tuple[int, dict[str, str]]:
         """How many there were, and why those by number that are damaged are."""
-        if self.owner != os.getpid():
-            self.owner = os.getpid()
-            cv2.setNumThreads(1)  # the workers are the threads
+        cv2.setNumThreads(1)  # the workers are the threads
         places, view = job
         options, files = self.split.config, self.split.files
         rows = torch.tensor(places, dtype=torch.int64)

@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,14 +115,13 @@ class Costs:
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Median seconds of a few repetitions after a warm one."""
-    found = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
+
+    def whole() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found[1:])
+
+    return statistics.median(timeit.repeat(whole, number=1, repeat=REPEATS + 1)[1:])
 
 
 def _replayed(work: Callable[[], object], device: torch.device) -> float:
@@ -188,13 +188,9 @@ def _layer_times(
     a = laid_out(torch.randn(shape, device=device, dtype=dtype))
     delta = torch.randn_like(layer.compute(a, weight, None))
     scale = batch / examples * part
-    work = (
-        lambda: layer.compute(a, weight, None),
-        lambda: layer.transpose(delta, weight),
-        lambda: layer.weight_gradient(a, delta),
-    )
-    compute, transpose, gradient = (scale * clock(one, device) for one in work)
-    return compute, transpose, gradient
+    compute = scale * clock(lambda: layer.compute(a, weight, None), device)
+    transpose = scale * clock(lambda: layer.transpose(delta, weight), device)
+    return compute, transpose, scale * clock(lambda: layer.weight_gradient(a, delta), device)
 
 
 @dataclass(frozen=True)

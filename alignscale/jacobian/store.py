@@ -3,9 +3,10 @@
 It stands alone because what is wrong with a cache must be an error here: never wrong training.
 """
 
+import itertools
 import resource
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,9 @@ class Store:
     def attached(self, steps: Iterator[tuple[int, list[Batch]]]) -> Generator[tuple[int, list[Batch]], None, None]:
         """The same batches with what the cache holds of them, which a thread fetches while another step is made."""
         with ThreadPoolExecutor(1) as pool:
-            waiting: tuple[int, list[Batch], Future[list[Rows]]] | None = None
-            for step, parts in steps:
-                now, waiting = waiting, (step, parts, pool.submit(self._fetched, parts))
-                if now:
-                    yield now[0], self._joined(now[1], now[2].result())
-            if waiting:
-                yield waiting[0], self._joined(waiting[1], waiting[2].result())
+            begun = ((step, parts, pool.submit(self._fetched, parts)) for step, parts in steps)
+            for (step, parts, rows), _ in itertools.pairwise(itertools.chain[Any](begun, [None])):
+                yield step, self._joined(parts, rows.result())
 
     def _fetched(self, parts: list[Batch]) -> list[Rows]:
         """Rows of the parts on the device: on a GPU by a stream of their own, which does not wait for the step's."""

@@ -50,16 +50,6 @@ def _where_open(signal: Tensor, gate: Tensor | Bits) -> Tensor:
     return torch.ops.aten.threshold_backward(signal, gate, 0)
 
 
-def _tanh_gate(residue: Tensor) -> Tensor:
-    """1 - tanh(x)^2, a function of the value."""
-    return 1 - residue.square()
-
-
-def _erf_gate(residue: Tensor) -> Tensor:
-    """2 / sqrt(pi) * exp(-x^2)."""
-    return torch.exp(-residue.square()) * (2 / math.sqrt(math.pi))
-
-
 def _gelu_gate(residue: Tensor) -> Tensor:
     """Phi(x) + x * phi(x), Phi the normal distribution function and phi its density."""
     density = torch.exp(-residue.square() / 2) / math.sqrt(2 * math.pi)
@@ -69,6 +59,7 @@ def _gelu_gate(residue: Tensor) -> Tensor:
 ACTIVATIONS = {
     "relu": Activation(_relu, lambda residue: residue, _where_open, of_output=True, binary=True),
     "gelu": Activation(torch.nn.functional.gelu, _gelu_gate),  # x * Phi(x), exact (Hendrycks & Gimpel 2016)
-    "tanh": Activation(torch.tanh, _tanh_gate, of_output=True),
-    "erf": Activation(torch.erf, _erf_gate),  # whose infinite-width kernel is known in closed form
+    "tanh": Activation(torch.tanh, lambda value: 1 - value.square(), of_output=True),
+    # whose infinite-width kernel is known in closed form
+    "erf": Activation(torch.erf, lambda x: torch.exp(-x.square()) * (2 / math.sqrt(math.pi))),
 }

@@ -106,7 +106,7 @@ class Network(nn.Module, ABC):
         """
         super().__init__()
         self.width = width
-        share = width.share(self.units_axis)
+        self.share = share = width.share(self.units_axis)  # this rank's units of a site
         self.shapes = shapes = shapes if share is None else [share.shape(shape) for shape in shapes]
         for layer in layers:
             if isinstance(layer, Linear) and layer.share is not None and layer.share.axis == 1:
@@ -190,7 +190,7 @@ class Network(nn.Module, ABC):
         found = {}
         for name in self.state_dict():
             kind, index, part = name.split(".", 2)
-            share = self.layers[int(index)].share if kind == "layers" else self.width.share(self.units_axis)
+            share = self.layers[int(index)].share if kind == "layers" else self.share
             found[name] = None if part == "bias" and share is not None and share.axis > 0 else share
         return found
 

@@ -1,4 +1,4 @@
-"""Rules with other feedback weights: random, straight from the output, or only the signs of the current ones.
+"""Rules with other feedback: random, straight from the output, only the signs of the current weights, or none.
 
 Sources: feedback alignment, Lillicrap et al. 2016; direct feedback alignment, Nokland 2016; sign-symmetric feedback,
 Liao, Leibo & Poggio 2016.
@@ -46,6 +46,18 @@ class DirectFeedbackAlignment(LocalRule):
             if below is not None:
                 deltas[index] = at_site[below]
         return trace, deltas
+
+
+@register("readout_only")
+class ReadoutOnly(LocalRule):
+    """The error meets the readout's input and no other layer learns: what the initial network's features can do."""
+
+    replayable = True
+    trains_hidden = False
+
+    def assign(self, batch: Batch, trace: Trace, error: Tensor) -> tuple[Trace, Deltas]:
+        """Deltas of None, but for the readout's."""
+        return trace, self.net.readout_deltas(error, trace)
 
 
 @dataclass
