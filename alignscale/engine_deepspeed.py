@@ -87,7 +87,7 @@ class DeepSpeedEngine(Engine):
         zero.deepspeed.utils.logger.setLevel(logging.ERROR)
         self.mesh, self.stage = mesh, config.zero_stage
         self.bf16_sums = config.reduces_in_bf16(dtype == torch.bfloat16)
-        self.shares, self.first = rule.net.shares(), True
+        self.shares, self.first, self.inside = rule.net.shares(), True, False
         optimizer = make_optimizer(optim, rule.trained())
         settings = zero.Asked(deepspeed_config(config, optim.clip_norm, dtype))
         mesh_of = zero.share_out(rule.net, mesh)
@@ -121,8 +121,9 @@ class DeepSpeedEngine(Engine):
         self.engine.set_gradient_accumulation_boundary(last)
         if self.first:
             zero.keep_parts(self.engine.optimizer, not last)
-        self.first = last
+        self.first, self.inside = last, True
         self.engine.backward(surrogate * self.mesh.data.size, scale_wrt_gas=False)
+        self.inside = False
         if not last:
             self.engine.step()  # counts the part, and no more
 
@@ -135,7 +136,10 @@ class DeepSpeedEngine(Engine):
             raise FloatingPointError("the gradient is not finite")
 
     def forget(self) -> None:
-        """Of all parts; also what DeepSpeed keeps beside the parameters."""
+        """Of all parts; also what DeepSpeed keeps. Raises RuntimeError where a backward pass was broken off."""
+        if self.inside and self.stage:
+            found = "found one that was broken off, from where DeepSpeed cannot go on"
+            raise RuntimeError(f"expected a backward pass that has ended, {found}; make a new Learner")
         super().forget()
         zero.drop(self.engine.optimizer, self.stage)
         self.first = True

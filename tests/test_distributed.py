@@ -356,6 +356,19 @@ with joined(torch.device("cpu"), 120.0) as ranks:
             one.update(parts(count), 0.1)
         assert same(state(made), state(again)), (case, "went on")
         assert not same(state(made), saved), case
+        def broken_off(*_):
+            raise KeyboardInterrupt
+        made.net.layers[0].weight_gradient = broken_off
+        with pytest.raises(KeyboardInterrupt):
+            made.update(parts(count), 0.1)
+        del made.net.layers[0].weight_gradient
+        if stage:
+            with pytest.raises(RuntimeError, match="a backward pass that has ended, found one that was broken off"):
+                made.update(parts(count), 0.1)
+        else:
+            made.update(parts(count), 0.1)
+            again.update(parts(count), 0.1)
+            assert same(state(made), state(again))
 """)
     done = finished(torchrun(3, str(tmp_path / "script.py")), 500)
     assert done.returncode == 0, done.stderr[-3000:]
