@@ -132,6 +132,7 @@ def pairwise(ranks: int) -> list[Case]:
             for half in ("bf16", "sum-bf16+fp16")
         ]
         others += [Case("conv3", "none", "backprop", stage, "clip", 3, "offload+bf16") for stage in (1, 2)]
+        others += [Case("mlp", "none", "backprop", 3, "sgd", 2, f"offload_param+{half}") for half in HALF]
     return chosen + every_stage + others
 
 
@@ -201,6 +202,8 @@ def train(case: Case, made: Learner) -> list[float]:
 def row(case: Case, ranks: Ranks) -> dict[str, Any]:
     """The case with DeepSpeed on all ranks, beside the same in the first one's process alone."""
     zero3 = {"zero_optimization": dict.fromkeys(STAGE_3, 0)} if case.stage == 3 and "kept" not in case.options else {}
+    if "offload_param" in case.options:
+        zero3["zero_optimization"]["offload_param"] = {"device": "cpu"}  # type: ignore[assignment]
     sums = next((word[4:] for word in case.options.split("+") if word.startswith("sum-")), "auto")
     engine = DeepSpeedConfig(zero_stage=case.stage, offload="offload" in case.options, reduce_dtype=sums, extra=zero3)
     made = learner(case, engine, ranks)
