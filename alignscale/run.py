@@ -90,8 +90,7 @@ class Run:
         self.ranks.beat(step, "save")
         tensors = self.learner.engine.state()
         if self.learner.errors is not None:
-            size = self.learner.errors.sums.nbytes * self.ranks.size
-            tensors = {**tensors, "errors": {"sums": Coming(size, lambda _: self.errors())}}
+            tensors = {**tensors, "errors": {"sums": Coming(self.learner.errors.size, lambda _: self.errors())}}
         about, folder = {**self.about, "progress": self._progress()}, self.folder / "checkpoints"
         try:
             checkpoint.save(folder, step, tensors, about, self.config.checkpoint.keep, self.ranks)

@@ -73,6 +73,7 @@ def test_every_rule_net_and_stage_trains_to_the_unsharded_result(ranks: int, wid
 def check_trained(found: list[dict[str, Any]]) -> None:
     check_equal(found)
     assert all(row["start"] for row in found), "a rank's initial rows have other bits than the whole network's"
+    assert all(row["copies"] for row in found), "of the readout's bias other copies than the first rank's count"
 
 
 @pytest.mark.slow

@@ -98,10 +98,22 @@ def row(case: Case, ranks: Ranks, width: int) -> dict[str, Any]:
     data, weights = examples(case), model_of(made)
     first = made.encoding.batch(data, torch.arange(20), 0)
     scores, cosines = made.evaluate(data.images, data.labels, 20), made.cosines(first)
+    copies = case.stage > 0 or all(ranks.objects(of_one_copy(made, first.images)))
     if not ranks.first:
         return {}
     differences = compared(alone(case), found, weights, scores, cosines)
-    return {"case": str(case), "ranks": ranks.size, "width": width, "start": start, **differences}
+    return {"case": str(case), "ranks": ranks.size, "width": width, "start": start, "copies": copies, **differences}
+
+
+@torch.no_grad()
+def of_one_copy(made: Learner, images: torch.Tensor) -> bool:
+    """Whether, of the copies of the readout's bias, the first rank's alone is added, and saved by any rank."""
+    bias = made.net.layers[made.net.readout].held[1]
+    assert bias is not None
+    before = made.net(images)
+    bias += made.mesh.width.ranks.rank
+    saved, first = made.mesh.whole(bias.detach(), None, 1), made.mesh.everyone.broadcast(bias.detach().clone())
+    return torch.equal(made.net(images), before) and (made.mesh.data.rank > 0 or torch.equal(saved, first))
 
 
 COUNTED = [

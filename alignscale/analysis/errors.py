@@ -14,7 +14,7 @@ from alignscale.distributed import ALONE, Ranks
 
 
 class ErrorSums:
-    """``sums``, float64: (own examples, classes), or (own examples, T, classes).
+    """``sums``, float64: (own examples, classes), or (own examples, T, classes). ``size``: bytes of those of all ranks.
 
     A rank has the same examples from start to end, whoever trains on them: so no sum depends on where a run stopped.
     """
@@ -22,6 +22,7 @@ class ErrorSums:
     def __init__(self, keys: Sequence[str], logits: tuple[int, ...], ranks: Ranks = ALONE) -> None:
         """keys: of the training examples, in order. logits: shape of one example's. ranks: share out the examples."""
         self.places = {key: place for place, key in enumerate(keys)}
+        self.size = 8 * len(keys) * torch.Size(logits).numel()
         self.ranks, self.own = ranks, ranks.part(len(keys))
         self.sums = torch.zeros(self.own.stop - self.own.start, *logits, dtype=torch.float64)
 

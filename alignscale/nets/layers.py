@@ -199,9 +199,9 @@ class Conv(Layer):
         weight = weight if maps is whole else weight.to(a.dtype).float()
         there = partial(F.conv2d, stride=self.stride, padding=self.padding)
         back = partial(_conv_back, stride=self.stride, padding=self.padding)
-        inside = None  # a bias that a processor adds on its way
-        if bias is not None and not maps.is_cuda:
-            inside, bias = (bias / self.scale).to(maps.dtype), None
+        inside = None  # in half precision a processor adds a bias on its way; its fp32 sums would be less exact
+        if bias is not None and a.itemsize == 2 and not maps.is_cuda:
+            inside, bias = bias.to(a.dtype).to(maps.dtype) / self.scale, None
         return self._scaled_and_shifted(self._mapped(maps, weight, inside, there, back).to(a.dtype), bias)
 
     def transpose(self, delta: Tensor, weight: Tensor) -> Tensor:
