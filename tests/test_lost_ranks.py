@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "stage", "optim", "more"),
     [
-        (3, 3, "sgd", ["analysis.track_errors=true"]), (2, 2, "adam", []), (2, 1, "sgd", ["precision=bf16"]),
+        (3, 3, "sgd", ["analysis.track_errors=true"]), (2, 2, "adam", []), (2, 1, "sgd", []),
         (2, 0, "sgd", []), (4, 2, "sgd", ["parallel.width=2", "net.width=37"]),
     ],
 )  # fmt: skip
