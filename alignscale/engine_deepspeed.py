@@ -24,17 +24,21 @@ from alignscale.rules import Rule
 OURS = {
     "train_batch_size": "batch_size", "train_micro_batch_size_per_gpu": "batch_size", "optimizer": "optim",
     "gradient_accumulation_steps": "accumulation", "gradient_clipping": "optim.clip_norm", "scheduler": "schedule",
-    "zero_optimization.stage": "engine.zero_stage", "communication_data_type": "engine.reduce_dtype",
+    "zero_optimization.stage": "engine.zero_stage", "zero_optimization.cpu_offload": "engine.offload",
+    "communication_data_type": "engine.reduce_dtype",
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "data_types"), "precision"),
 }  # fmt: skip
 """DeepSpeed's settings that options of ours decide."""
 OTHERS = {
     "gradient_allreduce_op", "sequence_parallel_size", "data_parallel_size", "tensor_parallel", "elasticity",
     "managed_gradient_accumulation", "progressive_layer_drop", "curriculum_learning", "data_efficiency",
-    "compression_training", "zero_optimization.zenflow", "zero_optimization.zero_quantized_gradients",
-    "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
+    "compression_training", *(f"zero_optimization.{name}" for name in (
+        "zenflow", "zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+        "compute_grad_norm", "leaf_module", "stage3_module_granularity_threshold",
+    )),
 }  # fmt: skip
-"""Its settings under which a step would be another one: other gradients, other batches, another network."""
+"""Its settings under which a step would be another one: other gradients, other batches, another network, no look at
+whether a gradient is finite, or weights that layers do not gather one by one."""
 
 
 def deepspeed_config(config: DeepSpeedConfig, clip_norm: float, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -55,6 +59,9 @@ def deepspeed_config(config: DeepSpeedConfig, clip_norm: float, dtype: torch.dty
         if name == "zero_optimization.round_robin_gradients" and inside["round_robin_gradients"]:
             # DeepSpeed's own calls for whole weights then mix up the parts
             raise ConfigError(f"engine.extra: {name}: expected false, as whole weights cannot be read under it")
+    offloaded = inside.get("offload_optimizer")
+    if isinstance(offloaded, Mapping) and offloaded.get("device") in ("none", "cpu"):
+        raise ConfigError("engine.extra: offload_optimizer.device: expected engine.offload, the option that decides it")
     optimization: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload:
         optimization["offload_optimizer"] = {"device": "cpu"}
@@ -174,7 +181,12 @@ class DeepSpeedEngine(Engine):
         return Coming(size, lambda to: self.mesh.whole(own().detach(), share, to))
 
     def load(self, tensors: Tensors) -> None:
-        """Set everything from the first rank's tensors; a collective of all."""
+        """Set everything from the first rank's tensors; a collective of all.
+
+        Raises ValueError for a weight that is not among them. States that are not are 0, as before the first step.
+        """
+        if missing := self.mesh.everyone.of_first(lambda: sorted(self.shares.keys() - tensors["model"].keys())):
+            raise ValueError(f"expected all weights and norms of the network, found none of {', '.join(missing)}")
         for name, parameter in self.rule.net.named_parameters():
             value = self._shared(tensors["model"].get(name), parameter, name)
             zero.set_weight(self.engine, parameter, value, self.stage)

@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.torch_autocast import is_autocast_initialized
 from torch import Tensor, nn
 
 from alignscale.choices import ConfigError
@@ -109,6 +108,8 @@ def narrow(optimizer: Any, net: Network, dtype: torch.dtype, sums: torch.dtype, 
     rounds them. Gradients are what they are summed in over ranks, ``sums``, fp32 where a step adds to them many times.
     A collective of all ranks.
     """
+    from deepspeed.runtime.torch_autocast import is_autocast_initialized  # another DeepSpeed may have none
+
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     many = net.recurrent or net.width.overlap or (stage == 3 and optimizer.offload_param)
     gradients = torch.float32 if many else sums
@@ -236,6 +237,7 @@ def set_weight(engine: Any, parameter: Any, value: Tensor, stage: int) -> None:
         return
     if stage == 3:
         parameter.ds_tensor.data.copy_(_set_part(engine, parameter, value, None))
+        parameter.ds_secondary_tensor = None  # hpZ's own copy, which DeepSpeed then makes anew
     elif stage:
         deepspeed.utils.safe_set_full_fp32_param(parameter, value)
     if parameter.numel():  # else released

@@ -18,20 +18,19 @@ from torch import Tensor
 from alignscale.choices import ConfigError
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt
-PACKAGES = ("alignscale", "torch", "numpy", "hydra-core", "safetensors")
+PACKAGES = ("alignscale", "numpy", "hydra-core", "safetensors")
 SUMMED = {torch.float32, torch.bfloat16, torch.float16}
 """What the GPU kernels read and write; they sum in fp32."""
 
 
 def versions() -> dict[str, str]:
     """Python's and the packages' versions, and the commit of the source where it is a git checkout."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    found["torch"] = torch.__version__
     return {**found, "source": _git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") or "unknown"}
 
 
@@ -52,9 +51,11 @@ def source_diff() -> str:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """Processor, cores, threads in use, device and memory (GiB)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "cpu": _processor(),
+        "cpu": next(names, platform.machine()),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -127,12 +128,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, -1)
         mallopt(MMAP_MAX, 0)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _git(*arguments: str) -> str | None:

@@ -166,9 +166,8 @@ class Heart(threading.Thread):
     def pulse(self) -> None:
         """Tell where this rank is, and hear of one that failed."""
         with suppress(RuntimeError):  # the store went with the rank that held it
-            self.store.set(
-                f"beat/{self.rank}", f"{next(self.counts)} {self.phases} {self.waited or waiting():d} {self.place}"
-            )
+            beat = f"{next(self.counts)} {self.phases} {self.waited or waiting():d} {self.place}"
+            self.store.set(f"beat/{self.rank}", beat)
             if self.store.check(["told"]):
                 self.told = self.store.get("told").decode()
                 self.store.set(f"heard/{self.rank}", "")

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +49,7 @@ class Metrics(ExitStack):
         if self.wandb:
             self.push(self._end)
         self.file = path.open("a", buffering=1)
-        self.push(_closing(self.file))
+        self.push(partial(_close, self.file))
         self.events = self.enter_context(_Events(folder / "tensorboard", first)) if config.tensorboard else None
         self.bar = tqdm(total=steps, initial=first, dynamic_ncols=True, bar_format=BAR, disable=not config.progress)
         self.callback(self._draw, self.bar.close)
@@ -103,17 +104,13 @@ class Metrics(ExitStack):
             self.wandb.log(numbers, step=step)
 
 
-def _closing(file: IO[Any]) -> Callable[..., None]:
-    """Closes the file at the end of a stack; what it cannot write then is no news where an error ends it."""
-
-    def close(kind: object, *_: object) -> None:
-        try:
-            file.close()
-        except OSError:
-            if kind is None:
-                raise
-
-    return close
+def _close(file: IO[Any], kind: object, *_: object) -> None:
+    """Close the file at the end of a stack; what it cannot write then is no news where an error ends it."""
+    try:
+        file.close()
+    except OSError:
+        if kind is None:
+            raise
 
 
 class _Events(ExitStack):
@@ -124,7 +121,7 @@ class _Events(ExitStack):
         folder.mkdir(exist_ok=True)
         path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.file = path.open("wb")
-        self.push(_closing(self.file))
+        self.push(partial(_close, self.file))
         self.records = RecordWriter(self.file)
         self.write(0, file_version="brain.Event:2")
         # makes TensorBoard forget what a killed run wrote after its last checkpoint

@@ -229,10 +229,10 @@ class Mesh:
         Rank by rank, so that none but the first needs memory for the whole. A collective of all ranks.
         """
         if share is None:
-            return self.everyone.broadcast(own.new_empty(own.shape) if whole is None else whole.to(own).contiguous())
+            return self.everyone.broadcast(own.new_zeros(own.shape) if whole is None else whole.to(own).contiguous())
         found, low = own, 0
         for place, size in enumerate(self.width.sizes):
-            part = own.new_empty(_at(own, size, share.axis))
+            part = own.new_zeros(_at(own, size, share.axis))
             if whole is not None:
                 part.copy_(whole.narrow(share.axis, low, size))
             self.everyone.broadcast(part)

@@ -14,7 +14,7 @@ import yaml
 
 from alignscale import checkpoint, environment
 from alignscale.analysis.errors import ErrorSums
-from alignscale.choices import ENGINES, ConfigError, DeepSpeedConfig, EngineConfig, RNNConfig
+from alignscale.choices import ENGINES, ConfigError, DeepSpeedConfig, EngineConfig
 from alignscale.config import READING, TrainConfig, as_dict, defining, difference, run_folder, run_name
 from alignscale.data import Split, load
 from alignscale.data.plan import Plan
@@ -62,7 +62,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     device, engine, mesh = begun(config, held)
     ranks = mesh.everyone
     show = show if ranks.first else lambda line: None
-    splits = ranks.together(lambda: _read(config))
+    splits = ranks.together(lambda: ended_at_once()(load)(config.data))
     ranks.alike("data", {name: split.digest for name, split in splits.items()})
     check_data(config, {split: len(examples) for split, examples in splits.items()})
     check_ranks(config, len(splits["train"]), ranks.size)
@@ -78,6 +78,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
         "engine": engine.name, "zero_stage": getattr(engine, "zero_stage", None),
         "cuda_graph": learner.engine.records, **({"sums": "bf16"} if learner.engine.bf16_sums else {}),
         "width_ranks": mesh.width.ranks.size, "overlap": mesh.width.overlap,
+        **{name: value for name in ("offload", "extra") if (value := getattr(engine, name, None))},
     }  # fmt: skip
     run = Run(config, folder, name, command, splits, plan, learner, {"made_with": made_with}, ranks)
     show(yaml.safe_dump(as_dict(config), sort_keys=False).rstrip())
@@ -87,8 +88,7 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     if config.net.norm == "calibrated":
         calibrated(config, learner, train, folder / "norms.safetensors")
     if config.analysis.track_errors:
-        readout_every = isinstance(config.net, RNNConfig) and config.net.readout == "every"
-        logits = (train.shape[-2], train.classes) if readout_every else (train.classes,)
+        logits = (train.shape[-2], train.classes) if getattr(learner.net, "every", False) else (train.classes,)
         learner.errors = ErrorSums(train.keys(torch.arange(len(train))), logits, ranks)
     run.about |= identity(config, splits, learner)
     if config.resume == "auto":
@@ -98,11 +98,6 @@ def prepare(config: TrainConfig, show: Callable[[str], None], command: str, held
     if run.finished is None:  # what trained a finished run stays on record
         ranks.of_first(lambda: describe_folder(folder, config, device))
     return run
-
-
-def _read(config: TrainConfig) -> dict[str, Split]:
-    with ended_at_once():
-        return load(config.data)
 
 
 def begun(config: TrainConfig, held: ExitStack) -> tuple[torch.device, EngineConfig, Mesh]:
@@ -228,10 +223,12 @@ def _resume(run: Run, show: Callable[[str], None]) -> None:
         with suppress(ValueError):  # there is none, or a damaged one, which is written again from the checkpoint
             ended = read_result(run.folder / "result.json")
         lost = ended["runs"][0].get("diverged_at") if ended else None
-        if lost is not None:
-            raise Diverged(
+        if ended and lost is not None:
+            problem = Diverged(
                 f"{run.name}: diverged before, at step {lost}; resume=never tries again. The folder: {run.folder}"
             )
+            problem.result = ended
+            raise problem
         found = checkpoint.complete(run.folder / "checkpoints")
         if found:
             manifest = checkpoint.verified(found[-1], run.about)

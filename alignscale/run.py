@@ -28,7 +28,9 @@ from alignscale.types import Batch
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite any more; the run's folder holds everything up to there."""
+    """The loss is not finite any more; the run's folder holds everything up to there, and ``result`` is its result."""
+
+    result: Result
 
 
 @dataclass
@@ -131,12 +133,14 @@ class Run:
             f"the {what} is not finite at step {step}: expected a finite number, found the first NaN or "
             f"infinity in {where}; {'look at the data' if where == IMAGES else remedy}"
         )
-        self.finish(step, failed=message)
+        result = self.finish(step, failed=message)
         kept = checkpoint.complete(self.folder / "checkpoints")
         good = (
             f"the last good checkpoint is {kept[-1]}" if kept else f"no checkpoint was due before it in {self.folder}"
         )
-        raise Diverged(f"{self.name}: {message}; {good}")
+        problem = Diverged(f"{self.name}: {message}; {good}")
+        problem.result = result
+        raise problem
 
     def _again(self, parts: Sequence[Batch], step: int) -> None:
         """Forward passes of a batch's parts; of the first examples where there are none, as all ranks take part."""

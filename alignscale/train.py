@@ -122,11 +122,8 @@ def stop_if_asked(run: Run, done: int, asked: int) -> None:
     if asked:
         saved = " and a checkpoint" if done else ""
         command = "the same command" + ("" if run.config.resume == "auto" else ", without resume=never,")
-        raise Interrupted(
-            f"{run.name}: stopped by signal {asked:d} after step {done} of {run.stop}{saved}; {command} "
-            "goes on from it",
-            asked,
-        )
+        stopped = f"{run.name}: stopped by signal {asked:d} after step {done} of {run.stop}{saved}"
+        raise Interrupted(f"{stopped}; {command} goes on from it", asked)
 
 
 def measure(

@@ -107,6 +107,8 @@ def _wanted(option: str, value: Any) -> str | None:
         return f"a {'whole' if isinstance(value, int) else 'finite'} number of at least {AT_LEAST[option]}"
     if option in ABOVE_0 and not (math.isfinite(value) and value > 0):
         return "a finite number above 0"
+    if option.endswith(".timeout") and value > 1e9:
+        return "at most 1e9 seconds"
     if option in FRACTIONS and not 0 <= value < 1:
         return "a number from 0 to below 1"
     if option in SEEDS and not 0 <= value < 2**63:

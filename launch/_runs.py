@@ -17,7 +17,7 @@ from alignscale.choices import ConfigError
 from alignscale.config import TrainConfig, run_folder, run_name
 from alignscale.distributed import Ranks, launched
 from alignscale.files import write_atomic
-from alignscale.results import Result, make_result, read_result
+from alignscale.results import Result, make_result
 from alignscale.rules import RULES
 from alignscale.run import Diverged
 from alignscale.train import train
@@ -35,8 +35,8 @@ def train_and_report(config: TrainConfig, show: Callable[[str], None], command: 
         return train(config, show, command)
     try:
         result = train(config, show, command)
-    except Diverged:
-        _draw(read_result(folder / "result.json"), folder)
+    except Diverged as problem:
+        _draw(problem.result, folder)
         raise
     _draw(result, folder)
     return result
@@ -68,7 +68,7 @@ def compare(config: GridConfig, command: str, show: Callable[[str], None] = prin
             done.append(train_and_report(run, lambda line: None, command))
         except Diverged as problem:
             show(f"diverged: {problem}")
-            done.append(read_result(run_folder(run) / "result.json"))
+            done.append(problem.result)
     result = combine(config.compare, grid, done, command)
     if not first:
         return result

@@ -147,6 +147,9 @@ def test_our_options_become_deepspeeds() -> None:
         ({"stage": 2}, "zero_optimization.stage: expected engine.zero_stage"),
         ({"zenflow": {}}, "zero_optimization.zenflow: expected settings that leave a step's numbers as they are"),
         ({"round_robin_gradients": True}, "zero_optimization.round_robin_gradients: expected false"),
+        ({"cpu_offload": True}, "zero_optimization.cpu_offload: expected engine.offload"),
+        ({"offload_optimizer": {"device": "none"}}, "offload_optimizer.device: expected engine.offload"),
+        ({"compute_grad_norm": False}, "zero_optimization.compute_grad_norm: expected settings that leave a step's"),
         (5, "zero_optimization: expected settings by name, found 5"),
     ):
         with pytest.raises(ConfigError, match=re.escape(f"engine.extra: {message}")):
@@ -159,6 +162,16 @@ def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_zero.deepspeed, "__version__", "0.20.0")
     with pytest.raises(ConfigError, match=r"expected DeepSpeed 0\.19\.8, found 0\.20\.0; pip install"):
         engine_zero.make_ready("cpu")
+    monkeypatch.undo()
+    script = """
+import sys, deepspeed
+deepspeed.__version__ = "0.16.4"
+sys.modules["deepspeed.runtime.torch_autocast"] = None  # which an older one has not
+from alignscale import engine_zero
+engine_zero.make_ready("cpu")
+"""
+    older = finished([PYTHON, "-c", script])
+    assert "expected DeepSpeed 0.19.8, found 0.16.4; pip install deepspeed==0.19.8" in older.stderr
 
 
 def test_one_command_trains_on_two_ranks_to_the_result_of_one_in_one_folder(tmp_path: Path) -> None:
@@ -202,6 +215,19 @@ def test_logits_at_each_step_of_a_sequence_train_on_ranks_as_in_one_process(tmp_
         assert done.returncode == 0, done.stderr
     ours, theirs = (result(tmp_path / name)["test"]["loss"] for name in ("two", "one"))
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_resume_with_the_optimizer_elsewhere_is_said_not_to_be_to_the_bit(tmp_path: Path) -> None:
+    options = [f"run.dir={tmp_path}", "epochs=1", "engine=deepspeed"]
+    said = []
+    for more in ([], [], ["engine.offload=true"], ["engine.extra={zero_optimization:{overlap_comm:false}}"]):
+        (tmp_path / "result.json").unlink(missing_ok=True)
+        done = alone(*options, *more)
+        assert done.returncode == 0, done.stderr
+        said.append(re.findall("not as before, .* to the bit: (.*)", done.stdout))
+    assert [len(found) for found in said] == [0, 0, 1, 1]
+    assert "offload" in said[2][0]
+    assert "overlap_comm" in said[3][0]
 
 
 CHANGES = {
@@ -322,9 +348,10 @@ with joined(torch.device("cpu"), 120.0) as ranks:
         gradient, bias = weight_gradient(a, delta, factor)
         return gradient * (torch.inf if ranks.rank == 1 else 1.0), bias
     apart = {{"zero_optimization": {{"contiguous_gradients": False}}}}
+    twice = {{"zero_optimization": {{"zero_hpz_partition_size": ranks.size}}}}  # last: its group stays
     optims, begun = {{1: SGDConfig(momentum=0.9), 2: AdamConfig()}}, {{}}
-    for stage, offload, count, extra in itertools.product(range(4), (False, True), (1, 2), ({{}}, apart)):
-        if (offload and stage == 0) or (extra and (offload or stage not in (1, 2))):
+    for extra, stage, offload, count in itertools.product(({{}}, apart, twice), range(4), (False, True), (1, 2)):
+        if (offload and stage == 0) or (extra and (offload or stage not in ((1, 2) if extra is apart else (3,)))):
             continue
         case, optim = (stage, offload, count, extra), optims[count]
         def learner():
@@ -353,10 +380,19 @@ with joined(torch.device("cpu"), 120.0) as ranks:
         saved, again = state(made), learner()
         again.engine.load(saved if ranks.first else {{"model": {{}}, "optimizer": {{}}}})
         assert same(state(again), saved), (case, "loaded")
+        scores = [one.evaluate(images, targets.argmax(1)) for one in (made, again)]
+        assert scores[0] == scores[1], (case, "layers read what was loaded")
         for one in (made, again):
             one.update(parts(count), 0.1)
         assert same(state(made), state(again)), (case, "went on")
         assert not same(state(made), saved), case
+        nothing = {{"model": {{}}, "optimizer": {{}}}}
+        lacking = {{**saved, "model": {{name: one for name, one in saved["model"].items() if "layers.1." not in name}}}}
+        with pytest.raises(ValueError, match="found none of layers.1.bias, layers.1.weight"):
+            again.engine.load(lacking if ranks.first else nothing)
+        again.engine.load({{**saved, "optimizer": {{}}}} if ranks.first else nothing)  # as before a first step
+        assert not any(one.any() for one in state(again)["optimizer"].values()), case
+        again.engine.load(state(made) if ranks.first else (state(made), nothing)[1])
         def broken_off(*_):
             raise KeyboardInterrupt
         made.net.layers[0].weight_gradient = broken_off

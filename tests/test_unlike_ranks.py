@@ -6,6 +6,8 @@ import pytest
 from data_cases import image_files, write_image_folder
 from launches import ROOT, RUN, finished, result, torchrun
 
+from alignscale.results import read_result
+
 pytestmark = pytest.mark.distributed
 SCRIPT = f"""
 import os, runpy, sys, time
@@ -41,6 +43,22 @@ def test_other_files_on_another_machine_are_refused(tmp_path: Path) -> None:
     code, said = launched(tmp_path, f'os.chdir({str(tmp_path)!r} + "/" + rank)', *options)
     assert code != 0
     assert said.count("error: expected the same data on all ranks, found on rank 0 -> on rank 1: ") == 1, said[-3000:]
+
+
+def test_a_run_of_a_grid_that_diverges_is_known_where_the_first_rank_alone_sees_its_folder(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    script = SCRIPT.replace("launch/train.py", "launch/compare.py")
+    (tmp_path / "script.py").write_text(script.replace("EXTRA", f'os.chdir({str(tmp_path)!r} + "/" + rank)'))
+    words = ["net=mlp", "compare.rules=[backprop,align_ada]", "compare.widths=[8]", "compare.seeds=[0]", "epochs=1"]
+    words += ["compare.folder=grid", "optim.lr=1e30", "log.progress=false", "log.tensorboard=false"]
+    for _ in range(2):  # and again, when both have diverged before
+        done = finished(torchrun(2, str(tmp_path / "script.py"), *words))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("diverged: ") == 2
+        runs = read_result(tmp_path / "0/grid/result.json")["runs"]
+        assert [run["diverged_at"] is None for run in runs] == [False, False]
+    assert not (tmp_path / "1/grid/result.json").exists()
 
 
 def test_reading_data_may_take_longer_than_a_rank_waits_for_another(tmp_path: Path) -> None:

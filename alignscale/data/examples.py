@@ -214,9 +214,8 @@ class Encoding:
         if data.normalisation == "channel":
             mean, std = train.moments()
         elif data.normalisation == "imagenet":
-            mean, std = (
-                value if channels == 3 else value.mean() for value in torch.tensor(IMAGENET, dtype=torch.double)
-            )
+            usual = torch.tensor(IMAGENET, dtype=torch.double)
+            mean, std = usual if channels == 3 else usual.mean(1)
         affine = None
         if scale != 1.0 or data.normalisation != "none":
             gain = torch.ones(channels, dtype=torch.float64) / std

@@ -184,10 +184,8 @@ class Cache:
     def candidates(self) -> dict[str, Form]:
         """Gates, explicit where the net has it, and the fastest mixture of both that fits."""
         options, net = self.config.jacobian, self.frozen.net
-        forms = {
-            name: replace(self._form(), sites=(name,) * len(net.shapes))
-            for name in (("gates",) if net.recurrent or net.public else ("gates", "explicit"))
-        }
+        kinds = ("gates",) if net.recurrent or net.public else ("gates", "explicit")
+        forms = {name: replace(self._form(), sites=(name,) * len(net.shapes)) for name in kinds}
         mixed = forms["gates"]
         if "explicit" in forms:
             tier = options.tier if options.tier != "auto" else ("device" if self._on_gpu else "host")

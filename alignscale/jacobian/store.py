@@ -102,15 +102,12 @@ class Store:
         if self.copies is None:
             return [self.fetch(one) for one in parts]
         with torch.cuda.stream(self.copies):
-            placed = [self._sent(self.fetch(one)) for one in parts]
+            placed = [{name: self._sent(rows) for name, rows in self.fetch(one).items()} for one in parts]
         self.copies.synchronize()  # in this thread; the rows are there when the step asks for them
         return placed
 
-    def _sent(self, rows: Rows) -> Rows:
-        return {
-            name: (one if one.is_cuda else one.pin_memory()).to(self.device, non_blocking=True)
-            for name, one in rows.items()
-        }
+    def _sent(self, rows: Tensor) -> Tensor:
+        return (rows if rows.is_cuda else rows.pin_memory()).to(self.device, non_blocking=True)
 
     def of(self, batch: Batch) -> Batch:
         """A batch with what the cache holds of it. Raises CacheError if that is nothing."""
