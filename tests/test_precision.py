@@ -108,6 +108,16 @@ def test_a_strided_convolution_to_one_column_has_numbers_of_its_own(
             assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_convolution_of_small_gain_adds_its_bias_in_half_precision(dtype: torch.dtype) -> None:
+    """Whose bias over its scale is beyond fp16's range."""
+    layer = Conv((64, 4, 4), 8, 1, 1e-4, "ntk")
+    layer.weight.data.normal_()
+    layer.held[1].data.fill_(1.0)  # type: ignore[union-attr]
+    found = layer(torch.randn(2, 64, 4, 4).to(dtype))
+    assert found.float().sub(1.0).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("net", ["mlp", "conv3", "conv_stride4", "rnn"])
 def test_backprop_that_rounds_weights_again_keeps_no_copy_and_has_the_same_gradient(net: str, precision: str) -> None:

@@ -199,8 +199,8 @@ class Conv(Layer):
         weight = weight if maps is whole else weight.to(a.dtype).float()
         there = partial(F.conv2d, stride=self.stride, padding=self.padding)
         back = partial(_conv_back, stride=self.stride, padding=self.padding)
-        inside = None  # in half precision a processor adds a bias on its way; its fp32 sums would be less exact
-        if bias is not None and a.itemsize == 2 and not maps.is_cuda:
+        inside = None  # in bf16 a processor adds it on its way; fp16 has no range for that, fp32 sums are less exact
+        if bias is not None and a.dtype == torch.bfloat16 and not maps.is_cuda:
             inside, bias = bias.to(a.dtype).to(maps.dtype) / self.scale, None
         return self._scaled_and_shifted(self._mapped(maps, weight, inside, there, back).to(a.dtype), bias)
 
